@@ -1,0 +1,1 @@
+"""Everything that touches checkpoint files; imported as `jaxgen.convert`."""

@@ -1,0 +1,1 @@
+"""jaxgen: Hugging Face `generate` for JAX."""

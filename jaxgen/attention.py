@@ -1,0 +1,82 @@
+"""Rotary positions, and grouped-query attention over fresh tokens or over cache slots.
+
+Letters, here and in every annotation: B batch, T query, S slots, D model, N heads, K key-value heads, G = N / K,
+H head dim, F feed-forward, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+# Queries are taken this many at a time, so that scores take B*N*BLOCK*T floats and not B*N*T*T.
+QUERY_BLOCK = 512
+
+Rotation = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+
+
+def rope(positions: Int[Array, "B T"], head_dim: int, theta: float, dtype: jnp.dtype) -> Rotation:
+    """Cosines and sines of the rotary angles: computed in float32, cast to `dtype` as HF does.
+
+    Source: Su et al. 2021 (arXiv 2104.09864); transformers `MistralRotaryEmbedding`.
+    """
+    inverse_frequency = (theta ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    angles = positions[..., None].astype(jnp.float32) * inverse_frequency
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+
+def rotate(x: Float[Array, "B T *heads H"], rotation: Rotation) -> Float[Array, "B T *heads H"]:
+    """Rotate the pairs (i, i + H/2) of every head: HF's half-split layout, not the interleaved one."""
+    head_axes = tuple(range(2, x.ndim - 1))
+    cos, sin = (jnp.expand_dims(table, head_axes) for table in rotation)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attend(
+    queries: Float[Array, "B T K G H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    allowed: Bool[Array, "B #T S"],
+) -> Float[Array, "B T K G H"]:
+    """Softmax attention in float32 where query head (k, g) reads key-value head k and only `allowed` slots.
+
+    A query that may see nothing (padding) gets finite numbers, not NaN, so that it cannot poison its neighbours.
+    """
+    scores = jnp.einsum("btkgh,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
+    scores = scores * queries.shape[-1] ** -0.5
+    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bkgts,bksh->btkgh", weights, values)
+
+
+def attend_to_prompt(
+    queries: Float[Array, "B T K G H"],
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    positions: Int[Array, "B T"],
+    real: Bool[Array, "B T"],
+    window: int | None,
+) -> Float[Array, "B T K G H"]:
+    """Causal attention of a whole prompt to itself, at most `window` real tokens back (the token itself counts).
+
+    Long prompts are taken in blocks of queries, which bounds the memory of the scores.
+    """
+    keys, values = (jnp.moveaxis(x, 1, 2) for x in (keys, values))
+    length = queries.shape[1]
+
+    def block(start: int | Array, size: int) -> Float[Array, "B t K G H"]:
+        def rows(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+
+        query_column = start + jnp.arange(size)
+        allowed = real[:, None, :] & (jnp.arange(length) <= query_column[:, None])
+        if window is not None:
+            allowed &= rows(positions)[:, :, None] - positions[:, None, :] < window
+        return attend(rows(queries), keys, values, allowed)
+
+    if length <= QUERY_BLOCK or length % QUERY_BLOCK:
+        return block(0, length)
+    starts = jnp.arange(0, length, QUERY_BLOCK)
+    blocks = jax.lax.map(lambda start: block(start, QUERY_BLOCK), starts)
+    return jnp.moveaxis(blocks, 0, 1).reshape(queries.shape)

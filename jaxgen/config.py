@@ -1,0 +1,206 @@
+"""MistralConfig: a Hugging Face config.json as a frozen dataclass that refuses what it does not understand."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxgen.errors import JaxgenError, UnsupportedError
+
+# Fields with one value that jaxgen implements; any other value would change the mathematics.
+_FIXED = {
+    "model_type": ("mistral",),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "is_decoder": (False, True),
+    "pretraining_tp": (1,),
+    "layer_types": (None,),
+    "auto_map": (None,),
+    "quantization_config": (None,),
+    "adapters": (None,),
+    "chunk_size_feed_forward": (0,),
+}
+
+# Fields that say nothing about the mathematics of inference. The generation settings that transformers 4 kept
+# in config.json are here too: transformers 5 ignores them in favour of generation_config.json.
+_IGNORED = frozenset(
+    """
+    _name_or_path architectures attention_dropout cross_attention_hidden_size decoder_start_token_id dtype
+    finetuning_task id2label initializer_range label2id max_sequence_length name_or_path output_attentions
+    output_hidden_states prefix problem_type pruned_heads return_dict sep_token_id suppress_tokens
+    task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript
+    transformers_version unk_token_id use_bfloat16 use_cache _attn_implementation_autoset attn_implementation
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
+    repetition_penalty return_dict_in_generate temperature top_k top_p typical_p
+    """.split()
+)
+
+_SLIDING_WINDOW_WHEN_MISSING = 4096  # transformers' MistralConfig; an explicit null means full attention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MistralConfig:
+    """The shape of a `MistralForCausalLM`, with HF's field names and transformers 5's defaults.
+
+    `head_dim=None` becomes `hidden_size // num_attention_heads`; `sliding_window=None` means full attention.
+    Raises `JaxgenError` for sizes that do not fit together. Source: transformers `MistralConfig`.
+
+    >>> MistralConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2).head_dim
+    16
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int | None = None
+    max_position_embeddings: int = 131072
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    sliding_window: int | None = _SLIDING_WINDOW_WHEN_MISSING
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        problems = [
+            f"{name}={value!r} must be a positive int"
+            for name in (
+                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
+            )
+            if not _is_positive_int(value := getattr(self, name)) and not (name == "sliding_window" and value is None)
+        ]  # fmt: skip
+        if not problems and self.num_attention_heads % self.num_key_value_heads:
+            problems.append(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if not problems and self.head_size % 2:
+            problems.append(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        problems += [
+            f"{name}={value!r} must be a positive number"
+            for name in ("rms_norm_eps", "rope_theta")
+            if not _is_positive_number(value := getattr(self, name))
+        ]
+        if problems:
+            raise JaxgenError("MistralConfig: " + "; ".join(problems))
+
+    @property
+    def head_size(self) -> int:
+        """`head_dim` as the int that it always is after construction."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Query heads per key-value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    def cache_slots(self, total_length: int) -> int:
+        """Key-value slots that a row of at most `total_length` tokens needs in each layer."""
+        return total_length if self.sliding_window is None else min(self.sliding_window, total_length)
+
+    @classmethod
+    def from_hf(cls, source: "str | os.PathLike[str] | Mapping[str, Any]") -> "MistralConfig":
+        """Read a Hugging Face config: a dict, a config.json, or the directory that holds one.
+
+        Reads both `rope_theta`/`rope_scaling` (transformers 4) and `rope_parameters` (transformers 5).
+        Raises `UnsupportedError`, naming field and value, for anything that would change the mathematics and
+        that jaxgen does not implement, and for any field it does not know.
+
+        >>> MistralConfig.from_hf({"model_type": "mistral", "sliding_window": None}).sliding_window is None
+        True
+        """
+        fields = _read_json(source)
+        if "model_type" not in fields:
+            raise UnsupportedError("config: model_type is missing; jaxgen reads model_type='mistral'")
+        rope_theta = _rope_theta(fields)
+        known = {field.name for field in dataclasses.fields(cls)}
+        kept = {}
+        for name, value in fields.items():
+            if name in _FIXED:
+                # Compare types too: JSON's 0 and false are equal in Python, and neither should pass for the other.
+                if not any(value == fixed and type(value) is type(fixed) for fixed in (*_FIXED[name], None)):
+                    supported = " or ".join(repr(fixed) for fixed in _FIXED[name])
+                    raise UnsupportedError(f"config: {name}={value!r} is not supported; jaxgen implements {supported}")
+            elif name in known:
+                kept[name] = tuple(value) if isinstance(value, list) else value
+            elif name not in _IGNORED and name not in _ROPE_FIELDS and not name.startswith("unsloth_"):
+                raise UnsupportedError(
+                    f"config: {name}={value!r} is not a field of MistralConfig that jaxgen knows; "
+                    "it may change the mathematics. Remove it from config.json if it does not"
+                )
+        kept["rope_theta"] = rope_theta
+        # transformers fills these from its own defaults when they are null; sliding_window and ids may be null.
+        for name in [n for n, v in kept.items() if v is None and n not in _NULLABLE]:
+            del kept[name]
+        return cls(**kept)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json that transformers 4 and 5 read back as this model (without the weights' dtype)."""
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "hidden_act": "silu",
+            **fields,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+        }
+
+
+_NULLABLE = ("sliding_window", "head_dim", "bos_token_id", "eos_token_id", "pad_token_id")
+_ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
+
+
+def _rope_theta(fields: Mapping[str, Any]) -> float:
+    found = {"rope_theta": fields["rope_theta"]} if fields.get("rope_theta") is not None else {}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = fields.get(name)
+        if rope is None:
+            continue
+        if not isinstance(rope, Mapping):
+            raise JaxgenError(f"config: {name}={rope!r} must be an object or null")
+        for key, value in rope.items():
+            if key == "rope_theta":
+                found[f"{name}.rope_theta"] = value
+            elif not (key in ("rope_type", "type") and value in ("default", None)):
+                raise UnsupportedError(
+                    f"config: {name}.{key}={value!r} is not supported; jaxgen implements rope_type='default'"
+                )
+    if len(set(found.values())) > 1:
+        raise JaxgenError(f"config: contradicting RoPE bases: {found}")
+    return next(iter(found.values()), 10000.0)
+
+
+def _read_json(source: "str | os.PathLike[str] | Mapping[str, Any]") -> dict[str, Any]:
+    if isinstance(source, Mapping):
+        return dict(source)
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise JaxgenError(f"{path}: cannot be read as a JSON config: {error}") from error
+    if not isinstance(fields, dict):
+        raise JaxgenError(f"{path}: holds {type(fields).__name__}, not a JSON object")
+    return fields
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_positive_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")

@@ -1,0 +1,29 @@
+"""What jaxgen raises: one base class, so that a caller can catch everything jaxgen says on purpose."""
+
+
+class JaxgenError(ValueError):
+    """Something the caller can mend: the message names the field, the row, the value and the limit."""
+
+
+class UnsupportedError(JaxgenError):
+    """A model, file or option that exists in transformers and that jaxgen does not support (yet)."""
+
+
+class CheckpointError(JaxgenError):
+    """A checkpoint on disk is damaged, incomplete or not what its config says; `problems` lists all of it."""
+
+    def __init__(self, where: str, problems: list[str]):
+        self.problems = list(problems)
+        super().__init__(f"{where}: " + "; ".join(self.problems))
+
+
+class NonFiniteLogitsError(JaxgenError):
+    """The model produced NaN logits; `rows` and `steps` say where."""
+
+    def __init__(self, rows: list[int], steps: list[int]):
+        self.rows, self.steps = rows, steps
+        places = ", ".join(f"row {row} at step {step}" for row, step in zip(rows, steps, strict=True))
+        super().__init__(
+            f"logits are NaN in {places}; the weights or the activations overflowed. "
+            "Load the model with dtype='float32' to see whether the dtype is the cause."
+        )

@@ -1,0 +1,1 @@
+"""Text generation: one compiled prefill, one compiled decode loop, and what surrounds them."""

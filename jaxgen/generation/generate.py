@@ -1,0 +1,3 @@
+"""stub"""
+class GenerationMixin:
+    """stub"""

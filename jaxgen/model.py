@@ -1,0 +1,241 @@
+"""MistralForCausalLM as a Flax NNX module: embed, blocks, norm, head.
+
+An ordinary Flax module: `model(input_ids)` gives logits, and `jax.grad` goes through it. Submodules have HF's
+names; weights are `[out, in]` as in HF, with two fusions that save kernel launches while decoding:
+
+- `self_attn.qkv_proj`: for each key-value head its G query heads, then its key, then its value;
+- `mlp.gate_up_proj`: rows 2i and 2i + 1 are row i of HF's gate_proj and up_proj.
+
+Both keep what belongs to one key-value head, or one feed-forward unit, together: sharding the output rows needs
+no reshuffling. `convert/` maps HF's tensors to these names and back.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxgen.attention import Rotation, attend, attend_to_prompt, rope, rotate
+from jaxgen.cache import KVCache, LayerCache, layer_cache_from_prompt, visible_slots
+from jaxgen.config import MistralConfig
+from jaxgen.generation.generate import GenerationMixin
+
+# flax 0.11.2 (Colab) keeps submodules in plain lists; 0.12 needs to be told that a list holds them.
+_module_list = getattr(nnx, "List", list)
+
+
+class Linear(nnx.Module):
+    """`x @ weight.T` without bias; weight `[out, in]`."""
+
+    def __init__(self, in_features: int, out_features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        scale = in_features**-0.5
+        self.weight = nnx.Param(scale * jax.random.normal(rngs.params(), (out_features, in_features), dtype))
+
+    def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
+        """Map the last axis from `in_features` to `out_features`."""
+        return jnp.einsum("...i,oi->...o", x, self.weight[...])
+
+
+class Embedding(nnx.Module):
+    """Token embeddings `[V, D]`, also usable as an output head (`attend`) when weights are tied."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        scale = hidden_size**-0.5
+        self.weight = nnx.Param(scale * jax.random.normal(rngs.params(), (vocab_size, hidden_size), dtype))
+
+    def __call__(self, ids: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+        """Look ids up; ids must lie inside the vocabulary."""
+        return jnp.take(self.weight[...], ids, axis=0)
+
+    def attend(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Logits against every embedding: the tied lm_head."""
+        return jnp.einsum("...d,vd->...v", x, self.weight[...])
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm: computed in float32, cast back, then scaled in the compute dtype, as HF does."""
+
+    def __init__(self, size: int, eps: float, *, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.ones(size, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """Normalise the last axis."""
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return self.weight[...] * normed.astype(x.dtype)
+
+
+class MistralAttention(nnx.Module):
+    """Grouped-query attention with rotary positions and an optional sliding window."""
+
+    def __init__(self, config: MistralConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.kv_heads, self.groups = config.num_key_value_heads, config.query_groups
+        self.head_dim, self.window = config.head_size, config.sliding_window
+        fused = self.kv_heads * (self.groups + 2) * self.head_dim
+        self.qkv_proj = Linear(config.hidden_size, fused, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(
+            config.num_attention_heads * self.head_dim, config.hidden_size, dtype=dtype, rngs=rngs
+        )
+
+    def project(
+        self, x: Float[Array, "B T D"], rotation: Rotation
+    ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Rotated queries and keys, and values."""
+        fused = self.qkv_proj(x).reshape(*x.shape[:2], self.kv_heads, self.groups + 2, self.head_dim)
+        queries, keys, values = fused[..., :-2, :], fused[..., -2, :], fused[..., -1, :]
+        return rotate(queries, rotation), rotate(keys, rotation), values
+
+    def output(self, mixed: Float[Array, "B T K G H"]) -> Float[Array, "B T D"]:
+        """Mix the heads."""
+        return self.o_proj(mixed.reshape(*mixed.shape[:2], -1))
+
+
+class MistralMLP(nnx.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, config: MistralConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """`down(silu(gate(x)) * up(x))`."""
+        gate_up = self.gate_up_proj(x).reshape(*x.shape[:2], -1, 2)
+        return self.down_proj(jax.nn.silu(gate_up[..., 0]) * gate_up[..., 1])
+
+
+class MistralDecoderLayer(nnx.Module):
+    """One block: attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: MistralConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.self_attn = MistralAttention(config, dtype=dtype, rngs=rngs)
+        self.mlp = MistralMLP(config, dtype=dtype, rngs=rngs)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+
+    def prompt(
+        self, x: Float[Array, "B T D"], rotation: Rotation, positions: Int[Array, "B T"], real: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
+        """A whole prompt at once; also returns its keys and values."""
+        with jax.named_scope("attention"):
+            queries, keys, values = self.self_attn.project(self.input_layernorm(x), rotation)
+            mixed = attend_to_prompt(queries, keys, values, positions, real, self.self_attn.window)
+            x = x + self.self_attn.output(mixed)
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.post_attention_layernorm(x)), (keys, values)
+
+    def step(
+        self,
+        x: Float[Array, "B 1 D"],
+        rotation: Rotation,
+        positions: Int[Array, " B"],
+        cache: LayerCache,
+        visible: Bool[Array, "B C"],
+    ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
+        """One token per row, against the cache that it is first written to."""
+        with jax.named_scope("attention"):
+            queries, keys, values = self.self_attn.project(self.input_layernorm(x), rotation)
+            cache = cache.write(keys[:, 0], values[:, 0], positions)
+            mixed = attend(queries, cache.keys, cache.values, visible[:, None])
+            x = x + self.self_attn.output(mixed)
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class MistralModel(nnx.Module):
+    """Embeddings, blocks and final norm: everything but the head."""
+
+    def __init__(self, config: MistralConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        layers = [
+            MistralDecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)
+        ]
+        self.layers = _module_list(layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+
+
+class MistralForCausalLM(nnx.Module, GenerationMixin):
+    """A Mistral language model with random weights; `AutoModelForCausalLM.from_pretrained` loads real ones.
+
+    `dtype` is that of the weights and of the computation; norms, softmax and logits are float32 throughout.
+
+    >>> config = MistralConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    ...                        num_attention_heads=2, num_key_value_heads=1)
+    >>> MistralForCausalLM(config, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).shape
+    (1, 3, 50)
+    """
+
+    def __init__(
+        self, config: MistralConfig, *, rngs: nnx.Rngs, dtype: "jnp.dtype | type | str" = jnp.float32
+    ):
+        dtype = jnp.dtype(dtype)
+        self.config = config
+        self.model = MistralModel(config, dtype=dtype, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, rngs=rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of embeddings, activations and cache."""
+        return self.model.norm.weight[...].dtype
+
+    def __call__(
+        self,
+        input_ids: Int[Array | np.ndarray, "B T"],
+        attention_mask: "Int[Array | np.ndarray, 'B T'] | Bool[Array | np.ndarray, 'B T'] | None" = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits (float32) for the token after each column.
+
+        `attention_mask` is 1 on real tokens, in any arrangement; positions count real tokens only, and the logits
+        of masked columns mean nothing.
+        """
+        ids = jnp.asarray(input_ids)
+        real = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
+        positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+        hidden, _ = self._prompt(ids, positions, real)
+        return self._logits(hidden)
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], slots: int
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Read right-padded prompts: float32 logits after each row's last token, and a cache of `slots` slots."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, fresh = self._prompt(tokens, positions, positions < lengths[:, None])
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+        with jax.named_scope("cache"):
+            cache = [layer_cache_from_prompt(keys, values, lengths, slots) for keys, values in fresh]
+        return self._logits(last)[:, 0], cache
+
+    def step(
+        self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Read one token per row at `positions`: float32 logits for the next one, and the cache that holds it."""
+        x = self.model.embed_tokens(tokens[:, None])
+        rotation = self._rotation(positions[:, None])
+        visible = visible_slots(positions, cache[0].keys.shape[2])
+        caches = []
+        for layer, layer_cache in zip(self.model.layers, cache, strict=True):
+            x, layer_cache = layer.step(x, rotation, positions, layer_cache, visible)
+            caches.append(layer_cache)
+        return self._logits(self.model.norm(x))[:, 0], caches
+
+    def _prompt(
+        self, ids: Int[Array, "B T"], positions: Int[Array, "B T"], real: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], list[tuple[Array, Array]]]:
+        x = self.model.embed_tokens(ids)
+        rotation = self._rotation(positions)
+        fresh = []
+        for layer in self.model.layers:
+            x, keys_and_values = layer.prompt(x, rotation, positions, real)
+            fresh.append(keys_and_values)
+        return self.model.norm(x), fresh
+
+    def _rotation(self, positions: Int[Array, "B T"]) -> Rotation:
+        return rope(positions, self.config.head_size, self.config.rope_theta, self.dtype)
+
+    def _logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        with jax.named_scope("lm_head"):
+            tied = self.config.tie_word_embeddings
+            logits = self.model.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)
+            return logits.astype(jnp.float32)
