@@ -1,1 +1,53 @@
-"""jaxgen: Hugging Face `generate` for JAX."""
+"""jaxgen: Hugging Face `generate` for JAX.
+
+    model = jaxgen.AutoModelForCausalLM.from_pretrained(name_or_path)
+    ids = model.generate(**tokenizer(texts, padding=True, return_tensors="np"))
+
+Names are imported when first used, so `import jaxgen` costs next to nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxgen import demo as demo
+    from jaxgen.config import MistralConfig as MistralConfig
+    from jaxgen.convert.load import AutoModelForCausalLM as AutoModelForCausalLM
+    from jaxgen.errors import CheckpointError as CheckpointError
+    from jaxgen.errors import JaxgenError as JaxgenError
+    from jaxgen.errors import NonFiniteLogitsError as NonFiniteLogitsError
+    from jaxgen.errors import UnsupportedError as UnsupportedError
+    from jaxgen.generation.compiled import enable_compile_cache as enable_compile_cache
+    from jaxgen.generation.config import GenerationConfig as GenerationConfig
+    from jaxgen.generation.generate import generate as generate
+    from jaxgen.generation.output import GenerateOutput as GenerateOutput
+    from jaxgen.model import MistralForCausalLM as MistralForCausalLM
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AutoModelForCausalLM": "jaxgen.convert.load",
+    "CheckpointError": "jaxgen.errors",
+    "GenerateOutput": "jaxgen.generation.output",
+    "GenerationConfig": "jaxgen.generation.config",
+    "JaxgenError": "jaxgen.errors",
+    "MistralConfig": "jaxgen.config",
+    "MistralForCausalLM": "jaxgen.model",
+    "NonFiniteLogitsError": "jaxgen.errors",
+    "UnsupportedError": "jaxgen.errors",
+    "enable_compile_cache": "jaxgen.generation.compiled",
+    "generate": "jaxgen.generation.generate",
+}
+__all__ = [*_HOME, "demo"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name == "demo":
+        return importlib.import_module("jaxgen.demo")
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxgen' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

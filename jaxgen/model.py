@@ -10,6 +10,9 @@ Both keep what belongs to one key-value head, or one feed-forward unit, together
 no reshuffling. `convert/` maps HF's tensors to these names and back.
 """
 
+import os
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,7 +181,18 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of embeddings, activations and cache."""
-        return self.model.norm.weight[...].dtype
+        return self.model.norm.weight.dtype
+
+    @property
+    def device(self) -> jax.Device:
+        """Where the weights are (the first device, if sharded)."""
+        return next(iter(self.model.norm.weight.devices()))
+
+    def save_pretrained(self, directory: "str | os.PathLike[str]", **options: Any) -> None:
+        """Write a Hugging Face checkpoint; options and errors as in `jaxgen.convert.save_pretrained`."""
+        from jaxgen.convert.export import save_pretrained
+
+        save_pretrained(self, directory, **options)
 
     def __call__(
         self,

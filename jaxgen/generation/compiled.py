@@ -1,0 +1,62 @@
+"""Jitted functions that say when they compile, and the opt-in compile cache on disk."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxgen.errors import JaxgenError
+
+logger = logging.getLogger("jaxgen")
+
+
+class Stage:
+    """`jax.jit(function)` that logs one line per compilation: `describe(*args)`, and the seconds it took.
+
+    >>> double = Stage(lambda x: 2 * x, describe=lambda x: f"double[{x.shape}]")
+    >>> int(double(jax.numpy.ones(())))
+    2
+    """
+
+    def __init__(self, function: Callable[..., Any], describe: Callable[..., str], **jit_options: Any):
+        self.describe = describe
+        self.traces = 0
+
+        def counted(*args: Any) -> Any:
+            self.traces += 1  # Python runs this only while tracing
+            return function(*args)
+
+        counted.__name__ = counted.__qualname__ = getattr(function, "__name__", "stage").strip("<>")
+        self._jitted = jax.jit(counted, **jit_options)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run, and log if that took a compilation."""
+        traces, start = self.traces, time.perf_counter()
+        result = self._jitted(*args)
+        if self.traces != traces:
+            logger.info("compiled %s in %.1f s", self.describe(*args), time.perf_counter() - start)
+        return result
+
+
+def enable_compile_cache(directory: str | os.PathLike[str] | None = None) -> Path:
+    """Keep compiled executables on disk, so that the next process starts warm; returns the directory.
+
+    By default a private directory of this user (mode 0700). JAX loads and runs what it finds there: never use a
+    directory that others can write to. Raises `JaxgenError` if the directory belongs to someone else or is
+    writable by others.
+    """
+    path = Path(directory or Path.home() / ".cache" / "jaxgen" / "compiled").expanduser()
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = path.stat()
+    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+        raise JaxgenError(
+            f"{path} can be written by other users, and whoever writes there can run code here; "
+            "choose a private directory, or chmod 700 it"
+        )
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    return path

@@ -1,0 +1,87 @@
+"""How long a generation may be: what was asked for, what the model was made for, what fits into memory."""
+
+import math
+import os
+
+import jax
+
+from jaxgen.config import MistralConfig
+from jaxgen.errors import JaxgenError
+from jaxgen.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig
+
+_SHOWN = 1_000_000_000
+
+
+def new_token_budget(config: GenerationConfig, width: int, longest: int, context: int) -> int:
+    """How many new tokens each row may get.
+
+    `max_new_tokens` wins over `max_length`, which counts the prompt's `width` with its padding, as in HF; with
+    neither, DEFAULT_NEW_TOKENS within the context. `longest` is the longest prompt in real tokens. Raises
+    `JaxgenError` where nothing would be left to generate, and where prompt and new tokens exceed the model's
+    `context` (max_position_embeddings). Source: transformers `GenerationMixin._prepare_generated_length`.
+    """
+    if longest >= context:
+        raise JaxgenError(f"the prompt has {longest} tokens; the model's context of {context} leaves no room for more")
+    if config.max_new_tokens is not None:
+        budget = config.max_new_tokens
+        asked = f"max_new_tokens={budget}"
+    elif config.max_length is not None:
+        budget = config.max_length - width
+        asked = f"max_length={config.max_length}"
+        if budget <= 0:
+            raise JaxgenError(
+                f"{asked} leaves nothing to generate after a prompt of width {width}; set max_new_tokens instead"
+            )
+    else:
+        return min(DEFAULT_NEW_TOKENS, context - longest)
+    if longest + budget > context:
+        raise JaxgenError(
+            f"a prompt of {longest} tokens and {asked} exceed the model's context of {context} tokens; "
+            f"at most {context - longest} new tokens fit"
+        )
+    if config.min_new_tokens and config.min_new_tokens > budget:
+        raise JaxgenError(f"min_new_tokens={config.min_new_tokens} is more than the {budget} tokens that {asked} allows")
+    return budget
+
+
+def check_memory(config: MistralConfig, itemsize: int, rows: int, total: int, device: jax.Device) -> None:
+    """Raise `JaxgenError`, saying the largest length that fits, if the key-value cache outgrows the device."""
+    free = free_bytes(device)
+    if free is None:
+        return
+    per_slot = rows * kv_bytes_per_token(config, itemsize)
+    needed = per_slot * config.cache_slots(total)
+    if needed > free:
+        raise JaxgenError(
+            f"{rows} rows of {total} tokens need {needed / _SHOWN:.2f} GB of key-value cache, and {free / _SHOWN:.2f} GB "
+            f"are free on {device}; at most {math.floor(free / per_slot)} tokens per row fit (prompt and new tokens), "
+            f"or {math.floor(free / needed * rows)} rows of this length"
+        )
+
+
+def kv_bytes_per_token(config: MistralConfig, itemsize: int) -> int:
+    """Bytes of keys and values that one token of one row takes in all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size * itemsize
+
+
+def free_bytes(device: jax.Device) -> int | None:
+    """Memory that can still be allocated on a device, or None where nobody says."""
+    if device.platform == "cpu":
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _page_cache_bytes()
+        except (ValueError, OSError, AttributeError):
+            return None
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+
+
+def _page_cache_bytes() -> int:
+    """Linux counts file pages that it would give back at once as taken; MemAvailable knows."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            sizes = dict(line.split(":", 1) for line in lines)
+        return (int(sizes["MemAvailable"].split()[0]) - int(sizes["MemFree"].split()[0])) * 1024
+    except (OSError, KeyError, ValueError):
+        return 0

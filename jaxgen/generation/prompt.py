@@ -1,0 +1,106 @@
+"""From what the user passes to what the loop reads: checked ids, packed rows, bucketed shapes.
+
+A row's real tokens are moved to the front, so that token p sits in slot p and its position is p. After that,
+padding no longer exists: left, right or in the middle, it gives the same numbers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from jaxgen.errors import JaxgenError
+
+SMALLEST_PROMPT = 16
+SMALLEST_TOTAL = 64
+
+
+def bucket(size: int, smallest: int = 1) -> int:
+    """The next size of the form 2**k or 3 * 2**k: at most half too large, few enough to compile once each.
+
+    >>> [bucket(n) for n in (1, 5, 7, 33)]
+    [1, 6, 8, 48]
+    """
+    if size <= smallest:
+        return smallest
+    power = 1 << (size - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
+
+
+def pack(
+    ids: Int[Array | np.ndarray, "B T"], mask: Bool[Array | np.ndarray, "B T"], xp: Any = np
+) -> tuple[Int[Array | np.ndarray, "B T"], Int[Array | np.ndarray, " B"]]:
+    """Move each row's real tokens to the front, in order; `xp` is numpy on the host and jax.numpy under jit."""
+    order = xp.argsort(~mask, axis=1, stable=True)
+    lengths = mask.sum(axis=1).astype(np.int32)
+    packed = xp.where(xp.arange(ids.shape[1]) < lengths[:, None], xp.take_along_axis(ids, order, axis=1), 0)
+    return packed.astype(np.int32), lengths
+
+
+def pad_to(array: np.ndarray, shape: tuple[int, ...], fill: int = 0) -> np.ndarray:
+    """Grow an array at its ends to `shape`."""
+    widths = [(0, wanted - size) for wanted, size in zip(shape, array.shape, strict=True)]
+    return np.pad(array, widths, constant_values=fill)
+
+
+def read_prompt(
+    input_ids: Any, attention_mask: Any, vocab_size: int
+) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
+    """Ids and mask as numpy arrays, after every check that needs no model.
+
+    Raises `JaxgenError`, naming row, column and value, for ids that are not a non-empty [batch, length] table of
+    ints inside the vocabulary, a mask of another shape or with other values than 0 and 1, and rows without a
+    single real token.
+    """
+    if isinstance(input_ids, Mapping) or hasattr(input_ids, "input_ids"):
+        raise JaxgenError("input_ids is a mapping; unpack the tokenizer's output: model.generate(**inputs)")
+    ids = _table(input_ids, "input_ids")
+    if ids.size == 0:
+        raise JaxgenError(f"input_ids has shape {ids.shape}: an empty prompt; pass at least one token (such as BOS)")
+    mask = np.ones(ids.shape, bool) if attention_mask is None else _mask(attention_mask, ids.shape)
+    outside = mask & ((ids < 0) | (ids >= vocab_size))
+    if outside.any():
+        row, column = np.argwhere(outside)[0]
+        raise JaxgenError(
+            f"input_ids[{row}, {column}]={ids[row, column]} is outside the model's vocabulary of {vocab_size} tokens; "
+            "is this the tokenizer of this model?"
+        )
+    empty = np.flatnonzero(~mask.any(axis=1))
+    if empty.size:
+        raise JaxgenError(f"attention_mask: row {empty[0]} has no real token; every prompt needs at least one")
+    return ids.astype(np.int32), mask
+
+
+def _mask(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
+    mask = _table(attention_mask, "attention_mask", allow_bool=True)
+    if mask.shape != shape:
+        raise JaxgenError(f"attention_mask has shape {mask.shape}, input_ids has {shape}; they must agree")
+    if not np.isin(mask, (0, 1)).all():
+        row, column = np.argwhere(~np.isin(mask, (0, 1)))[0]
+        raise JaxgenError(f"attention_mask[{row}, {column}]={mask[row, column]} must be 0 or 1")
+    return mask.astype(bool)
+
+
+def _table(values: Any, name: str, allow_bool: bool = False) -> np.ndarray:
+    try:
+        table = np.asarray(values)
+    except ValueError as error:
+        raise JaxgenError(
+            f"{name} has rows of different lengths; pad them: tokenizer(texts, padding=True, return_tensors='np')"
+        ) from error
+    if table.ndim != 2:
+        raise JaxgenError(f"{name} has shape {table.shape}; expected [batch, length], one row per prompt")
+    if table.size and table.dtype.kind not in ("iub" if allow_bool else "iu"):
+        raise JaxgenError(f"{name} has dtype {table.dtype}; expected ints")
+    return table
+
+
+def generated(
+    tokens: Any, prompt_lengths: Any, lengths: Any, width: int, fill: Any, xp: Any = np
+) -> Any:
+    """The `width` entries after each row's prompt, `fill` where a row has ended. Works under numpy and jit."""
+    column = xp.arange(width)
+    slot = xp.minimum(prompt_lengths[:, None] + column, tokens.shape[1] - 1)
+    return xp.where(column < (lengths - prompt_lengths)[:, None], xp.take_along_axis(tokens, slot, axis=1), fill)
+

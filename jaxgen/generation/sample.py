@@ -1,0 +1,105 @@
+"""Randomness: which key belongs to which row and position, and how a token is drawn with it.
+
+    row_key  = fold_in(fold_in(fold_in(fold_in(key, DOMAIN), id_high), id_low), sample)
+    draw_key = fold_in(row_key, position)
+    token    = argmax(filtered logits + gumbel(draw_key, [V]))
+
+`id` is the row's id as 64 bits (its index in the call, or what `row_ids` gives), `sample` counts
+`num_return_sequences` from 0, and `position` is the number of real tokens before the token to be drawn. So a
+row's noise depends on nothing else: not on its neighbours, its padding, the batch, or how the loop was cut. The
+noise covers the unfiltered vocabulary, so changing a filter only changes the mask: runs that differ in top_p
+share their random numbers.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+from jaxgen.errors import JaxgenError
+
+DOMAIN = 0x6A617867  # "jaxg": a user's own fold_in on the same key does not meet ours
+_WORD = 1 << 32
+
+
+def random_key(key: Any, seed: Any) -> tuple[Key[Array, ""], int | None]:
+    """The key of a call, and the seed it came from (None when a key was given).
+
+    `key` is a typed key, or a raw uint32 threefry key; `seed` is any Python int. With neither, a fresh seed is
+    taken from the operating system; it is reported, so that the run can be repeated. Raises `JaxgenError` for
+    both at once, and for `rbg` keys, which are not exact under vmap (rows would depend on their neighbours).
+    """
+    if key is not None and seed is not None:
+        raise JaxgenError("both key and seed were given; pass one of them")
+    if key is None:
+        if seed is None:
+            seed = int.from_bytes(np.random.SeedSequence().generate_state(1).tobytes(), "little")
+        if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
+            raise JaxgenError(f"seed={seed!r} must be an int")
+        data = np.array(divmod(_as_64_bits(int(seed)), _WORD), np.uint32)
+        return jax.random.wrap_key_data(data, impl="threefry2x32"), int(seed)
+    if not hasattr(key, "dtype") or not hasattr(key, "shape"):
+        raise JaxgenError(f"key={key!r} must be a key from jax.random.key; for a plain number use seed=")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.shape != (2,) or key.dtype != np.uint32:
+            raise JaxgenError(f"key has shape {key.shape} and dtype {key.dtype}; make it with jax.random.key(seed)")
+        key = jax.random.wrap_key_data(key, impl="threefry2x32")
+    if "rbg" in str(jax.random.key_impl(key)):
+        raise JaxgenError(
+            "key uses the 'rbg' implementation, whose draws depend on the other rows of a batch; "
+            "make it with jax.random.key(seed, impl='threefry2x32')"
+        )
+    if key.shape != ():
+        raise JaxgenError(f"key has shape {key.shape}; pass one key (rows get their own from it)")
+    return key, None
+
+
+def row_id_words(row_ids: Any, rows: int) -> UInt32[np.ndarray, "B 2"]:
+    """Each row's id as two 32-bit words; ids are ints or strings, by default the row's index.
+
+    Raises `JaxgenError` for a wrong number of ids or an id of another type.
+    """
+    ids = range(rows) if row_ids is None else row_ids
+    if isinstance(ids, str) or not isinstance(ids, Sequence | np.ndarray) or len(ids) != rows:
+        count = f"{len(ids)} of them" if isinstance(ids, Sequence | np.ndarray) else repr(ids)
+        raise JaxgenError(f"row_ids must hold one int or string per row: {rows} rows, got {count}")
+    for row, row_id in enumerate(ids):
+        if not isinstance(row_id, int | str | np.integer) or isinstance(row_id, bool):
+            raise JaxgenError(f"row_ids[{row}]={row_id!r} must be an int or a string")
+    words = [divmod(_as_64_bits(i if isinstance(i, str) else int(i)), _WORD) for i in ids]
+    return np.array(words, np.uint32).reshape(rows, 2)
+
+
+def row_keys(key: Key[Array, ""], row_ids: UInt32[Array, "B 2"], samples: int) -> Key[Array, " R"]:
+    """One key per row and sample, row-major: R = B * samples."""
+
+    def one(words: UInt32[Array, " 2"], sample: Int[Array, ""]) -> Key[Array, ""]:
+        row_key = jax.random.fold_in(jax.random.fold_in(domain_key, words[0]), words[1])
+        return jax.random.fold_in(row_key, sample)
+
+    domain_key = jax.random.fold_in(key, DOMAIN)
+    over_samples = jax.vmap(one, in_axes=(None, 0))
+    return jax.vmap(over_samples, in_axes=(0, None))(row_ids, jnp.arange(samples)).reshape(-1)
+
+
+def draw(
+    logits: Float[Array, "R V"], row_keys: Key[Array, " R"], positions: Int[Array, " R"]
+) -> Int[Array, " R"]:
+    """One exact sample per row from `softmax(logits)`: Gumbel-argmax with the row's own key at its position."""
+
+    def noise(row_key: Key[Array, ""], position: Int[Array, ""]) -> Float[Array, " V"]:
+        draw_key = jax.random.fold_in(row_key, position)
+        return jax.random.gumbel(draw_key, logits.shape[1:], jnp.float32, mode="low")
+
+    return jnp.argmax(logits + jax.vmap(noise)(row_keys, positions), axis=-1).astype(jnp.int32)
+
+
+def _as_64_bits(value: int | str) -> int:
+    """Small non-negative ints as they are (so seed=7 is `jax.random.key(7)`), everything else by its hash."""
+    if isinstance(value, int) and 0 <= value < _WORD**2:
+        return value
+    return int.from_bytes(hashlib.sha256(f"{type(value).__name__}:{value}".encode()).digest()[:8], "big")
