@@ -78,9 +78,7 @@ class MistralAttention(nnx.Module):
         self.head_dim, self.window = config.head_size, config.sliding_window
         fused = self.kv_heads * (self.groups + 2) * self.head_dim
         self.qkv_proj = Linear(config.hidden_size, fused, dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(
-            config.num_attention_heads * self.head_dim, config.hidden_size, dtype=dtype, rngs=rngs
-        )
+        self.o_proj = Linear(config.num_attention_heads * self.head_dim, config.hidden_size, dtype=dtype, rngs=rngs)
 
     def project(
         self, x: Float[Array, "B T D"], rotation: Rotation
@@ -118,7 +116,11 @@ class MistralDecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
     def prompt(
-        self, x: Float[Array, "B T D"], rotation: Rotation, positions: Int[Array, "B T"], real: Bool[Array, "B T"]
+        self,
+        x: Float[Array, "B T D"],
+        rotation: Rotation,
+        positions: Int[Array, "B T"],
+        real: Bool[Array, "B T"],
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
         """A whole prompt at once; also returns its keys and values."""
         with jax.named_scope("attention"):
@@ -151,9 +153,7 @@ class MistralModel(nnx.Module):
 
     def __init__(self, config: MistralConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        layers = [
-            MistralDecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)
-        ]
+        layers = [MistralDecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
         self.layers = _module_list(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
@@ -169,9 +169,7 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
     (1, 3, 50)
     """
 
-    def __init__(
-        self, config: MistralConfig, *, rngs: nnx.Rngs, dtype: "jnp.dtype | type | str" = jnp.float32
-    ):
+    def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs, dtype: "jnp.dtype | type | str" = jnp.float32):
         dtype = jnp.dtype(dtype)
         self.config = config
         self.model = MistralModel(config, dtype=dtype, rngs=rngs)
@@ -184,7 +182,7 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
         return self.model.norm.weight.dtype
 
     @property
-    def device(self) -> jax.Device:
+    def device(self) -> Any:
         """Where the weights are (the first device, if sharded)."""
         return next(iter(self.model.norm.weight.devices()))
 
@@ -229,9 +227,9 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
         rotation = self._rotation(positions[:, None])
         visible = visible_slots(positions, cache[0].keys.shape[2])
         caches = []
-        for layer, layer_cache in zip(self.model.layers, cache, strict=True):
-            x, layer_cache = layer.step(x, rotation, positions, layer_cache, visible)
-            caches.append(layer_cache)
+        for layer, before in zip(self.model.layers, cache, strict=True):
+            x, after = layer.step(x, rotation, positions, before, visible)
+            caches.append(after)
         return self._logits(self.model.norm(x))[:, 0], caches
 
     def _prompt(

@@ -170,7 +170,9 @@ class GenerationConfig:
 
 
 def resolve(
-    options: Mapping[str, Any], generation_config: "GenerationConfig | object | None", checkpoint: GenerationConfig
+    options: Mapping[str, Any],
+    generation_config: "GenerationConfig | object | None",
+    checkpoint: GenerationConfig,
 ) -> GenerationConfig:
     """The effective configuration: option > generation_config > the checkpoint's own > HF's defaults.
 

@@ -22,7 +22,15 @@ from jaxgen.generation.config import GenerationConfig, resolve
 from jaxgen.generation.limits import check_memory, new_token_budget
 from jaxgen.generation.logits import Controls, Recipe
 from jaxgen.generation.output import GenerateOutput, collect
-from jaxgen.generation.prompt import SMALLEST_PROMPT, SMALLEST_TOTAL, bucket, generated, pack, pad_to, read_prompt
+from jaxgen.generation.prompt import (
+    SMALLEST_PROMPT,
+    SMALLEST_TOTAL,
+    bucket,
+    generated,
+    pack,
+    pad_to,
+    read_prompt,
+)
 from jaxgen.generation.sample import random_key, row_id_words
 
 if TYPE_CHECKING:
@@ -117,7 +125,7 @@ class _Call:
 
         rows, length = bucket(len(ids)), bucket(longest, SMALLEST_PROMPT)
         total = bucket(length + budget, SMALLEST_TOTAL)
-        check_memory(model.config, model.dtype.itemsize, rows * samples, total, model.device)
+        check_memory(model.config, model.dtype.itemsize, rows * samples, length, total, model.device)
         prompt = (
             pad_to(tokens[:, :longest], (rows, length)),
             pad_to(lengths, (rows,), fill=1),
@@ -131,7 +139,7 @@ class _Call:
         """Dispatch prefill and decode; `until` stops after that many new tokens."""
         structure, weights = nnx.split(self.model)
         state = _prefill(structure, weights, self.prompt, self.key, self.controls, self.shape)
-        stop = self.controls.max_new_tokens if until is None else np.int32(until)
+        stop = self.controls.max_new_tokens if until is None else np.array(until, np.int32)
         return _decode(structure, weights, state, stop, self.controls, self.shape.recipe)
 
 
@@ -163,9 +171,7 @@ def _run_prefill(structure: Any, weights: Any, prompt: Any, key: Any, controls: 
     return loop.prefill(model, *prompt, key, controls, shape.recipe, shape.total, shape.slots, shape.samples)
 
 
-def _run_decode(
-    structure: Any, weights: Any, state: loop.DecodeState, until: Any, controls: Controls, recipe: Recipe
-):
+def _run_decode(structure: Any, weights: Any, state: loop.DecodeState, until: Any, controls: Controls, recipe: Recipe):
     return loop.decode(nnx.merge(structure, weights), state, until, controls, recipe)
 
 
@@ -184,16 +190,16 @@ _decode = Stage(
 
 
 def controls_of(config: GenerationConfig, max_new_tokens: int) -> Controls:
-    """The traced numbers of an effective configuration, as numpy scalars; unset ones are neutral."""
+    """The traced numbers of an effective configuration, as numpy scalars (0-d arrays); unset ones are neutral."""
     eos = config.eos_token_ids
     return Controls(
-        temperature=np.float32(config.temperature or 1.0),
-        top_k=np.int32(config.top_k or 0),
-        top_p=np.float32(1.0 if config.top_p is None else config.top_p),
-        min_p=np.float32(config.min_p or 0.0),
-        repetition_penalty=np.float32(config.repetition_penalty or 1.0),
-        min_new_tokens=np.int32(config.min_new_tokens or 0),
-        max_new_tokens=np.int32(max_new_tokens),
+        temperature=np.array(config.temperature or 1.0, np.float32),
+        top_k=np.array(config.top_k or 0, np.int32),
+        top_p=np.array(1.0 if config.top_p is None else config.top_p, np.float32),
+        min_p=np.array(config.min_p or 0.0, np.float32),
+        repetition_penalty=np.array(config.repetition_penalty or 1.0, np.float32),
+        min_new_tokens=np.array(config.min_new_tokens or 0, np.int32),
+        max_new_tokens=np.array(max_new_tokens, np.int32),
         eos_ids=pad_to(np.array(eos, np.int32), (bucket(len(eos), 4),), fill=-1),
     )
 

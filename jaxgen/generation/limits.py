@@ -1,13 +1,11 @@
 """How long a generation may be: what was asked for, what the model was made for, what fits into memory."""
 
-import math
-import os
-
-import jax
+from typing import Any
 
 from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig
+from jaxgen.generation.prompt import largest_bucket
 
 _SHOWN = 1_000_000_000
 
@@ -40,23 +38,30 @@ def new_token_budget(config: GenerationConfig, width: int, longest: int, context
             f"at most {context - longest} new tokens fit"
         )
     if config.min_new_tokens and config.min_new_tokens > budget:
-        raise JaxgenError(f"min_new_tokens={config.min_new_tokens} is more than the {budget} tokens that {asked} allows")
+        raise JaxgenError(
+            f"min_new_tokens={config.min_new_tokens} is more than the {budget} tokens that {asked} allows"
+        )
     return budget
 
 
-def check_memory(config: MistralConfig, itemsize: int, rows: int, total: int, device: jax.Device) -> None:
-    """Raise `JaxgenError`, saying the largest length that fits, if the key-value cache outgrows the device."""
+def check_memory(config: MistralConfig, itemsize: int, rows: int, length: int, total: int, device: Any) -> None:
+    """Raise `JaxgenError`, saying how many new tokens fit, if the key-value cache outgrows the device.
+
+    `length` and `total` are the (bucketed) sizes of the prompt and of prompt and new tokens together.
+    """
     free = free_bytes(device)
     if free is None:
         return
     per_slot = rows * kv_bytes_per_token(config, itemsize)
     needed = per_slot * config.cache_slots(total)
-    if needed > free:
-        raise JaxgenError(
-            f"{rows} rows of {total} tokens need {needed / _SHOWN:.2f} GB of key-value cache, and {free / _SHOWN:.2f} GB "
-            f"are free on {device}; at most {math.floor(free / per_slot)} tokens per row fit (prompt and new tokens), "
-            f"or {math.floor(free / needed * rows)} rows of this length"
-        )
+    if needed <= free:
+        return
+    room = largest_bucket(free // per_slot) - length
+    advice = f"at most {room} new tokens fit" if room > 0 else "use fewer rows or a shorter prompt"
+    raise JaxgenError(
+        f"{rows} rows of {total} tokens (prompt and new tokens, rounded up) need {needed / _SHOWN:.2f} GB of "
+        f"key-value cache, and {free / _SHOWN:.2f} GB are free on {device}; {advice}"
+    )
 
 
 def kv_bytes_per_token(config: MistralConfig, itemsize: int) -> int:
@@ -64,24 +69,20 @@ def kv_bytes_per_token(config: MistralConfig, itemsize: int) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size * itemsize
 
 
-def free_bytes(device: jax.Device) -> int | None:
-    """Memory that can still be allocated on a device, or None where nobody says."""
+def free_bytes(device: Any) -> int | None:
+    """Memory that can still be allocated on a jax device, or None where nobody says."""
     if device.platform == "cpu":
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _page_cache_bytes()
-        except (ValueError, OSError, AttributeError):
-            return None
+        return _available_host_bytes()
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         return None
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
 
 
-def _page_cache_bytes() -> int:
-    """Linux counts file pages that it would give back at once as taken; MemAvailable knows."""
+def _available_host_bytes() -> int | None:
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             sizes = dict(line.split(":", 1) for line in lines)
-        return (int(sizes["MemAvailable"].split()[0]) - int(sizes["MemFree"].split()[0])) * 1024
+        return int(sizes["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return 0
+        return None  # not Linux

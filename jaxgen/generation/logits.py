@@ -8,12 +8,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.generation.config import GenerationConfig
 
 Logits = Float[Array, "B V"]
-Scalar = Float[Array, ""]
+Scalar = Float[Array | np.ndarray, ""]
+Count = Int[Array | np.ndarray, ""]
+TokenIds = Int[Array | np.ndarray, " E"]
 
 
 def repetition_penalty(logits: Logits, seen: Bool[Array, "B V"], penalty: Scalar) -> Logits:
@@ -24,7 +27,7 @@ def repetition_penalty(logits: Logits, seen: Bool[Array, "B V"], penalty: Scalar
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def suppress_eos(logits: Logits, eos_ids: Int[Array, " E"], active: Bool[Array, " B"]) -> Logits:
+def suppress_eos(logits: Logits, eos_ids: TokenIds, active: Bool[Array, " B"]) -> Logits:
     """Remove the end-of-sequence tokens in `active` rows; -1 in `eos_ids` is a filler.
 
     Source: transformers `MinNewTokensLengthLogitsProcessor`.
@@ -39,7 +42,7 @@ def temperature(logits: Logits, value: Scalar) -> Logits:
     return logits / value
 
 
-def top_k(logits: Logits, k: Int[Array, ""], bound: int) -> Logits:
+def top_k(logits: Logits, k: Count, bound: int) -> Logits:
     """Keep the k largest logits and every tie of the k-th; `bound` is a static upper limit of k.
 
     Source: Fan et al. 2018 (arXiv 1805.04833); transformers `TopKLogitsWarper`.
@@ -104,13 +107,13 @@ class Controls:
     """The numbers of a GenerationConfig: traced, so that changing one compiles nothing."""
 
     temperature: Scalar
-    top_k: Int[Array, ""]
+    top_k: Count
     top_p: Scalar
     min_p: Scalar
     repetition_penalty: Scalar
-    min_new_tokens: Int[Array, ""]
-    max_new_tokens: Int[Array, ""]
-    eos_ids: Int[Array, " E"]  # filled up with -1
+    min_new_tokens: Count
+    max_new_tokens: Count
+    eos_ids: TokenIds  # filled up with -1
 
 
 def process(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from jaxgen.cache import KVCache
-from jaxgen.generation.logits import Controls, Recipe, process
+from jaxgen.generation.logits import Controls, Count, Recipe, process
 from jaxgen.generation.sample import draw, row_keys
 
 
@@ -88,9 +88,7 @@ def prefill(
     return append_token(state, spread(logits), controls, recipe)
 
 
-def decode(
-    model: CausalLM, state: DecodeState, until: Int[Array, ""], controls: Controls, recipe: Recipe
-) -> DecodeState:
+def decode(model: CausalLM, state: DecodeState, until: Count, controls: Controls, recipe: Recipe) -> DecodeState:
     """Decode until every row is done, or `until` tokens have been drawn; calling again goes on from there."""
 
     def unfinished(state: DecodeState) -> Bool[Array, ""]:
@@ -98,9 +96,7 @@ def decode(
         caller_wants_more = state.steps < until
         return some_row_runs & caller_wants_more
 
-    return jax.lax.while_loop(
-        unfinished, lambda state: decode_step(model, state, controls, recipe), state
-    )
+    return jax.lax.while_loop(unfinished, lambda state: decode_step(model, state, controls, recipe), state)
 
 
 def decode_step(model: CausalLM, state: DecodeState, controls: Controls, recipe: Recipe) -> DecodeState:
@@ -114,9 +110,7 @@ def decode_step(model: CausalLM, state: DecodeState, controls: Controls, recipe:
     return append_token(dataclasses.replace(state, cache=cache), logits, controls, recipe)
 
 
-def append_token(
-    state: DecodeState, logits: Float[Array, "R V"], controls: Controls, recipe: Recipe
-) -> DecodeState:
+def append_token(state: DecodeState, logits: Float[Array, "R V"], controls: Controls, recipe: Recipe) -> DecodeState:
     """Choose each running row's next token from its logits, write it down, and see who is done."""
     with jax.named_scope("sample"):
         new_tokens = state.lengths - state.prompt_lengths

@@ -28,6 +28,16 @@ def bucket(size: int, smallest: int = 1) -> int:
     return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
 
 
+def largest_bucket(limit: int) -> int:
+    """The largest bucket size that does not exceed `limit` (0 if there is none).
+
+    >>> [largest_bucket(n) for n in (0, 7, 50)]
+    [0, 6, 48]
+    """
+    power = 1 << limit.bit_length() >> 1
+    return power * 3 // 2 if power >= 2 and limit >= power * 3 // 2 else power
+
+
 def pack(
     ids: Int[Array | np.ndarray, "B T"], mask: Bool[Array | np.ndarray, "B T"], xp: Any = np
 ) -> tuple[Int[Array | np.ndarray, "B T"], Int[Array | np.ndarray, " B"]]:
@@ -96,11 +106,8 @@ def _table(values: Any, name: str, allow_bool: bool = False) -> np.ndarray:
     return table
 
 
-def generated(
-    tokens: Any, prompt_lengths: Any, lengths: Any, width: int, fill: Any, xp: Any = np
-) -> Any:
+def generated(tokens: Any, prompt_lengths: Any, lengths: Any, width: int, fill: Any, xp: Any = np) -> Any:
     """The `width` entries after each row's prompt, `fill` where a row has ended. Works under numpy and jit."""
     column = xp.arange(width)
     slot = xp.minimum(prompt_lengths[:, None] + column, tokens.shape[1] - 1)
     return xp.where(column < (lengths - prompt_lengths)[:, None], xp.take_along_axis(tokens, slot, axis=1), fill)
-

@@ -41,7 +41,7 @@ def random_key(key: Any, seed: Any) -> tuple[Key[Array, ""], int | None]:
         if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
             raise JaxgenError(f"seed={seed!r} must be an int")
         data = np.array(divmod(_as_64_bits(int(seed)), _WORD), np.uint32)
-        return jax.random.wrap_key_data(data, impl="threefry2x32"), int(seed)
+        return jax.random.wrap_key_data(data, impl="threefry2x32"), int(seed)  # pyright: ignore[reportArgumentType]
     if not hasattr(key, "dtype") or not hasattr(key, "shape"):
         raise JaxgenError(f"key={key!r} must be a key from jax.random.key; for a plain number use seed=")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -86,9 +86,7 @@ def row_keys(key: Key[Array, ""], row_ids: UInt32[Array, "B 2"], samples: int) -
     return jax.vmap(over_samples, in_axes=(0, None))(row_ids, jnp.arange(samples)).reshape(-1)
 
 
-def draw(
-    logits: Float[Array, "R V"], row_keys: Key[Array, " R"], positions: Int[Array, " R"]
-) -> Int[Array, " R"]:
+def draw(logits: Float[Array, "R V"], row_keys: Key[Array, " R"], positions: Int[Array, " R"]) -> Int[Array, " R"]:
     """One exact sample per row from `softmax(logits)`: Gumbel-argmax with the row's own key at its position."""
 
     def noise(row_key: Key[Array, ""], position: Int[Array, ""]) -> Float[Array, " V"]:
