@@ -1,4 +1,4 @@
-"""Jitted functions that say when they compile, and the opt-in compile cache on disk."""
+"""The two executables, which say when they compile, and the opt-in compile cache on disk."""
 
 import logging
 import os
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from jaxgen.errors import JaxgenError
+from jaxgen.generation import loop
 
 logger = logging.getLogger("jaxgen")
 
@@ -40,6 +42,29 @@ class Stage:
         if self.traces != traces:
             logger.info("compiled %s in %.1f s", self.describe(*args), time.perf_counter() - start)
         return result
+
+
+def _run_prefill(structure: Any, weights: Any, prompts: Any, key: Any, controls: Any, plan: Any) -> Any:
+    return loop.prefill(nnx.merge(structure, weights), prompts, key, controls, plan)
+
+
+def _run_decode(structure: Any, weights: Any, state: Any, until: Any, controls: Any, recipe: Any) -> Any:
+    return loop.decode(nnx.merge(structure, weights), state, until, controls, recipe)
+
+
+def _describe_prefill(structure: Any, weights: Any, prompts: Any, key: Any, controls: Any, plan: Any) -> str:
+    (rows, length), total = prompts.tokens.shape, plan.total
+    return f"prefill[batch={rows}, prompt={length}, total={total}]"
+
+
+def _describe_decode(structure: Any, weights: Any, state: Any, until: Any, controls: Any, recipe: Any) -> str:
+    return f"decode[batch={state.tokens.shape[0]}, total={state.tokens.shape[1]}]"
+
+
+# `structure, weights = nnx.split(model)`. Weights are arguments, never constants of the executable; the state is
+# donated, so the cache is updated in place.
+prefill = Stage(_run_prefill, _describe_prefill, static_argnums=(0, 5))
+decode = Stage(_run_decode, _describe_decode, static_argnums=(0, 5), donate_argnums=2)
 
 
 def enable_compile_cache(directory: str | os.PathLike[str] | None = None) -> Path:

@@ -235,7 +235,7 @@ def _number(low: float, high: float, interval: str):
     """A finite number inside an interval written as in mathematics, such as '(0, 1]'."""
 
     def check(name: str, value: Any) -> float:
-        fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not fits or not low <= value <= high or (value == low and interval.startswith("(")):
             hint = "; use do_sample=False for greedy search" if name == "temperature" and value == 0 else ""
             raise JaxgenError(f"{name}={value!r} must be a number in {interval}{hint}")

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from jaxgen.cache import KVCache
@@ -33,6 +34,27 @@ class CausalLM(Protocol):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
+class Prompts:
+    """A batch of prompts as the device reads them: right-padded, possibly with idle rows that fill up a bucket."""
+
+    tokens: Int[Array | np.ndarray, "B T"]
+    lengths: Int[Array | np.ndarray, " B"]  # real tokens per row, at least 1
+    row_ids: UInt32[Array | np.ndarray, "B 2"]  # two words per row, see `sample.row_id_words`
+    idle: Bool[Array | np.ndarray, " B"]  # nobody asked for this row
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static in a generation, besides the shapes of its arrays."""
+
+    recipe: Recipe
+    samples: int  # rows per prompt
+    total: int  # the largest length of a row, prompt and new tokens
+    slots: int  # cache slots per row
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
 class DecodeState:
     """All that generation knows between two tokens. R rows, S the largest total length, V vocabulary."""
 
@@ -48,44 +70,29 @@ class DecodeState:
     cache: KVCache  # keys and values of tokens 0 .. lengths - 2; the newest token has not been read yet
 
 
-def prefill(
-    model: CausalLM,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    row_ids: UInt32[Array, "B 2"],
-    idle: Bool[Array, " B"],
-    key: Key[Array, ""],
-    controls: Controls,
-    recipe: Recipe,
-    total: int,
-    slots: int,
-    samples: int,
-) -> DecodeState:
-    """Read right-padded prompts once, spread them over `samples` rows each, and draw every row's first token.
-
-    `total` is the largest length of a row, `slots` the size of its cache, and `idle` marks the rows that only
-    fill up a bucket.
-    """
-    logits, cache = model.prefill(tokens, lengths, slots)
+def prefill(model: CausalLM, prompts: Prompts, key: Key[Array, ""], controls: Controls, plan: Plan) -> DecodeState:
+    """Read the prompts once, spread each over `plan.samples` rows, and draw every row's first token."""
+    tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
+    logits, cache = model.prefill(tokens, lengths, plan.slots)
 
     def spread(x: Array) -> Array:
-        return jnp.repeat(x, samples, axis=0) if samples > 1 else x
+        return jnp.repeat(x, plan.samples, axis=0) if plan.samples > 1 else x
 
-    rows = tokens.shape[0] * samples
+    rows = tokens.shape[0] * plan.samples
     lengths = spread(lengths)
     state = DecodeState(
-        tokens=jnp.pad(spread(tokens), ((0, 0), (0, total - tokens.shape[1]))),
+        tokens=jnp.pad(spread(tokens), ((0, 0), (0, plan.total - tokens.shape[1]))),
         lengths=lengths,
         prompt_lengths=lengths,
-        done=spread(idle),
+        done=spread(jnp.asarray(prompts.idle)),
         broken=jnp.zeros(rows, bool),
-        logprobs=jnp.zeros((rows, total), jnp.float32),
-        model_logprobs=jnp.zeros((rows, total), jnp.float32),
-        row_keys=row_keys(key, row_ids, samples),
+        logprobs=jnp.zeros((rows, plan.total), jnp.float32),
+        model_logprobs=jnp.zeros((rows, plan.total), jnp.float32),
+        row_keys=row_keys(key, jnp.asarray(prompts.row_ids), plan.samples),
         steps=jnp.zeros((), jnp.int32),
         cache=jax.tree.map(spread, cache),
     )
-    return append_token(state, spread(logits), controls, recipe)
+    return append_token(state, spread(logits), controls, plan.recipe)
 
 
 def decode(model: CausalLM, state: DecodeState, until: Count, controls: Controls, recipe: Recipe) -> DecodeState:

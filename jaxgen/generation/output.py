@@ -10,6 +10,7 @@ from jaxgen.errors import NonFiniteLogitsError
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.loop import DecodeState
 from jaxgen.generation.prompt import generated
+from jaxgen.generation.request import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +29,10 @@ class GenerateOutput:
         return getattr(self, name)
 
 
-def collect(
-    state: DecodeState,
-    input_ids: Int[np.ndarray, "B T"],
-    config: GenerationConfig,
-    seed: int | None,
-) -> "np.ndarray | GenerateOutput":
+def collect(state: DecodeState, request: Request) -> "np.ndarray | GenerateOutput":
     """Fetch a finished state and lay it out; raises `NonFiniteLogitsError` if a row ran into NaN."""
-    rows = input_ids.shape[0] * (config.num_return_sequences or 1)
+    config, samples = request.config, request.plan.samples
+    rows = request.input_ids.shape[0] * samples
     wanted = {"tokens", "lengths", "prompt_lengths", "broken"}
     if config.return_dict_in_generate:
         wanted |= {"logprobs", "model_logprobs"}
@@ -55,7 +52,7 @@ def collect(
     eos = config.eos_token_ids
     pad = config.pad_token_id if config.pad_token_id is not None else eos[0] if eos else 0
     tokens = new("tokens", pad)
-    prompt = np.repeat(input_ids, config.num_return_sequences or 1, axis=0)
+    prompt = np.repeat(request.input_ids, samples, axis=0)
     sequences = np.concatenate([prompt, tokens], axis=1)
     if not config.return_dict_in_generate:
         return sequences
@@ -66,5 +63,5 @@ def collect(
         model_logprobs=new("model_logprobs", 0.0),
         finish_reason=["eos" if token in eos else "length" for token in last.tolist()],
         generation_config=config,
-        seed=seed,
+        seed=request.seed,
     )

@@ -38,10 +38,11 @@ def largest_bucket(limit: int) -> int:
     return power * 3 // 2 if power >= 2 and limit >= power * 3 // 2 else power
 
 
-def pack(
-    ids: Int[Array | np.ndarray, "B T"], mask: Bool[Array | np.ndarray, "B T"], xp: Any = np
-) -> tuple[Int[Array | np.ndarray, "B T"], Int[Array | np.ndarray, " B"]]:
-    """Move each row's real tokens to the front, in order; `xp` is numpy on the host and jax.numpy under jit."""
+def pack(ids: Int[Array | np.ndarray, "B T"], mask: Bool[Array | np.ndarray, "B T"], xp: Any = np) -> tuple[Any, Any]:
+    """Move each row's real tokens to the front, in order: tokens [B, T] and lengths [B], int32.
+
+    `xp` is numpy on the host and jax.numpy under jit.
+    """
     order = xp.argsort(~mask, axis=1, stable=True)
     lengths = mask.sum(axis=1).astype(np.int32)
     packed = xp.where(xp.arange(ids.shape[1]) < lengths[:, None], xp.take_along_axis(ids, order, axis=1), 0)
