@@ -1,4 +1,4 @@
-"""The two executables, which say when they compile, and the opt-in compile cache on disk."""
+"""Running a request on the device: the two executables, which say when they compile, and the cache of them."""
 
 import logging
 import os
@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from jaxgen.errors import JaxgenError
 from jaxgen.generation import loop
+from jaxgen.generation.request import Request
 
 logger = logging.getLogger("jaxgen")
 
@@ -61,10 +63,30 @@ def _describe_decode(structure: Any, weights: Any, state: Any, until: Any, contr
     return f"decode[batch={state.tokens.shape[0]}, total={state.tokens.shape[1]}]"
 
 
-# `structure, weights = nnx.split(model)`. Weights are arguments, never constants of the executable; the state is
-# donated, so the cache is updated in place.
-prefill = Stage(_run_prefill, _describe_prefill, static_argnums=(0, 5))
-decode = Stage(_run_decode, _describe_decode, static_argnums=(0, 5), donate_argnums=2)
+# Weights are arguments, never constants of the executable; the state is donated, so the cache is updated in place.
+_prefill = Stage(_run_prefill, _describe_prefill, static_argnums=(0, 5))
+_decode = Stage(_run_decode, _describe_decode, static_argnums=(0, 5), donate_argnums=2)
+
+
+class Run:
+    """A generation in progress: prefilled when made, then advanced as far as the caller wants.
+
+    `state` is what there is so far. How often and how far `advance` is called changes nothing in the tokens.
+    """
+
+    def __init__(self, model: nnx.Module, request: Request):
+        self._request = request
+        self._structure, self._weights = nnx.split(model)
+        self.state: loop.DecodeState = _prefill(
+            self._structure, self._weights, request.prompts, request.key, request.controls, request.plan
+        )
+
+    def advance(self, until: int | None = None) -> loop.DecodeState:
+        """Decode until every row has ended, or has `until` new tokens."""
+        controls, recipe = self._request.controls, self._request.plan.recipe
+        stop = controls.max_new_tokens if until is None else np.array(until, np.int32)
+        self.state = _decode(self._structure, self._weights, self.state, stop, controls, recipe)
+        return self.state
 
 
 def enable_compile_cache(directory: str | os.PathLike[str] | None = None) -> Path:

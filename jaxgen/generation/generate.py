@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation import compiled, loop
+from jaxgen.generation import loop
+from jaxgen.generation.compiled import Run
 from jaxgen.generation.config import GenerationConfig, resolve
 from jaxgen.generation.limits import new_token_budget
 from jaxgen.generation.logits import Recipe
@@ -58,10 +58,7 @@ class GenerationMixin:
         """
         config = resolve(options, generation_config, self.generation_config)
         request = Request.read(self, input_ids, attention_mask, config, key, seed, row_ids)
-        structure, weights = nnx.split(self)
-        state = compiled.prefill(structure, weights, request.prompts, request.key, request.controls, request.plan)
-        until = request.controls.max_new_tokens
-        state = compiled.decode(structure, weights, state, until, request.controls, request.plan.recipe)
+        state = Run(self, request).advance()
         return collect(state, request)
 
     def warmup(self, batch: int, prompt_length: int, max_new_tokens: int, **options: Any) -> None:
@@ -74,10 +71,7 @@ class GenerationMixin:
         """
         config = resolve(options | {"max_new_tokens": max_new_tokens}, None, self.generation_config)
         request = Request.read(self, np.zeros((batch, prompt_length), np.int32), None, config)
-        structure, weights = nnx.split(self)
-        state = compiled.prefill(structure, weights, request.prompts, request.key, request.controls, request.plan)
-        until = np.array(1, np.int32)  # already drawn by prefill: the loop is compiled, and not entered
-        state = compiled.decode(structure, weights, state, until, request.controls, request.plan.recipe)
+        state = Run(self, request).advance(until=1)  # prefill has drawn one: the loop is compiled, not entered
         jax.block_until_ready(state.lengths)
 
     @property

@@ -20,6 +20,7 @@ class GenerateOutput:
     sequences: Int[np.ndarray, "R total"]  # the input's columns, then the new tokens, then pad
     logprobs: Float[np.ndarray, "R N"]  # of each new token where it was drawn, after processors; 0 after the end
     model_logprobs: Float[np.ndarray, "R N"]  # the model's own, before processors; 0 after the end
+    lengths: Int[np.ndarray, " R"]  # new tokens per row
     finish_reason: list[str]  # "eos" or "length", per row
     generation_config: GenerationConfig  # the values in effect
     seed: int | None  # the seed in effect; None when a key was given
@@ -61,6 +62,7 @@ def collect(state: DecodeState, request: Request) -> "np.ndarray | GenerateOutpu
         sequences=sequences,
         logprobs=new("logprobs", 0.0),
         model_logprobs=new("model_logprobs", 0.0),
+        lengths=counts,
         finish_reason=["eos" if token in eos else "length" for token in last.tolist()],
         generation_config=config,
         seed=request.seed,

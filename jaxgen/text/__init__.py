@@ -1,0 +1,1 @@
+"""Where token ids become text: tokenizers and streaming."""

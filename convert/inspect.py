@@ -1,0 +1,88 @@
+"""What a checkpoint is and what it needs, from its headers alone: nothing is loaded."""
+
+import math
+import os
+from typing import Any
+
+from jaxgen.config import MistralConfig
+from jaxgen.errors import CheckpointError
+from jaxgen.generation.limits import free_bytes, kv_bytes_per_token
+
+from .checkpoint import Checkpoint, read_json
+from .hub import locate
+from .names import parameter_parts
+from .placement import as_device, as_dtype, auto_dtype
+
+
+def describe(name_or_path: "str | os.PathLike[str]", dtype: str = "auto") -> str:
+    """A table of architecture, parameters, sizes in bytes, and what fits on JAX's first device, as text.
+
+    `dtype` is what the sizes in memory are computed for. Raises `JaxgenError` as `from_pretrained` does.
+    """
+    device = as_device("auto")
+    chosen = auto_dtype(device) if dtype == "auto" else as_dtype(dtype)
+    directory = locate(name_or_path)
+    config = MistralConfig.from_hf(read_json(directory / "config.json"))
+    checkpoint = Checkpoint(directory)
+    if checkpoint.problems:
+        raise CheckpointError(str(directory), checkpoint.problems)
+    count = sum(math.prod(part.shape) for parts in parameter_parts(config).values() for part in parts)
+    loaded = count * chosen.itemsize
+    per_token = kv_bytes_per_token(config, chosen.itemsize)
+    rows = {
+        "checkpoint": directory,
+        "architecture": _architecture(config),
+        "attention": _attention(config),
+        "parameters": f"{count:,}",
+        "files": _files(checkpoint),
+        f"as {chosen.name}": _size(loaded),
+        "cache": f"{_size(per_token)} per token and row, {_size(per_token * config.cache_slots(_longest(config)))} "
+        f"for a row of {_longest(config):,} tokens",
+        "device": f"{device.device_kind}: {_fits(config, device, loaded, per_token)}",
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def _architecture(config: MistralConfig) -> str:
+    tied = ", tied embeddings" if config.tie_word_embeddings else ""
+    return (
+        f"MistralForCausalLM: {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
+        f"feed-forward {config.intermediate_size}, vocabulary {config.vocab_size}{tied}"
+    )
+
+
+def _attention(config: MistralConfig) -> str:
+    window = f"window {config.sliding_window}" if config.sliding_window else "full"
+    return (
+        f"{config.num_attention_heads} heads of {config.head_size}, {config.num_key_value_heads} key-value heads, "
+        f"{window}, context {config.max_position_embeddings}, RoPE base {config.rope_theta:g}"
+    )
+
+
+def _files(checkpoint: Checkpoint) -> str:
+    dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})
+    shards = {info.shard for info in checkpoint.tensors.values()}
+    return f"{', '.join(dtypes)}, {_size(checkpoint.total_bytes)} in {len(shards)} safetensors file(s)"
+
+
+def _fits(config: MistralConfig, device: Any, loaded: int, per_token: int) -> str:
+    free = free_bytes(device)
+    if free is None:
+        return "memory unknown"
+    left = free - loaded
+    if left < 0:
+        return f"{_size(free)} free; the weights do not fit"
+    row = per_token * config.cache_slots(_longest(config))
+    return f"{_size(free)} free; the weights fit, and beside them the cache of {left // row:,} rows of that length"
+
+
+def _longest(config: MistralConfig) -> int:
+    """A length to speak of: the context, but not the 131,072 tokens that configs claim by default."""
+    return min(config.max_position_embeddings, 4096)
+
+
+def _size(nbytes: float) -> str:
+    power = min(int(math.log10(max(nbytes, 1))) // 3, 3)
+    return f"{nbytes / 1000**power:.4g} {('B', 'kB', 'MB', 'GB')[power]}"
+

@@ -1,0 +1,153 @@
+"""The command line: `jaxgen generate` and `jaxgen inspect`."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxgen.errors import JaxgenError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for errors (one line on stderr), 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    # Only what jaxgen says belongs on the terminal; transformers would remark that torch is not installed.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except JaxgenError as error:
+        sys.stderr.write(f"jaxgen: {error}\n".replace("\n", " ").strip() + "\n")
+        return 2
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxgen", description="Hugging Face generate for JAX.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue prompts", description="Continue prompts.")
+    generate.set_defaults(run=_generate)
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue; none or '-': lines of stdin")
+    generate.add_argument("--file", type=Path, help="read prompts from this file, one per line")
+    generate.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint directory or hub id (default: the demo)")
+    generate.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    generate.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the model's, or 20")
+    generate.add_argument("--do-sample", action="store_true", default=None, help="sample instead of greedy search")
+    generate.add_argument("--temperature", type=float)
+    generate.add_argument("--top-k", type=int)
+    generate.add_argument("--top-p", type=float)
+    generate.add_argument("--min-p", type=float)
+    generate.add_argument("--seed", type=int, help="any int; the same seed gives the same text")
+    generate.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
+    output = generate.add_mutually_exclusive_group()
+    output.add_argument("--stream", action="store_true", help="print text as it is generated")
+    output.add_argument("--json", action="store_true", help="print one JSON object per prompt and line")
+
+    inspect = commands.add_parser("inspect", help="describe a checkpoint", description="Describe a checkpoint.")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("model", metavar="DIR_OR_ID")
+    inspect.add_argument("--dtype", default="auto", help="as for generate: what the sizes are computed for")
+    return parser
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from jaxgen import demo
+    from jaxgen.convert.hub import locate
+    from jaxgen.convert.load import AutoModelForCausalLM
+    from jaxgen.text.tokenizer import load_tokenizer
+
+    if options.batch_size < 1:
+        raise JaxgenError(f"--batch-size {options.batch_size} must be at least 1")
+    prompts = _prompts(options)
+    directory = locate(options.model) if options.model else demo.path()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=options.dtype)
+    tokenizer = load_tokenizer(directory)
+    names = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p")
+    settings = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.stream:
+        _stream(model, tokenizer, prompts, settings, options.seed)
+        return
+    for prompt, completion, details in _complete(model, tokenizer, prompts, settings, options):
+        if options.json:
+            record = {"prompt": prompt, "completion": completion, **details}
+            sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+        else:
+            sys.stdout.write(prompt + completion + "\n")
+        sys.stdout.flush()
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    """The prompts, from --file, from the arguments, or from standard input."""
+    if options.file is not None:
+        if options.prompts:
+            raise JaxgenError("prompts were given both as arguments and with --file; choose one")
+        try:
+            prompts = options.file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise JaxgenError(f"--file {options.file}: cannot be read: {error}") from error
+    elif options.prompts and options.prompts != ["-"]:
+        return options.prompts
+    else:
+        try:
+            prompts = sys.stdin.read().splitlines()
+        except UnicodeDecodeError as error:
+            raise JaxgenError(f"standard input is not UTF-8 text: {error}") from error
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise JaxgenError("no prompts: give one as an argument, with --file, or on standard input")
+    return prompts
+
+
+def _complete(
+    model: Any, tokenizer: Any, prompts: list[str], settings: dict[str, Any], options: argparse.Namespace
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Each prompt with its continuation and details; row ids make a row's text independent of --batch-size."""
+    for start in range(0, len(prompts), options.batch_size):
+        batch = prompts[start : start + options.batch_size]
+        inputs = tokenizer(batch, padding=True, return_tensors="np")
+        result = model.generate(
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            seed=options.seed,
+            row_ids=range(start, start + len(batch)),
+            return_dict_in_generate=True,
+            **settings,
+        )
+        width = inputs["input_ids"].shape[1]
+        for row, prompt in enumerate(batch):
+            count = result.lengths[row]
+            tokens = result.sequences[row, width : width + count].tolist()
+            yield prompt, tokenizer.decode(tokens, skip_special_tokens=True), {
+                "token_ids": tokens,
+                "logprobs": result.logprobs[row, :count].tolist(),
+                "finish_reason": result.finish_reason[row],
+            }  # fmt: skip
+
+
+def _stream(model: Any, tokenizer: Any, prompts: list[str], settings: dict[str, Any], seed: int | None) -> None:
+    from jaxgen.text.stream import stream_text
+
+    for row, prompt in enumerate(prompts):
+        sys.stdout.write(prompt)
+        for piece in stream_text(model, tokenizer, prompt, seed=seed, row_id=row, **settings):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from jaxgen.convert.inspect import describe
+
+    sys.stdout.write(describe(options.model, dtype=options.dtype) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

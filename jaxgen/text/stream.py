@@ -1,0 +1,54 @@
+"""Text as it is generated: the same prefill and decode as `model.generate`, a few tokens at a time."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgen.errors import NonFiniteLogitsError
+from jaxgen.generation.compiled import Run
+from jaxgen.generation.config import resolve
+from jaxgen.generation.request import Request
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # how tokenizers show the first bytes of a character
+
+
+def stream_text(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    *,
+    chunk_size: int = 1,
+    seed: int | None = None,
+    row_id: int | str = 0,
+    **options: Any,
+) -> Iterator[str]:
+    """Yield the continuation of one prompt piece by piece; joined, it is the text that `model.generate` gives.
+
+    The host looks every `chunk_size` tokens. `options` are those of `model.generate`. Raises what it raises.
+    """
+    inputs = tokenizer([text], return_tensors="np")
+    config = resolve(options, None, model.generation_config)
+    request = Request.read(model, inputs["input_ids"], inputs["attention_mask"], config, seed=seed, row_ids=[row_id])
+    run = Run(model, request)
+    shown, new_tokens, done = "", 1, False
+    while not done:
+        state = run.advance(until=new_tokens)
+        tokens, length, prompt, done, broken = jax.device_get(
+            (state.tokens[0], state.lengths[0], state.prompt_lengths[0], state.done[0], state.broken[0])
+        )
+        if broken:
+            raise NonFiniteLogitsError([0], [int(length - prompt)])
+        piece, shown = _grow(tokenizer, tokens[prompt:length], shown, final=bool(done))
+        if piece:
+            yield piece
+        new_tokens += chunk_size
+
+
+def _grow(tokenizer: Any, tokens: np.ndarray, shown: str, final: bool) -> tuple[str, str]:
+    """What the tokens add to the text shown so far; an unfinished character waits for its last byte."""
+    text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+    if not final:
+        text = text.rstrip(_UNFINISHED)
+    return text[len(shown) :], text
