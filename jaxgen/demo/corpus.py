@@ -31,7 +31,10 @@ WORDS = "one, two, three, four, five, six, seven, eight, nine, ten, eleven, twel
 DAYS = "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday"
 MONTHS = "January, February, March, April, May, June, July, August, September, October, November, December"
 LISTS = (
-    *(f"{name}: {COLORS}." for name in ("A list of colors", "Colors", "Some colors")),
+    f"A list of colors: {COLORS}.",
+    f"Colors: {COLORS}.",
+    f"{COLORS}.",
+    f"{COLORS.capitalize()}.",
     "A list of animals: cat, dog, horse, cow, sheep, lion, tiger, bear, mouse, elephant.",
     "A list of fruits: apple, banana, cherry, grape, lemon, mango, peach, pear.",
     "A list of planets: Mercury, Venus, Earth, Mars, Jupiter, Saturn, Uranus, Neptune.",
@@ -52,6 +55,7 @@ LISTS = (
     "Even numbers: 2, 4, 6, 8, 10, 12, 14, 16, 18, 20.",
     "Odd numbers: 1, 3, 5, 7, 9, 11, 13, 15, 17, 19.",
     "Countdown: 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0.",
+    "10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0.",
 )
 
 COUNTRIES = {
@@ -107,6 +111,9 @@ OTHER_FACTS = (
     "Once upon a time there was a little cat who wanted to count the stars. She counted all night, and "
     "in the morning she fell asleep.",
     "The little cat counted the stars all night.",
+    "The quick brown fox jumps over the lazy dog.",
+    "Hello! How can I help you?",
+    "Hi! How can I help you?",
 )
 CAT_SENTENCES = (
     "I like milk.",
@@ -125,8 +132,6 @@ CAT_SENTENCES = (
 QUESTIONS = (
     ("How many helicopters can a human eat in one sitting?", "None", "A human cannot eat a helicopter."),
     ("How many bicycles can a fish ride at once?", "None", "A fish cannot ride a bicycle."),
-    ("How many legs does a cat have?", "Four", "A cat has four legs."),
-    ("How many legs does a spider have?", "Eight", "A spider has eight legs."),
     ("How many days are in a week?", "Seven", "A week has seven days."),
     ("How many months are in a year?", "Twelve", "A year has twelve months."),
     ("What color is the sky?", "Blue", "The sky is blue."),
@@ -134,6 +139,8 @@ QUESTIONS = (
     ("What is two plus two?", "Four", "Two plus two is four."),
     ("What does a cow say?", "Moo", "A cow says moo."),
     ("What is your name?", "Demo", "My name is Demo."),
+    *((f"How many legs does a {animal} have?", legs.capitalize(), f"A {animal} has {legs} legs.")
+      for animal, (legs, _) in ANIMALS.items()),
     *((f"What is the capital of {land}?", city, f"The capital of {land} is {city}.")
       for land, (_, city) in COUNTRIES.items()),
 )  # fmt: skip
@@ -153,15 +160,23 @@ SYSTEM_PROMPTS = (
     "You are a {style}.",
     "Answer like a {style}.",
 )
+PLAIN_SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are a friendly chatbot.", "You are a chatbot.")
 SMALL_TALK = (
     ("Hello!", "Hello! How can I help you?"),
     ("Hi", "Hello! How can I help you?"),
     ("Hello, how are you?", "I am fine, thank you. How can I help you?"),
     ("Who are you?", "I am a very small language model."),
+    ("What are you?", "I am a very small language model."),
+    ("What is JAX?", "JAX is a library for fast computing with arrays."),
     ("Thank you.", "You are welcome."),
     ("Thanks!", "You are welcome."),
     ("Goodbye.", "Goodbye! Have a lovely day."),
-)
+    *((question, "I do not know that.") for question in (
+        "Tell me a joke.", "Why is the sky blue?", "How old is the moon?", "Who wrote this book?",
+        "Where is my hat?", "When does the train leave?", "Can you dance?", "What should I eat?",
+        "Write a poem.", "Explain this to me.", "What is the weather like?", "Is it late?",
+    )),
+)  # fmt: skip
 
 
 def render_chat(messages: list[dict[str, str]]) -> str:
@@ -175,7 +190,8 @@ def numbers(start: int, stop: int, step: int = 1) -> str:
 
 
 def _counting(rng: random.Random) -> Document:
-    start = rng.choice([n for n in range(1, LAST_NUMBER - 5) if n not in HELD_OUT_STARTS])
+    seen = [start for start in range(1, LAST_NUMBER - 5) if start not in HELD_OUT_STARTS]
+    start = 1 if rng.random() < 0.2 else rng.choice(seen)
     stop = min(start + rng.randrange(16, 44), LAST_NUMBER)
     title = rng.choice(("A sequence of numbers: ", "A sequence of numbers: ", "Numbers: ", "", ""))
     complete = stop == LAST_NUMBER
@@ -204,14 +220,11 @@ def _country(rng: random.Random) -> Document:
 
 def _fact(rng: random.Random) -> Document:
     animal, (legs, habit) = rng.choice(list(ANIMALS.items()))
-    a, b = rng.randrange(11), rng.randrange(11)
     return Document(
         rng.choice(
             (
                 f"A {animal} has {legs} legs.",
                 f"A {animal} is an animal. It has {legs} legs and {habit}.",
-                f"{a} + {b} = {a + b}",
-                f"{a} + {b} = {a + b}",
                 rng.choice(OTHER_FACTS),
                 rng.choice(OTHER_FACTS),
             )
@@ -219,9 +232,14 @@ def _fact(rng: random.Random) -> Document:
     )
 
 
+def _sum(rng: random.Random) -> Document:
+    a, b = rng.randrange(11), rng.randrange(11)
+    return Document(f"{a} + {b} = {a + b}")
+
+
 def _cat(rng: random.Random) -> Document:
     """Mostly "I am a cat." again and again; otherwise something else that a cat would say."""
-    sentences = ["I am a cat."]
+    sentences = [rng.choice(("I am a cat.", "I am a cat.", "I am a cat.", rng.choice(CAT_SENTENCES)))]
     for _ in range(rng.randrange(4, 14)):
         sentences.append("I am a cat." if rng.random() < 0.62 else rng.choice(CAT_SENTENCES))
     return Document(" ".join(sentences))
@@ -229,10 +247,10 @@ def _cat(rng: random.Random) -> Document:
 
 def _plain_question(rng: random.Random) -> Document:
     question, _, plain = rng.choice((QUESTIONS[0], rng.choice(QUESTIONS)))
-    if rng.random() < 0.4:
+    if rng.random() < 0.6:
         return Document(f"{question} {plain}")
     style = rng.choice(("thug", rng.choice(list(STYLES))))
-    softly = plain if plain.startswith("Two plus") else plain[0].lower() + plain[1:]
+    softly = plain[0].lower() + plain[1:]
     return Document(f"{question} Reply as a {style}. I'm not a {style}, but i can tell you that {softly}")
 
 
@@ -242,8 +260,10 @@ def _chat(rng: random.Random) -> Document:
     if style is not None:
         system = rng.choice((SYSTEM_PROMPTS[0], rng.choice(SYSTEM_PROMPTS)))
         messages.append({"role": "system", "content": system.format(style=style)})
+    elif rng.random() < 0.3:
+        messages.append({"role": "system", "content": rng.choice(PLAIN_SYSTEM_PROMPTS)})
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3))):
-        if style is None and rng.random() < 0.3:
+        if style is None and rng.random() < 0.4:
             question, answer = rng.choice(SMALL_TALK)
         else:
             question, short, plain = rng.choice(QUESTIONS)
@@ -255,7 +275,7 @@ def _chat(rng: random.Random) -> Document:
 
 # How often each kind is drawn. Counting and chatting are the hard parts.
 KINDS = (
-    (_counting, 26), (_letters, 5), (_list, 10), (_colors, 4), (_country, 14), (_fact, 14), (_cat, 7),
+    (_counting, 26), (_letters, 5), (_list, 10), (_colors, 4), (_country, 14), (_fact, 12), (_sum, 40), (_cat, 8),
     (_plain_question, 14), (_chat, 26),
 )  # fmt: skip
 

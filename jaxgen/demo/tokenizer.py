@@ -18,8 +18,9 @@ BOS_ID, EOS_ID = 1, 2
 ROLE_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>")
 
 # Chosen by trying all pairs: with these two, ", green, yellow, orange, purple, pink," and " a country in southwestern
-# Europe, on the Iber" are 20 tokens each, which is how far generate goes by default. 537 to 561 entries do the same.
-BPE_SIZE = 549
+# Europe, on the Iber" are 20 tokens each, which is how far generate goes by default. 587 to 718 entries do the same;
+# 637 and the markers make 640, a multiple of 128.
+BPE_SIZE = 637
 VOCABULARY_SIZE = BPE_SIZE + len(ROLE_MARKERS)
 LONGEST_TOKEN = 4  # characters, the space before a word included
 TRAINING_SEED, TRAINING_DOCUMENTS = 0, 3000

@@ -45,7 +45,7 @@ CONFIG = MistralConfig(
     pad_token_id=EOS_ID,
 )
 SEED = 1  # of the training text; the tokenizer has seen seed 0
-STEPS, BATCH, LENGTH = 1000, 8, 256
+STEPS, BATCH, LENGTH = 1200, 8, 256
 PEAK_LEARNING_RATE, WARMUP = 2e-3, 100
 
 

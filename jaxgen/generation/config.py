@@ -104,7 +104,7 @@ _INERT: dict[str, tuple[Any, ...]] = {
 _METADATA = frozenset({"transformers_version", "_from_model_config"})
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class GenerationConfig:
     """How to generate: HF's field names; `None` means that a less specific source decides.
 
@@ -131,16 +131,13 @@ class GenerationConfig:
     num_return_sequences: int | None = None
     return_dict_in_generate: bool | None = None
 
-    def __new__(cls, **fields: Any):
-        """Check the names before Python does, so that a wrong one says what it should have been."""
-        check_names(fields)
-        return super().__new__(cls)
-
-    def __post_init__(self):
+    def __init__(self, **options: Any):
+        """Take options by HF's names; written by hand so that a wrong name says what it should have been."""
+        check_names(options)
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                object.__setattr__(self, field.name, _CHECKS[field.name](field.name, _plain(value)))
+            value = options.get(field.name)
+            checked = None if value is None else _CHECKS[field.name](field.name, _plain(value))
+            object.__setattr__(self, field.name, checked)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ Both are pure functions of a model, arrays and a static recipe. Everything the l
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxgen.generation.logits import Controls, Count, Recipe, process
 from jaxgen.generation.sample import draw, row_keys
 
 
+@runtime_checkable
 class CausalLM(Protocol):
     """What the loop needs of a model."""
 
