@@ -85,4 +85,3 @@ def _longest(config: MistralConfig) -> int:
 def _size(nbytes: float) -> str:
     power = min(int(math.log10(max(nbytes, 1))) // 3, 3)
     return f"{nbytes / 1000**power:.4g} {('B', 'kB', 'MB', 'GB')[power]}"
-

@@ -5,6 +5,7 @@ the token that a write replaces has just left the window. Without a window C = t
 """
 
 import dataclasses
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
+@no_type_check  # JAX rebuilds it around placeholders
 @dataclasses.dataclass
 class LayerCache:
     """Keys and values of one layer."""

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 from jaxgen.errors import JaxgenError, UnsupportedError
 
@@ -45,6 +45,7 @@ _IGNORED = frozenset(
 _SLIDING_WINDOW_WHEN_MISSING = 4096  # transformers' MistralConfig; an explicit null means full attention
 
 
+@no_type_check  # fields come from files; __post_init__ checks them, and says what is wrong
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MistralConfig:
     """The shape of a `MistralForCausalLM`, with HF's field names and transformers 5's defaults.
@@ -73,16 +74,11 @@ class MistralConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self):
-        if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         problems = [
-            f"{name}={value!r} must be a positive int"
-            for name in (
-                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
-            )
-            if not _is_positive_int(value := getattr(self, name)) and not (name == "sliding_window" and value is None)
-        ]  # fmt: skip
+            f"{name}={getattr(self, name)!r} must be {wanted}"
+            for name, (is_right, wanted) in _CHECKS.items()
+            if not is_right(getattr(self, name)) and not (getattr(self, name) is None and name in _NULLABLE)
+        ]
         if not problems and self.num_attention_heads % self.num_key_value_heads:
             problems.append(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -90,13 +86,9 @@ class MistralConfig:
             )
         if not problems and self.head_size % 2:
             problems.append(f"head_dim={self.head_dim} must be even for rotary embeddings")
-        problems += [
-            f"{name}={value!r} must be a positive number"
-            for name in ("rms_norm_eps", "rope_theta")
-            if not _is_positive_number(value := getattr(self, name))
-        ]
         if problems:
             raise JaxgenError("MistralConfig: " + "; ".join(problems))
+        object.__setattr__(self, "head_dim", self.head_size)
 
     @property
     def head_size(self) -> int:
@@ -124,7 +116,7 @@ class MistralConfig:
         True
         """
         fields = _read_json(source)
-        if "model_type" not in fields:
+        if fields.get("model_type") is None:
             raise UnsupportedError("config: model_type is missing; jaxgen reads model_type='mistral'")
         rope_theta = _rope_theta(fields)
         known = {field.name for field in dataclasses.fields(cls)}
@@ -143,9 +135,6 @@ class MistralConfig:
                     "it may change the mathematics. Remove it from config.json if it does not"
                 )
         kept["rope_theta"] = rope_theta
-        # transformers fills these from its own defaults when they are null; sliding_window and ids may be null.
-        for name in [n for n, v in kept.items() if v is None and n not in _NULLABLE]:
-            del kept[name]
         return cls(**kept)
 
     def to_hf(self) -> dict[str, Any]:
@@ -179,7 +168,7 @@ def _rope_theta(fields: Mapping[str, Any]) -> float:
                 raise UnsupportedError(
                     f"config: {name}.{key}={value!r} is not supported; jaxgen implements rope_type='default'"
                 )
-    if len(set(found.values())) > 1:
+    if any(value != theta for theta in found.values() for value in found.values()):
         raise JaxgenError(f"config: contradicting RoPE bases: {found}")
     return next(iter(found.values()), 10000.0)
 
@@ -191,16 +180,42 @@ def _read_json(source: "str | os.PathLike[str] | Mapping[str, Any]") -> dict[str
     path = path / "config.json" if path.is_dir() else path
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise JaxgenError(f"{path}: cannot be read as a JSON config: {error}") from error
     if not isinstance(fields, dict):
         raise JaxgenError(f"{path}: holds {type(fields).__name__}, not a JSON object")
     return fields
 
 
+def _is_int(value: object, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
 def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return _is_int(value, 1)
 
 
 def _is_positive_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _is_token_id(value: object) -> bool:
+    return _is_int(value, -1)  # old configs write -1 for "none"
+
+
+_CHECKS = {
+    **dict.fromkeys(
+        (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
+        ),
+        (_is_positive_int, "a positive int"),
+    ),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta"), (_is_positive_number, "a positive number")),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), (_is_token_id, "a token id")),
+    "eos_token_id": (
+        lambda value: all(map(_is_token_id, value if isinstance(value, tuple) else (value,))),
+        "a token id, or several",
+    ),
+    "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
+}  # fmt: skip

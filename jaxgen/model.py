@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxgen.attention import Rotation, attend, attend_to_prompt, rope, rotate
 from jaxgen.cache import KVCache, LayerCache, layer_cache_from_prompt, visible_slots
 from jaxgen.config import MistralConfig
+from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.generate import GenerationMixin
 
 # flax 0.11.2 (Colab) keeps submodules in plain lists; 0.12 needs to be told that a list holds them.
@@ -172,6 +173,7 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs, dtype: "jnp.dtype | type | str" = jnp.float32):
         dtype = jnp.dtype(dtype)
         self.config = config
+        self.generation_config = GenerationConfig.from_model_config(config)
         self.model = MistralModel(config, dtype=dtype, rngs=rngs)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, rngs=rngs)

@@ -5,6 +5,8 @@ Within one set of compiled shapes that holds bit for bit, log-probabilities incl
 to 1e-4.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -46,7 +48,7 @@ def padded(rows: list[list[int]], side: str, extra: int, filler: int = 0) -> tup
     return ids, mask
 
 
-def rows_of(model, ids, mask, row_ids, **options) -> list[tuple[list[int], bytes, bytes, str]]:
+def rows_of(model, ids, mask, row_ids, **options) -> list[tuple[list[int], Any, Any, str]]:
     """Per row: new tokens, both log-probabilities to the bit, and how it ended."""
     output = model.generate(ids, mask, row_ids=row_ids, **{**OPTIONS, **options})
     assert isinstance(output, GenerateOutput)
@@ -87,9 +89,8 @@ def test_alone_and_in_a_batch(model, rows):
         alone = rows_of(model, np.array([rows[index]]), None, [index])[0]
         assert alone[0] == together[index][0]
         assert alone[3] == together[index][3]
-        for name in (1, 2):
-            values = (np.frombuffer(result[name], np.float32) for result in (alone, together[index]))
-            np.testing.assert_allclose(*values, atol=1e-4)
+        for own, shared in zip(alone[1:3], together[index][1:3], strict=True):
+            np.testing.assert_allclose(np.frombuffer(own, np.float32), np.frombuffer(shared, np.float32), atol=1e-4)
 
 
 @few
@@ -116,7 +117,8 @@ def test_chunking(model, rows, stops):
 def test_another_limit(model, rows, limit):
     """max_new_tokens cuts a row off, and changes nothing before (min_new_tokens does not reach that far)."""
     ids, mask = padded(rows, "left", 0)
-    for whole, cut in zip(rows_of(model, ids, mask, None), rows_of(model, ids, mask, None, max_new_tokens=limit)):
+    wholes, cuts = rows_of(model, ids, mask, None), rows_of(model, ids, mask, None, max_new_tokens=limit)
+    for whole, cut in zip(wholes, cuts, strict=True):
         assert cut[0] == whole[0][:limit]
         assert cut[1] == whole[1][: 4 * limit]
         assert cut[2] == whole[2][: 4 * limit]

@@ -32,7 +32,7 @@ def test_draws_follow_the_distribution():
         table = np.zeros((7, 7))
         np.add.at(table, (first.ravel(), second.ravel()), 1)
         table = table[:4, :4]  # the cells with enough draws
-        assert stats.chi2_contingency(table).pvalue > 1e-3
+        assert stats.chi2_contingency(table)[1] > 1e-3
         assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.01
 
 
@@ -127,5 +127,5 @@ class TestSeedsAndIds:
 
     @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
     def test_rbg_keys_are_refused(self, impl: str):
-        with pytest.raises(JaxgenError, match="rbg.*threefry2x32"):
+        with pytest.raises(JaxgenError, match=r"rbg.*threefry2x32"):
             random_key(jax.random.key(0, impl=impl), None)

@@ -74,7 +74,7 @@ class Run:
     `state` is what there is so far. How often and how far `advance` is called changes nothing in the tokens.
     """
 
-    def __init__(self, model: nnx.Module, request: Request):
+    def __init__(self, model: Any, request: Request):
         self._request = request
         self._structure, self._weights = nnx.split(model)
         self.state: loop.DecodeState = _prefill(

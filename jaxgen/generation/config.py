@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError, UnsupportedError
 
 # transformers' defaults of last resort (GenerationConfig._get_default_generation_params). max_length is not
@@ -159,6 +160,12 @@ class GenerationConfig:
         check_names(fields)
         supported = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in fields.items() if name in supported})
+
+    @classmethod
+    def from_model_config(cls, config: MistralConfig) -> "GenerationConfig":
+        """What a model without a generation_config.json starts from, as in transformers: its special tokens."""
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return cls(**{name: value for name, value in ids.items() if value != -1})  # old configs' "none"
 
     def to_hf(self) -> dict[str, Any]:
         """The generation_config.json that transformers reads back: the fields that are set."""

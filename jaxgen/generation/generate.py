@@ -19,7 +19,7 @@ from jaxgen.generation.compiled import Run
 from jaxgen.generation.config import GenerationConfig, resolve
 from jaxgen.generation.limits import new_token_budget
 from jaxgen.generation.logits import Recipe
-from jaxgen.generation.output import GenerateOutput, collect
+from jaxgen.generation.output import collect
 from jaxgen.generation.prompt import generated, pack
 from jaxgen.generation.request import Request, check_eos, controls_of
 from jaxgen.generation.sample import random_key, row_id_words
@@ -35,10 +35,10 @@ class GenerationMixin:
         *,
         generation_config: Any = None,
         key: Any = None,
-        seed: int | None = None,
+        seed: Any = None,
         row_ids: Any = None,
         **options: Any,
-    ) -> "np.ndarray | GenerateOutput":
+    ) -> Any:
         """Generate text ids as transformers' `generate` does: same names, same defaults, same layout.
 
         `input_ids` [B, T] are lists, numpy or jax arrays; `attention_mask` [B, T] is 1 on real tokens, in any
@@ -77,8 +77,7 @@ class GenerationMixin:
     @property
     def generation_config(self) -> GenerationConfig:
         """The checkpoint's own generation defaults; assign a `GenerationConfig` to change them."""
-        box = getattr(self, "_generation_defaults", None)
-        return box.config if box else GenerationConfig()
+        return self._generation_defaults.config
 
     @generation_config.setter
     def generation_config(self, config: GenerationConfig) -> None:

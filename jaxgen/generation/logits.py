@@ -5,6 +5,7 @@ traced, so changing a temperature never recompiles.
 """
 
 import dataclasses
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,7 @@ class Recipe:
 
 
 @jax.tree_util.register_dataclass
+@no_type_check  # JAX rebuilds it around placeholders
 @dataclasses.dataclass
 class Controls:
     """The numbers of a GenerationConfig: traced, so that changing one compiles nothing."""

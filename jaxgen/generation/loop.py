@@ -4,7 +4,7 @@ Both are pure functions of a model, arrays and a static recipe. Everything the l
 """
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Protocol, no_type_check, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ class CausalLM(Protocol):
 
 
 @jax.tree_util.register_dataclass
+@no_type_check  # JAX rebuilds it around placeholders
 @dataclasses.dataclass
 class Prompts:
     """A batch of prompts as the device reads them: right-padded, possibly with idle rows that fill up a bucket."""
@@ -55,6 +56,7 @@ class Plan:
 
 
 @jax.tree_util.register_dataclass
+@no_type_check  # JAX rebuilds it around placeholders
 @dataclasses.dataclass
 class DecodeState:
     """All that generation knows between two tokens. R rows, S the largest total length, V vocabulary."""

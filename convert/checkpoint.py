@@ -1,0 +1,254 @@
+"""Reading a directory of safetensors files: all headers are checked first, then one tensor is read at a time."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxgen.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16"), "F32": jnp.dtype("float32")}
+
+_MAX_JSON_BYTES = 100_000_000  # safetensors' own limit for a header
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_+=@ -][A-Za-z0-9._+=@ -]{0,200}\.safetensors")
+_CHUNK_BYTES = 4 << 20  # small enough to stay in a CPU's cache between reading and converting
+_PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """What a header says about a tensor: its file, dtype code and shape, and the bytes of the file it takes."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.end - self.begin
+
+
+class Checkpoint:
+    """The tensors of a checkpoint directory.
+
+    `tensors` maps names to headers. `problems` lists what contradicts the format or the index; nothing may be
+    read while it is not empty. `unreadable` names tensors that the index lists and no readable shard holds.
+    Raises `CheckpointError` when there are no weights, or no readable list of them.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.tensors: dict[str, TensorInfo] = {}
+        self.problems: list[str] = []
+        self.unreadable: set[str] = set()
+        self._scratch = bytearray()
+        if (directory / WEIGHTS).is_file():
+            if not self._scan_shard(WEIGHTS):
+                raise CheckpointError(str(directory), self.problems)
+        elif (directory / INDEX).is_file():
+            self._scan_index()
+        else:
+            raise CheckpointError(str(directory), [_no_weights(directory)])
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors, without headers."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read_into(self, name: str, target: np.ndarray) -> None:
+        """Copy a tensor into `target`, which has its elements in its order but any shape, strides and dtype.
+
+        Reads by chunks through one small buffer: into fresh memory of a tensor's size it takes several times as
+        long, most of it spent by the kernel on clearing pages. Not mapped: a file cut short meanwhile would kill
+        the process. Raises `CheckpointError` if reading fails.
+        """
+        info = self.tensors[name]
+        step = max(1, _CHUNK_BYTES * len(target) // info.nbytes)
+        try:
+            with (self.directory / info.shard).open("rb", buffering=0) as file:
+                file.seek(info.begin)
+                for start in range(0, len(target), step):
+                    rows = target[start : start + step]
+                    chunk = self._read_chunk(file, rows.size * DTYPES[info.dtype].itemsize)
+                    rows[...] = chunk.view(DTYPES[info.dtype]).reshape(rows.shape)
+        except OSError as error:
+            raise CheckpointError(str(self.directory), [f"{info.shard}: reading {name!r} failed: {error}"]) from error
+
+    def _read_chunk(self, file: FileIO, nbytes: int) -> np.ndarray:
+        if len(self._scratch) < nbytes:
+            self._scratch = bytearray(nbytes)
+        room = memoryview(self._scratch)[:nbytes]
+        done = 0
+        while done < nbytes:
+            count = file.readinto(room[done:])
+            if not count:
+                raise OSError(f"the file ends {nbytes - done} bytes early; did it change?")
+            done += count
+        return np.frombuffer(room, np.uint8)
+
+    def compare(self, shapes: Mapping[str, tuple[int, ...]], optional: frozenset[str] = frozenset()) -> list[str]:
+        """Problems of the tensors against the wanted `shapes`: missing, unexpected, wrong shape or dtype.
+
+        `optional` names may be absent. Reads headers only.
+        """
+        problems = []
+        for name, shape in shapes.items():
+            info = self.tensors.get(name)
+            if info is None:
+                if name not in optional and name not in self.unreadable:
+                    problems.append(f"tensor {name!r} is missing")
+                continue
+            if info.shape != shape:
+                problems.append(f"{name!r} has shape {list(info.shape)}, but config.json implies {list(shape)}")
+            if info.dtype not in DTYPES:
+                problems.append(f"{name!r} has dtype {info.dtype}; jaxgen reads {', '.join(DTYPES)}")
+        unexpected = sorted(self.tensors.keys() - shapes.keys())
+        return problems + [
+            f"tensor {name!r} is not part of the model that config.json describes" for name in unexpected
+        ]
+
+    def _scan_index(self) -> None:
+        index = read_json(self.directory / INDEX)
+        weight_map, problems = _weight_map(index)
+        self.problems += problems
+        unreadable = set()
+        for shard in dict.fromkeys(weight_map.values()):
+            if not _SHARD_NAME.fullmatch(shard):
+                unreadable.add(shard)
+                self.problems.append(f"{INDEX}: shard name {shard!r} is not a .safetensors file of this directory")
+            elif not self._scan_shard(shard):
+                unreadable.add(shard)
+        for name, shard in weight_map.items():
+            info = self.tensors.get(name)
+            if info is None:
+                self.unreadable.add(name)
+            if shard not in unreadable and (info is None or info.shard != shard):
+                found = f"{info.shard} holds it" if info else "no shard holds it"
+                self.problems.append(f"{INDEX} places {name!r} in {shard}, but {found}")
+        self.problems += [
+            f"{info.shard} holds {name!r}, which {INDEX} does not list"
+            for name, info in self.tensors.items()
+            if name not in weight_map
+        ]
+        if not self.problems:
+            self.problems += _total_size_problems(index, self.total_bytes)
+
+    def _scan_shard(self, shard: str) -> bool:
+        """Open one file and note its tensors; False, with a problem noted, if it cannot be opened."""
+        path = self.directory / shard
+        if not path.is_file():
+            self.problems.append(f"shard {shard} is missing; download the checkpoint again")
+            return False
+        try:
+            header, repeated, data = _header(path)
+        except (OSError, SafetensorError) as error:
+            self.problems.append(
+                f"{shard} ({path.stat().st_size} bytes) is truncated or not a safetensors file: {error}; "
+                "download it again"
+            )
+            return False
+        self.problems += [f"{shard} holds {name!r} twice" for name in repeated]
+        for name, entry in header.items():
+            if name in self.tensors:
+                self.problems.append(f"{name!r} is in both {self.tensors[name].shard} and {shard}")
+                continue
+            begin, end = entry["data_offsets"]
+            self.tensors[name] = TensorInfo(shard, entry["dtype"], tuple(entry["shape"]), data + begin, data + end)
+        return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises `CheckpointError` if there is none.
+
+    Refuses files over 100 MB, and names given twice, which JSON readers otherwise resolve silently.
+    """
+    repeated: list[str] = []
+    try:
+        size = path.stat().st_size
+        if size > _MAX_JSON_BYTES:
+            raise CheckpointError(str(path), [f"{size} bytes of JSON are more than the limit of {_MAX_JSON_BYTES}"])
+        fields = json.loads(path.read_bytes(), object_pairs_hook=_noting_repeats(repeated))
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(str(path), [f"cannot be read as JSON: {error}"]) from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(str(path), [f"holds {type(fields).__name__}, not a JSON object"])
+    if repeated:
+        raise CheckpointError(str(path), [f"{name!r} is given twice" for name in repeated])
+    if strange := [name for name in fields if not name.isprintable()]:
+        raise CheckpointError(str(path), [f"{name!r} is not a name, but damage" for name in strange])
+    return fields
+
+
+def _noting_repeats(repeated: list[str]):
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in fields:
+                repeated.append(name)
+            fields[name] = value
+        return fields
+
+    return build
+
+
+def _header(path: Path) -> tuple[dict[str, Any], list[str], int]:
+    """The header of a safetensors file, names given twice in it, and where the data begins.
+
+    Raises `SafetensorError` or `OSError` for anything that the library refuses: it checks the length of the file,
+    and that the tensors' sizes follow from dtype and shape and cover the data without gap or overlap.
+    """
+    with safe_open(str(path), framework="numpy"):
+        pass
+    repeated: list[str] = []
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length), object_pairs_hook=_noting_repeats(repeated))
+    header.pop("__metadata__", None)
+    return header, repeated, 8 + length
+
+
+def _weight_map(index: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(INDEX, [f"weight_map={weight_map!r:.80} must be an object from tensors to shards"])
+    good = {name: shard for name, shard in weight_map.items() if isinstance(shard, str)}
+    bad = weight_map.keys() - good.keys()
+    return good, [f"{INDEX}: shard of {name!r} is {weight_map[name]!r:.80}, not a file name" for name in sorted(bad)]
+
+
+def _total_size_problems(index: dict[str, Any], total: int) -> list[str]:
+    metadata = index.get("metadata")
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict):
+        return [f"{INDEX}: metadata={metadata!r:.80} must be an object"]
+    claimed = metadata.get("total_size")
+    if claimed is None or (claimed == total and not isinstance(claimed, bool)):
+        return []
+    return [f"{INDEX}: metadata.total_size={claimed!r:.80}, but the shards hold {total} bytes of tensors"]
+
+
+def _no_weights(directory: Path) -> str:
+    if not directory.is_dir():
+        return "no such directory"
+    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    if pickles:
+        return (
+            f"only pickled weights ({', '.join(pickles[:3])}), which can run code when read. Convert them: "
+            "load with transformers' AutoModelForCausalLM.from_pretrained(path), and write with "
+            "save_pretrained(new_path, safe_serialization=True)"
+        )
+    return f"no weights: neither {WEIGHTS} nor {INDEX} is there"

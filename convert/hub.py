@@ -1,0 +1,92 @@
+"""Where a checkpoint is: a local directory, or a hub id, downloaded once into the Hugging Face cache."""
+
+import os
+import re
+from pathlib import Path
+
+from jaxgen.errors import JaxgenError
+
+# Only what jaxgen reads: many repositories hold the same weights once more in other formats.
+_WANTED = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*.safetensors",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.json",
+    "merges.txt",
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def locate(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """The local directory of a checkpoint, downloading it from the Hugging Face hub if it is not a directory.
+
+    Arguments as `huggingface_hub.snapshot_download`. Raises `JaxgenError` for a path that is not there, and
+    for whatever keeps the hub from answering: no network, no such repository or revision, no access.
+    """
+    try:
+        path = Path(name_or_path).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, no permission, no such user's home
+        raise JaxgenError(f"{name_or_path!r} cannot be looked up: {error}") from error
+    if is_directory:
+        return path
+    if exists:
+        raise JaxgenError(f"{path} is a file; give the directory that holds config.json and the weights")
+    if not isinstance(name_or_path, str) or not _HUB_ID.fullmatch(name_or_path):
+        raise JaxgenError(f"{name_or_path!r}: there is no such directory, and it is not a hub id ('owner/name')")
+    return _download(name_or_path, revision, local_files_only, cache_dir, token)
+
+
+def _download(
+    repo_id: str,
+    revision: str | None,
+    local_files_only: bool,
+    cache_dir: str | os.PathLike[str] | None,
+    token: str | bool | None,
+) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    where = f"{repo_id!r} is no local directory, and from the Hugging Face hub"
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo_id,
+                revision=revision,
+                local_files_only=local_files_only,
+                cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+                token=token,
+                allow_patterns=list(_WANTED),
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise JaxgenError(
+            f"{where} it is gated: accept its terms at https://huggingface.co/{repo_id}, then log in "
+            "(`hf auth login`) or give token="
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise JaxgenError(f"{where} it cannot be had: no such repository, or a private one (give token=)") from error
+    except errors.RevisionNotFoundError as error:
+        raise JaxgenError(
+            f"{where} revision={revision!r} cannot be had: there is no such branch, tag or commit"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise JaxgenError(
+            f"{where} it cannot be had: it is not in the cache, and the hub is not reachable or not allowed "
+            "(local_files_only, HF_HUB_OFFLINE)"
+        ) from error
+    except (errors.HFValidationError, OSError) as error:  # every HTTP and disk error is an OSError
+        raise JaxgenError(f"{where} it cannot be had: {error}") from error

@@ -1,0 +1,193 @@
+"""From a Hugging Face checkpoint to a Flax NNX module, one tensor at a time."""
+
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxgen.config import MistralConfig
+from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
+from jaxgen.generation.config import GenerationConfig
+from jaxgen.model import MistralForCausalLM
+
+from .checkpoint import DTYPES, Checkpoint, read_json
+from .hub import locate
+from .names import EMBEDDING, HEAD, Part, is_legacy_buffer, parameter_parts
+from .placement import Device, as_device, as_dtype, auto_dtype
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_ALIGNMENT = 64  # XLA:CPU takes host memory with this alignment as its own, without a copy
+
+# Options of transformers' from_pretrained that jaxgen does not have.
+_UNSUPPORTED = (
+    "adapter_kwargs", "attn_implementation", "code_revision", "config", "device_mesh",
+    "experts_implementation", "force_download", "from_flax", "from_tf", "gguf_file",
+    "ignore_mismatched_sizes", "key_mapping", "load_in_4bit", "load_in_8bit", "low_cpu_mem_usage",
+    "max_memory", "mirror", "offload_buffers", "offload_folder", "offload_state_dict",
+    "output_loading_info", "proxies", "quantization_config", "resume_download", "state_dict", "subfolder",
+    "tp_plan", "tp_size", "trust_remote_code", "use_auth_token", "use_flash_attention_2", "use_kernels",
+    "use_safetensors", "variant", "weights_only",
+)  # fmt: skip
+
+
+class AutoModelForCausalLM:
+    """Loads checkpoints, under the name that Hugging Face users know; never instantiated."""
+
+    def __init__(self):
+        raise JaxgenError("AutoModelForCausalLM is not instantiated: call AutoModelForCausalLM.from_pretrained(...)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        dtype: Any = None,
+        torch_dtype: Any = None,
+        device_map: Any = "auto",
+        revision: str | None = None,
+        local_files_only: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        **unsupported: Any,
+    ) -> MistralForCausalLM:
+        """Load a Mistral checkpoint from a directory or the Hugging Face hub as a `MistralForCausalLM`.
+
+        `dtype`: "float32", "bfloat16", "float16" (or such a JAX or torch dtype), or "auto", the default:
+        bfloat16 on TPUs and on GPUs that have it, float16 on older GPUs, float32 on CPUs. `torch_dtype` is its
+        old name. `device_map`: "auto" (JAX's first device), "cpu", "gpu", "cuda", "tpu", "cuda:1", or a
+        `jax.Device`. The others as in `huggingface_hub.snapshot_download`.
+
+        Host memory stays below the finished parameters (those on CPU) plus two of the largest tensor. The
+        model's `generation_config` comes from generation_config.json, or else from config.json. Raises
+        `CheckpointError` with every problem of the files before any weight is read, `UnsupportedError` for
+        models and options that jaxgen does not have, and `JaxgenError` for other arguments.
+        Source: transformers `PreTrainedModel.from_pretrained`.
+        """
+        _refuse(unsupported)
+        if dtype is not None and torch_dtype is not None:
+            raise JaxgenError(f"dtype={dtype!r} and torch_dtype={torch_dtype!r} are the same option; give dtype only")
+        wanted = dtype if dtype is not None else torch_dtype
+        device = as_device(device_map)
+        chosen = auto_dtype(device) if wanted is None or wanted == "auto" else as_dtype(wanted)
+        directory = locate(
+            pretrained_model_name_or_path,
+            revision=revision,
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+            token=token,
+        )
+        return load(directory, dtype=chosen, device=device)
+
+
+def load(directory: Path, *, dtype: np.dtype, device: Device) -> MistralForCausalLM:
+    """The model in a local checkpoint directory, with its generation config; raises as `from_pretrained`."""
+    config = MistralConfig.from_hf(read_json(directory / "config.json"))
+    path = directory / "generation_config.json"
+    generation = GenerationConfig.from_hf(read_json(path)) if path.is_file() else None
+    checkpoint = Checkpoint(directory)
+    _check(checkpoint, config)
+    model = _stream(checkpoint, config, dtype, device)
+    if generation is not None:  # else the special tokens of config.json, as in transformers
+        model.generation_config = generation
+    return model
+
+
+def _check(checkpoint: Checkpoint, config: MistralConfig) -> None:
+    """Raise one `CheckpointError` with everything that is wrong with the checkpoint, if anything is."""
+    problems = list(checkpoint.problems)
+    names = checkpoint.tensors.keys() | checkpoint.unreadable
+    layers = len({match[1] for name in names if (match := _LAYER.match(name))})
+    # A damaged layer count must not make us spell out a billion missing tensors.
+    if config.num_hidden_layers > layers:
+        problems.append(f"config.json has num_hidden_layers={config.num_hidden_layers}, the weights have {layers}")
+        config = dataclasses.replace(config, num_hidden_layers=max(layers, 1))
+    parts = [part for group in parameter_parts(config).values() for part in group]
+    shapes = {part.name: part.shape for part in parts}
+    shapes |= {name: info.shape for name, info in checkpoint.tensors.items() if is_legacy_buffer(name)}
+    problems += checkpoint.compare({**shapes, HEAD: shapes[EMBEDDING]}, optional=frozenset({HEAD} - shapes.keys()))
+    if not problems and config.tie_word_embeddings and HEAD in checkpoint.tensors:
+        problems += _tied_head_problems(checkpoint)
+    if problems:
+        raise CheckpointError(str(checkpoint.directory), problems)
+
+
+def _tied_head_problems(checkpoint: Checkpoint) -> list[str]:
+    head, embedding = checkpoint.tensors[HEAD], checkpoint.tensors[EMBEDDING]
+    if head.dtype == embedding.dtype:
+        # Compared as integers, in which a NaN equals itself.
+        bits = [np.empty(info.shape, f"u{DTYPES[info.dtype].itemsize}") for info in (head, embedding)]
+        for name, target in zip((HEAD, EMBEDDING), bits, strict=True):
+            checkpoint.read_into(name, target.view(DTYPES[head.dtype]))
+        if np.array_equal(bits[0], bits[1]):
+            return []
+    return [f"config.json ties the embeddings (tie_word_embeddings=true), but {HEAD!r} differs from {EMBEDDING!r}"]
+
+
+def _stream(checkpoint: Checkpoint, config: MistralConfig, dtype: np.dtype, device: Device) -> MistralForCausalLM:
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from tqdm.auto import tqdm
+
+    abstract = nnx.eval_shape(lambda: MistralForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype))
+    graph, state = nnx.split(abstract)
+    parts = parameter_parts(config)
+    loaded = []
+    with tqdm(
+        total=checkpoint.total_bytes,
+        desc="Loading weights",
+        unit="B",
+        unit_scale=True,
+        delay=1,
+        disable=are_progress_bars_disabled(),
+    ) as bar:
+        for path, variable in nnx.to_flat_state(state):
+            group = parts[".".join(map(str, path))]
+            buffer = _assemble(checkpoint, group, variable.shape, dtype)
+            loaded.append((path, variable.replace(jax.device_put(buffer, device).block_until_ready())))
+            del buffer  # before the next one is allocated
+            bar.update(sum(checkpoint.tensors[part.name].nbytes for part in group))
+    return nnx.merge(graph, nnx.from_flat_state(loaded))
+
+
+def _assemble(checkpoint: Checkpoint, parts: tuple[Part, ...], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """One finished parameter, in host memory, from the HF tensors that make it up."""
+    buffer = _empty(shape, dtype)
+    for part in parts:
+        view = part.view(buffer)
+        with np.errstate(over="ignore"):  # found below, for every pair of dtypes alike
+            checkpoint.read_into(part.name, view)
+        if dtype == np.float16 and checkpoint.tensors[part.name].dtype != "F16" and not np.isfinite(view).all():
+            problem = f"{part.name!r} has values beyond float16's 65504; load with dtype='bfloat16' or 'float32'"
+            raise CheckpointError(str(checkpoint.directory), [problem])
+    return buffer
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory that `jax.device_put` can adopt on CPU instead of copying."""
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    """Raise for every option that from_pretrained does not have, whatever its value."""
+    known = [
+        name
+        for name, parameter in inspect.signature(AutoModelForCausalLM.from_pretrained).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    foreign = sorted(options.keys() & set(_UNSUPPORTED))
+    if foreign:
+        values = ", ".join(f"{name}={options[name]!r:.60}" for name in foreign)
+        raise UnsupportedError(f"from_pretrained: {values}: not supported yet; jaxgen has {', '.join(known)}")
+    for name in options:
+        near = difflib.get_close_matches(name, [*known, *_UNSUPPORTED], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"jaxgen has {', '.join(known)}"
+        raise JaxgenError(f"from_pretrained: there is no option {name!r}; {hint}")

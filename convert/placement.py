@@ -1,0 +1,75 @@
+"""Which dtype and which device a model is loaded to: HF's `dtype` and `device_map`, for JAX."""
+
+import re
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen.errors import JaxgenError
+
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]  (jax leaves its type open)
+
+DTYPES = ("float32", "bfloat16", "float16")
+_PLATFORMS = {"cpu": "cpu", "gpu": "gpu", "cuda": "cuda", "tpu": "tpu"}
+_BFLOAT16_SINCE = 8.0  # CUDA compute capability of the first GPUs with bfloat16 units (Ampere)
+
+
+def as_dtype(value: Any, field: str = "dtype") -> np.dtype:
+    """A weight dtype from its name, a JAX or numpy dtype, or a torch dtype (which is told by its name only).
+
+    Raises `JaxgenError` for anything but float32, bfloat16 and float16.
+
+    >>> as_dtype("bfloat16") == as_dtype(jnp.bfloat16)
+    True
+    """
+    name = value if isinstance(value, str) else str(value)
+    name = name.removeprefix("torch.")
+    if name not in DTYPES:
+        try:
+            name = jnp.dtype(value).name
+        except TypeError:
+            name = ""
+    if name not in DTYPES:
+        raise JaxgenError(f"{field}={value!r} is not one of {', '.join(DTYPES)}")
+    return jnp.dtype(name)
+
+
+def auto_dtype(device: Device) -> np.dtype:
+    """The dtype that `device` computes fastest without surprises.
+
+    bfloat16 on TPUs and on GPUs that have it, float16 on older GPUs, float32 on CPUs.
+    """
+    if device.platform == "cpu":
+        return jnp.dtype("float32")
+    capability = str(getattr(device, "compute_capability", ""))
+    # Only CUDA's capability is a number; AMD's is the name of an architecture; JAX runs on none without bfloat16.
+    if re.fullmatch(r"\d+(\.\d+)?", capability) and float(capability) < _BFLOAT16_SINCE:
+        return jnp.dtype("float16")
+    return jnp.dtype("bfloat16")
+
+
+def as_device(device_map: Any) -> Device:
+    """The device that `device_map` names: "auto", "cpu", "gpu", "cuda", "tpu", "cuda:1", or a `jax.Device`.
+
+    Raises `JaxgenError` for any other value, and for a platform or index that JAX does not have here.
+    """
+    if isinstance(device_map, jax.Device):
+        return device_map
+    if device_map == "auto":
+        return jax.local_devices()[0]
+    match = re.fullmatch(r"([a-z]+)(?::(\d{1,4}))?", device_map) if isinstance(device_map, str) else None
+    if match is None or match[1] not in _PLATFORMS:
+        raise JaxgenError(
+            f"device_map={device_map!r} is not 'auto', one of {', '.join(map(repr, _PLATFORMS))} "
+            "(with an index: 'cuda:1'), or a jax.Device; jaxgen loads a model to one device"
+        )
+    try:
+        devices = jax.local_devices(backend=_PLATFORMS[match[1]])
+    except RuntimeError as error:
+        raise JaxgenError(f"device_map={device_map!r}: JAX has no such devices here: {error}") from error
+    index = int(match[2] or 0)
+    if index >= len(devices):
+        raise JaxgenError(f"device_map={device_map!r}: JAX has only {len(devices)} {match[1]} device(s)")
+    return devices[index]

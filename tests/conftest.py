@@ -1,0 +1,47 @@
+"""Shared fixtures: the reference checkpoints on disk, and the models loaded from them, once per session."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.reference.cases import CASES
+from tests.reference.weights import write_checkpoint
+
+if TYPE_CHECKING:
+    from jaxgen.model import MistralForCausalLM
+
+# The oracle modules import torch, which the light test environment does not have on purpose: what they check
+# live, the light tests check against the committed reference.
+collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["oracle/*"]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a reference case's Hugging Face checkpoint, written on first use."""
+    root, written = tmp_path_factory.mktemp("reference"), {}
+
+    def get(name: str) -> Path:
+        if name not in written:
+            case = CASES[name]
+            written[name] = write_checkpoint(root / name, case.config, case.seed)
+        return written[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def reference_model(checkpoint: Callable[[str], Path]) -> Callable[[str], "MistralForCausalLM"]:
+    """A reference case's model in float32, loaded through the public loader on first use."""
+    from jaxgen.convert.load import AutoModelForCausalLM
+
+    loaded: dict[str, MistralForCausalLM] = {}
+
+    def get(name: str) -> "MistralForCausalLM":
+        if name not in loaded:
+            loaded[name] = AutoModelForCausalLM.from_pretrained(checkpoint(name), dtype="float32")
+        return loaded[name]
+
+    return get

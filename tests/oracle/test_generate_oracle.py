@@ -1,0 +1,57 @@
+"""Greedy generation against transformers on torch, live, on random models and batches: token for token."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxgen.convert.load import AutoModelForCausalLM
+from tests.oracle.draws import draw
+from tests.reference import live
+from tests.reference.cases import Run, left_padded, with_holes
+from tests.reference.weights import write_checkpoint
+
+pytestmark = pytest.mark.oracle
+
+# Below this lead of the best logit over the second, float32 sums of another order may decide otherwise.
+SMALLEST_LEAD = 1e-4
+
+
+def agreed(new: np.ndarray, scores: np.ndarray, eos: list[int]) -> np.ndarray:
+    """bool [B, steps]: the tokens before a row's first close decision, which both libraries must share."""
+    top = np.sort(scores, axis=-1)[..., -2:]
+    ended = np.cumsum(np.isin(new, eos), axis=1) - np.isin(new, eos) > 0
+    close = (top[..., 1] - top[..., 0] < SMALLEST_LEAD) & ~ended
+    return np.cumsum(close, axis=1) == 0
+
+
+def random_run(rng: np.random.Generator, greedy: np.ndarray) -> Run:
+    """Random options; the eos, if any, is a token that greedy decoding meets."""
+    options = {}
+    if rng.random() < 0.5:
+        options["repetition_penalty"] = float(rng.uniform(0.7, 1.8))
+    if rng.random() < 0.5:
+        options["eos_token_id"] = [int(token) for token in rng.choice(greedy.ravel(), 2)]
+    if rng.random() < 0.5:
+        options["min_new_tokens"] = int(rng.integers(1, 30))
+    return Run("", options)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_models_generate_as_hf(seed: int, tmp_path: Path):
+    case, rng = draw(seed), np.random.default_rng(seed)
+    theirs = live.hf_model(case.config, case.seed)
+    ours = AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path, case.config, case.seed), dtype="float32")
+    prompts = case.prompts()
+    greedy, _ = live.generate(theirs, prompts, Run(""))
+    for run in (Run(""), random_run(rng, greedy)):
+        expected, scores = live.generate(theirs, prompts, run)
+        shared = agreed(expected, scores, run.eos())
+        assert shared.mean() > 0.5
+        for ids, mask in (left_padded(prompts), with_holes(prompts, junk=4)):
+            actual = ours.generate(ids, mask, **run.arguments())[:, ids.shape[1] :]
+            if shared.all():
+                assert actual.shape == expected.shape
+            columns = min(actual.shape[1], expected.shape[1])
+            same = (actual[:, :columns] == expected[:, :columns]) | ~shared[:, :columns]
+            assert same.all(), f"{case.config} {run}: rows {np.flatnonzero(~same.all(axis=1)).tolist()} differ"

@@ -1,0 +1,144 @@
+"""Bad input: a typed error that names field, row, value and limit, within a second, and nothing compiled."""
+
+import json
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxgen import GenerationConfig, JaxgenError, MistralConfig, MistralForCausalLM, UnsupportedError
+from jaxgen.generation import limits
+from tests.test_compile import counted
+
+IDS = np.array([[1, 2, 3], [4, 5, 6]])
+
+
+@pytest.fixture(scope="module")
+def model() -> MistralForCausalLM:
+    config = MistralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    return MistralForCausalLM(config, rngs=nnx.Rngs(0))
+
+
+BAD_PROMPTS = {
+    "id beyond the vocabulary": (([[1, 2], [3, 50]], None), r"input_ids\[1, 1\]=50 .* vocabulary of 50"),
+    "negative id": (([[1, -1]], None), r"input_ids\[0, 1\]=-1 "),
+    "no tokens": (([[]], None), "empty prompt"),
+    "no rows": ((np.zeros((0, 3), int), None), "empty prompt"),
+    "a row of padding": ((IDS, [[1, 1, 1], [0, 0, 0]]), "row 1 has no real token"),
+    "one dimension": (([1, 2, 3], None), r"shape \(3,\); expected \[batch, length\]"),
+    "ragged": (([[1, 2], [3]], None), "different lengths.*padding=True"),
+    "floats": ((IDS * 1.0, None), "dtype float64; expected ints"),
+    "text": (("Hello", None), "shape"),
+    "the tokenizer's whole output": (({"input_ids": IDS}, None), r"generate\(\*\*inputs\)"),
+    "mask of another shape": ((IDS, [[1, 1], [1, 1]]), r"attention_mask has shape \(2, 2\), input_ids has \(2, 3\)"),
+    "mask with other values": ((IDS, [[1, 1, 1], [1, 2, 1]]), r"attention_mask\[1, 1\]=2 must be 0 or 1"),
+    "prompt as long as the context": ((np.ones((1, 64), int), None), "64 tokens; the model's context of 64"),
+}
+
+BAD_OPTIONS = {
+    "temperature zero": ({"temperature": 0.0}, "temperature=0.0 .*do_sample=False"),
+    "temperature negative": ({"temperature": -1}, "temperature=-1 must be"),
+    "temperature nan": ({"temperature": float("nan")}, "temperature=nan must be"),
+    "temperature infinite": ({"temperature": float("inf")}, "temperature=inf must be"),
+    "temperature text": ({"temperature": "hot"}, "temperature='hot' must be"),
+    "top_p zero": ({"top_p": 0.0}, r"top_p=0.0 must be a number in \(0, 1\]"),
+    "top_p above one": ({"top_p": 1.5}, r"top_p=1.5 must be"),
+    "min_p negative": ({"min_p": -0.1}, r"min_p=-0.1 must be a number in \[0, 1\]"),
+    "top_k negative": ({"top_k": -1}, "top_k=-1 must be an int of at least 0"),
+    "top_k a float": ({"top_k": 1.5}, "top_k=1.5 must be an int"),
+    "repetition_penalty zero": ({"repetition_penalty": 0}, "repetition_penalty=0 must be"),
+    "max_new_tokens zero": ({"max_new_tokens": 0}, "max_new_tokens=0 must be an int of at least 1"),
+    "max_new_tokens negative": ({"max_new_tokens": -5}, "max_new_tokens=-5"),
+    "max_new_tokens true": ({"max_new_tokens": True}, "max_new_tokens=True"),
+    "max_length inside the prompt": ({"max_length": 3}, "max_length=3 leaves nothing"),
+    "min_new_tokens above the limit": ({"min_new_tokens": 9, "max_new_tokens": 5}, "min_new_tokens=9 .* 5 tokens"),
+    "past the context": ({"max_new_tokens": 62}, "max_new_tokens=62 exceed .* 64 tokens; at most 61 new tokens fit"),
+    "num_return_sequences zero": ({"num_return_sequences": 0}, "num_return_sequences=0"),
+    "several greedy sequences": ({"num_return_sequences": 2}, "num_return_sequences=2 needs do_sample=True"),
+    "eos outside the vocabulary": ({"eos_token_id": [2, 50]}, "eos_token_id=50 .* vocabulary of 50"),
+    "negative eos": ({"eos_token_id": -1}, "eos_token_id=-1"),
+    "do_sample not a bool": ({"do_sample": 1}, "do_sample=1 must be True or False"),
+    "key and seed": ({"key": jax.random.key(0), "seed": 0}, "both key and seed"),
+    "rbg key": ({"key": jax.random.key(0, impl="rbg")}, "rbg"),
+    "a number as key": ({"key": 7}, "seed="),
+    "many keys": ({"key": jax.random.split(jax.random.key(0), 3)}, r"key has shape \(3,\)"),
+    "seed a float": ({"seed": 1.5}, "seed=1.5 must be an int"),
+    "too few row ids": ({"row_ids": [1]}, "2 rows, got 1"),
+    "row id a float": ({"row_ids": [1, 2.5]}, r"row_ids\[1\]=2.5 must be an int or a string"),
+    "a string as row ids": ({"row_ids": "ab"}, "row_ids must hold"),
+    "a typo": ({"temprature": 0.5}, "'temprature' is not a generation option; did you mean 'temperature'"),
+    "nonsense": ({"zzz": 1}, "'zzz' is not a generation option"),
+    "beams": ({"num_beams": 4}, "num_beams=4 is not supported yet"),
+    "a streamer": ({"streamer": object()}, "streamer=.* is not supported yet"),
+    "stop strings": ({"stop_strings": ["x"]}, "stop_strings=.* not supported yet"),
+    "another config object": ({"generation_config": 3}, "cannot read int"),
+}
+
+
+def expect(message: str, call) -> None:
+    start = time.perf_counter()
+    with counted() as compilations, pytest.raises(JaxgenError, match=message):
+        call()
+    assert not compilations
+    assert time.perf_counter() - start < 1  # what the user waits for an error, not a benchmark
+
+
+@pytest.mark.parametrize("name", BAD_PROMPTS)
+def test_bad_prompt(name: str, model):
+    arguments, message = BAD_PROMPTS[name]
+    expect(message, lambda: model.generate(*arguments))
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_option(name: str, model):
+    options, message = BAD_OPTIONS[name]
+    expect(message, lambda: model.generate(IDS, **options))
+
+
+def test_every_unsupported_field_raises_by_name(model):
+    """Every field that transformers has is supported, inert at its default, or refused by name."""
+    import transformers
+
+    supported = set(GenerationConfig.__dataclass_fields__)
+    for name in vars(transformers.GenerationConfig()):
+        if name in supported or name in ("transformers_version", "_from_model_config"):
+            continue
+        with pytest.raises(UnsupportedError, match=f"{name}=.*not supported yet"):
+            GenerationConfig(**{name: "something"})
+
+
+def test_what_transformers_calls_its_defaults_is_accepted():
+    import transformers
+
+    defaults = transformers.GenerationConfig._get_default_generation_params()
+    GenerationConfig.from_hf(defaults)
+
+
+def test_memory(model, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(limits, "free_bytes", lambda device: 200_000)
+    # One layer, one key-value head of 8, float32: 64 bytes per token and row.
+    config = MistralConfig(**{**vars(model.config), "max_position_embeddings": 10**6, "sliding_window": None})
+    big = MistralForCausalLM(config, rngs=nnx.Rngs(0))
+    message = r"2 rows of 4096 tokens .* 0.00 GB of key-value cache, .*at most 1520 new tokens fit"
+    expect(message, lambda: big.generate(IDS, max_new_tokens=3500))
+    assert 2 * 64 * (1520 + 16) <= 200_000 < 2 * 64 * 2048
+    assert big.generate(IDS, max_new_tokens=1520, eos_token_id=int(big.generate(IDS[:1], max_new_tokens=1)[0, -1])).size
+    monkeypatch.setattr(limits, "free_bytes", lambda device: 100)
+    expect("fewer rows or a shorter prompt", lambda: big.generate(IDS))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"temperature": 0}', '{"num_beams": 3}', "\x00"])
+def test_bad_generation_config_file(text: str, tmp_path):
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(JaxgenError):
+        GenerationConfig.from_hf(tmp_path)
+
+
+def test_generation_config_survives_json():
+    config = GenerationConfig(do_sample=True, eos_token_id=[1, 2], temperature=np.float32(0.5), top_k=np.int64(4))
+    assert GenerationConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config

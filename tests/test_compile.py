@@ -1,0 +1,165 @@
+"""Compile discipline, counted by JAX's own events: a bucket compiles once, and numbers never recompile."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxgen
+from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
+from jaxgen.generation.compiled import enable_compile_cache
+from jaxgen.generation.prompt import SMALLEST_PROMPT, bucket
+
+EVENT = "/jax/core/compile/backend_compile_duration"
+_compilations: list[str] = []
+
+
+def _note(event: str, duration: float, **_: str | int) -> None:
+    if event == EVENT:
+        _compilations.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_note)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[str]]:
+    """The compilations inside the block, whoever asked for them."""
+    start, inside = len(_compilations), []
+    yield inside
+    inside += _compilations[start:]
+
+
+@pytest.fixture(scope="module")
+def model() -> MistralForCausalLM:
+    """One layer, so that compiling is cheap; no other test has compiled for its shape."""
+    config = MistralConfig(
+        vocab_size=53, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, eos_token_id=None,
+    )  # fmt: skip
+    return MistralForCausalLM(config, rngs=nnx.Rngs(0))
+
+
+def prompt(length: int, rows: int = 1) -> np.ndarray:
+    return np.random.default_rng(length).integers(0, 53, (rows, length))
+
+
+def test_the_counter_counts(model):
+    with counted() as compilations:
+        model.generate(prompt(3), max_new_tokens=2)
+    assert len(compilations) >= 2  # prefill and decode
+
+
+def test_random_lengths_compile_no_more_than_the_buckets(model):
+    lengths = np.random.default_rng(0).integers(1, 201, 50).tolist()
+    buckets = {bucket(length, SMALLEST_PROMPT) for length in lengths}
+    for length in lengths[:1]:
+        model.generate(prompt(length), max_new_tokens=20)  # and whatever JAX needs once
+    with counted() as compilations:
+        for length in lengths:
+            model.generate(prompt(length), max_new_tokens=20)
+    assert len(compilations) <= 2 * len(buckets)  # one prefill and one decode each
+    with counted() as compilations:
+        for length in lengths:
+            model.generate(prompt(length), max_new_tokens=20)
+    assert not compilations
+
+
+def test_numbers_do_not_recompile(model):
+    options = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.05, "seed": 1}
+    options |= {"repetition_penalty": 1.1, "max_new_tokens": 20, "min_new_tokens": 3, "eos_token_id": 2}
+    model.generate(prompt(9), **options)
+    changes = {
+        "temperature": [1.0, 1.9], "top_k": [7, 64], "top_p": [0.5, 0.99], "min_p": [0.2], "seed": [-4, 2**80],
+        "repetition_penalty": [0.9, 2.0], "max_new_tokens": [3, 30], "min_new_tokens": [1], "eos_token_id": [3, [4, 5]],
+        "pad_token_id": [9],
+    }  # fmt: skip
+    with counted() as compilations:
+        for name, values in changes.items():
+            for value in values:
+                model.generate(prompt(9), **{**options, name: value})
+        model.generate(prompt(12), row_ids=["another"], **options)  # another length of the same bucket
+        model.generate(prompt(14), np.array([[0] * 5 + [1] * 9]), **options)
+    assert not compilations
+
+
+def test_changing_the_models_defaults_does_not_recompile(model):
+    model.generate(prompt(9), max_new_tokens=20)
+    before = model.generation_config
+    with counted() as compilations:
+        model.generation_config = GenerationConfig(max_new_tokens=20, pad_token_id=5)
+        model.generate(prompt(9))
+    model.generation_config = before
+    assert not compilations
+
+
+def test_trained_weights_are_used_without_recompiling(model):
+    """Weights are arguments: changing them in place changes the result, and compiles nothing."""
+    model.generate(prompt(9), max_new_tokens=20)
+    head = model.lm_head.weight[...]
+    with counted() as compilations:
+        flipped = jax.device_put(-np.asarray(head))
+        model.lm_head.weight[...] = flipped
+        changed = model.generate(prompt(9), max_new_tokens=20)
+    model.lm_head.weight[...] = head
+    assert (changed != model.generate(prompt(9), max_new_tokens=20)).any()
+    assert not compilations
+
+
+def test_warmup_compiles_what_generate_needs(model):
+    with counted() as compilations:
+        model.warmup(batch=5, prompt_length=40, max_new_tokens=33, do_sample=True, top_p=0.8)
+    assert compilations
+    with counted() as compilations:
+        model.generate(prompt(41, rows=5), max_new_tokens=33, do_sample=True, top_p=0.7, seed=0)
+    assert not compilations
+
+
+def test_one_log_line_per_compile(model, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, logger="jaxgen"):
+        for _ in range(2):
+            model.generate(prompt(60, rows=2), max_new_tokens=50)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert lines[0].startswith("compiled prefill[batch=2, prompt=64, total=128] in ")
+    assert lines[1].startswith("compiled decode[batch=2, total=128] in ")
+
+
+def test_compile_cache_is_private(tmp_path):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    try:
+        directory = enable_compile_cache(tmp_path / "cache")
+        assert directory.stat().st_mode & 0o777 == 0o700
+        assert getattr(jax.config, names[0]) == str(directory)
+        directory.chmod(0o777)
+        with pytest.raises(jaxgen.JaxgenError, match="other users"):
+            enable_compile_cache(directory)
+    finally:
+        for name, value in zip(names, before, strict=True):
+            jax.config.update(name, value)
+
+
+def test_weights_are_arguments_and_the_cache_is_donated(model):
+    """The executable holds no weights, and decode updates the cache in place instead of copying it."""
+    from jaxgen.generation import compiled
+    from jaxgen.generation.config import resolve
+    from jaxgen.generation.request import Request
+
+    request = Request.read(model, prompt(9), None, resolve({"max_new_tokens": 20}, None, model.generation_config))
+    structure, weights = nnx.split(model)
+    run = compiled.Run(model, request)
+    lowered = compiled._decode._jitted.lower(
+        structure, weights, run.state, request.controls.max_new_tokens, request.controls, request.plan.recipe
+    )
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None
+    cache_bytes = sum(x.nbytes for x in jax.tree.leaves(run.state.cache))
+    weight_bytes = sum(x.nbytes for x in jax.tree.leaves(weights))
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.argument_size_in_bytes >= weight_bytes + cache_bytes
+    assert "constant" not in lowered.as_text() or max(map(len, lowered.as_text().splitlines())) < 10_000
