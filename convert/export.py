@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def save_pretrained(
             _write_json(place / "generation_config.json", generation)
         for name, parts in shards.items():
             save_file({part.name: tensor for part, tensor in weights.tensors(parts)}, place / name, {"format": "pt"})
+            shutil.copymode(place / "config.json", place / name)  # safetensors lets nobody else read its files
         if len(shards) > 1:
             _write_json(place / INDEX, _index(weights, shards))
 

@@ -24,6 +24,7 @@ from jaxgen.cache import KVCache, LayerCache, layer_cache_from_prompt, visible_s
 from jaxgen.config import MistralConfig
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.generate import GenerationMixin
+from jaxgen.linear import linear
 
 # flax 0.11.2 (Colab) keeps submodules in plain lists; 0.12 needs to be told that a list holds them.
 _module_list = getattr(nnx, "List", list)
@@ -38,7 +39,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
         """Map the last axis from `in_features` to `out_features`."""
-        return jnp.einsum("...i,oi->...o", x, self.weight[...])
+        return linear(x, self.weight[...])
 
 
 class Embedding(nnx.Module):
@@ -54,7 +55,7 @@ class Embedding(nnx.Module):
 
     def attend(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Logits against every embedding: the tied lm_head."""
-        return jnp.einsum("...d,vd->...v", x, self.weight[...])
+        return linear(x, self.weight[...])
 
 
 class RMSNorm(nnx.Module):

@@ -99,6 +99,13 @@ def test_generation_config_round_trips_and_an_empty_one_writes_no_file(tmp_path)
     assert not (tmp_path / "b" / "generation_config.json").exists()
 
 
+def test_files_have_the_usual_permissions(tmp_path):
+    build().save_pretrained(tmp_path / "out")
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
+
+
 def test_written_dtype(tmp_path):
     model = build("float32")
     model.save_pretrained(tmp_path / "half", dtype="bfloat16")

@@ -1,0 +1,23 @@
+"""The one matrix product of the model: `x @ weight.T`, in the form that each platform runs fastest."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def linear(x: Float[Array, "*rows I"], weight: Float[Array, "O I"]) -> Float[Array, "*rows O"]:
+    """`x @ weight.T` for any number of rows; weight `[out, in]` as in HF.
+
+    The platform is chosen when the computation is lowered, not when it is traced.
+    """
+    return jax.lax.platform_dependent(x, weight, cpu=_weight_first, default=_weight_second)
+
+
+def _weight_second(x: Float[Array, "*rows I"], weight: Float[Array, "O I"]) -> Float[Array, "*rows O"]:
+    return jnp.einsum("...i,oi->...o", x, weight)
+
+
+def _weight_first(x: Float[Array, "*rows I"], weight: Float[Array, "O I"]) -> Float[Array, "*rows O"]:
+    """XLA:CPU reads the weights of 2 to 32 rows two to four times as fast when they are the left operand."""
+    rows = x.reshape(-1, x.shape[-1])
+    return jnp.einsum("oi,ri->or", weight, rows).T.reshape(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,152 @@
+"""The command line, run as a user runs it: text out, one line for errors, never a traceback."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxgen import JaxgenError, cli, demo
+
+COLORS = "A list of colors: red, blue"
+COLORS_CONTINUED = ", green, yellow, orange, purple, pink,"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def test_the_first_command_in_a_process_of_its_own():
+    result = subprocess.run(
+        [sys.executable, "-m", "jaxgen.cli", "generate", COLORS], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == COLORS + COLORS_CONTINUED + "\n"
+
+
+def test_several_prompts_in_batches_give_the_same(capsys):
+    prompts = [COLORS, "1, 2, 3", "A, B, C, D, E"]
+    options = ["--do-sample", "--seed", "5", "--max-new-tokens", "9"]
+    together = run(capsys, "generate", *prompts, *options)
+    assert [line.startswith(prompt) for line, prompt in zip(together.splitlines(), prompts, strict=True)]
+    assert run(capsys, "generate", *prompts, *options, "--batch-size", "1") == together
+
+
+def test_standard_input_and_files(capsys, monkeypatch, tmp_path: Path):
+    text = f"{COLORS}\n\n1, 2, 3\n"
+    expected = run(capsys, "generate", COLORS, "1, 2, 3")
+    for arguments in ([], ["-"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        assert run(capsys, "generate", *arguments) == expected
+    (tmp_path / "prompts.txt").write_text(text)
+    assert run(capsys, "generate", "--file", str(tmp_path / "prompts.txt")) == expected
+
+
+def test_json(capsys):
+    lines = run(capsys, "generate", COLORS, "Portugal is", "--json").splitlines()
+    first, second = map(json.loads, lines)
+    assert list(first) == ["prompt", "completion", "token_ids", "logprobs", "finish_reason"]
+    assert first["prompt"] == COLORS
+    assert first["completion"] == COLORS_CONTINUED
+    assert first["finish_reason"] == "length"
+    assert len(first["token_ids"]) == len(first["logprobs"]) == 20
+    assert all(np.isfinite(first["logprobs"]))
+    assert second["completion"].startswith(" a country in southwestern Europe")
+
+
+def test_streaming_prints_the_same_text(capsys):
+    for options in ([], ["--do-sample", "--seed", "3", "--max-new-tokens", "40"]):
+        prompts = [COLORS, "I am a cat."]
+        assert run(capsys, "generate", *prompts, *options, "--stream") == run(capsys, "generate", *prompts, *options)
+
+
+def test_streaming_goes_piece_by_piece():
+    from jaxgen import AutoModelForCausalLM
+    from jaxgen.text.stream import stream_text
+    from jaxgen.text.tokenizer import load_tokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(demo.path()), load_tokenizer(demo.path())
+    for chunk_size in (1, 3, 100):
+        pieces = list(stream_text(model, tokenizer, COLORS, chunk_size=chunk_size))
+        assert "".join(pieces) == COLORS_CONTINUED
+        assert (len(pieces) > 5) == (chunk_size < 4)
+
+
+def test_half_a_character_waits_for_its_rest():
+    from jaxgen.text.stream import _grow
+
+    class Bytes:
+        """One token per byte."""
+
+        def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+            return bytes(tokens).decode("utf-8", errors="replace")
+
+    shown, pieces = "", []
+    data = np.array(list("aé☃".encode()))
+    for end in range(1, len(data) + 1):
+        piece, shown = _grow(Bytes(), data[:end], shown, final=end == len(data))
+        pieces.append(piece)
+    assert pieces == ["a", "", "é", "", "", "☃"]
+
+
+def test_inspect(capsys):
+    text = run(capsys, "inspect", str(demo.path()))
+    config = json.loads((demo.path() / "config.json").read_text())
+    rows = dict(line.split(None, 1) for line in text.splitlines())
+    assert f"{config['num_hidden_layers']} layers, hidden {config['hidden_size']}" in rows["architecture"]
+    assert f"window {config['sliding_window']}" in rows["attention"]
+    kv_bytes = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 4
+    assert f"{kv_bytes / 1000:.4g} kB per token" in rows["cache"]
+    size = (demo.path() / "model.safetensors").stat().st_size
+    assert int(rows["parameters"].replace(",", "")) * 2 == pytest.approx(size, rel=0.01)  # bfloat16
+    assert "the weights fit" in rows["device"]
+
+
+BAD = {
+    "unknown model": (["generate", "x", "--model", "no/such-model-here"], "no/such-model-here"),
+    "bad path": (["generate", "x", "--model", "./nowhere"], "./nowhere"),
+    "bad temperature": (["generate", "x", "--do-sample", "--temperature", "0"], "temperature=0.0"),
+    "bad dtype": (["generate", "x", "--dtype", "int3"], "int3"),
+    "too long": (["generate", "x", "--max-new-tokens", "100000"], "max_new_tokens=100000"),
+    "file and arguments": (["generate", "x", "--file", "y"], "--file"),
+    "no such file": (["generate", "--file", "/nowhere/prompts.txt"], "/nowhere/prompts.txt"),
+    "bad batch size": (["generate", "x", "--batch-size", "0"], "--batch-size 0"),
+    "inspect nothing": (["inspect", "./nowhere"], "./nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors_are_one_line(name: str, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments, message = BAD[name]
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("jaxgen: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_no_prompts(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert cli.main(["generate"]) == 2
+    assert "no prompts" in capsys.readouterr().err
+
+
+def test_usage_errors_exit_with_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["generate", "x", "--tempreature", "1"])
+    assert caught.value.code == 2
+
+
+def test_a_directory_without_a_tokenizer(tmp_path: Path):
+    from jaxgen.text.tokenizer import load_tokenizer
+
+    with pytest.raises(JaxgenError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
