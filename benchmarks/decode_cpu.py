@@ -62,6 +62,7 @@ def compare(path: Path, batch: int, new_tokens: int, repeats: int) -> dict[str, 
     rates: dict[str, list[float]] = {"jaxgen": [], "transformers": []}
     for _ in range(repeats):
         for name, run in (("jaxgen", run_ours), ("transformers", run_theirs)):
+            time.sleep(0.3)  # the other one's worker threads spin on for a while after their last task
             start = time.perf_counter()
             run()
             rates[name].append(batch * new_tokens / (time.perf_counter() - start))
@@ -107,7 +108,9 @@ def main() -> None:
         "versions": {m.__name__: m.__version__ for m in (jax, flax, torch, transformers, jaxgen)},
     }
     print(json.dumps(machine), flush=True)
-    print(f"{'model':6} {'batch':>5} {'jaxgen tok/s':>13} {'transformers':>13} {'ratio':>6}  same  bandwidth", flush=True)
+    print(
+        f"{'model':6} {'batch':>5} {'jaxgen tok/s':>13} {'transformers':>13} {'ratio':>6}  same  bandwidth", flush=True
+    )
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for name, path in checkpoints(Path(directory)).items():

@@ -50,6 +50,38 @@ def attend(
     return jnp.einsum("bkgts,bksh->btkgh", weights, values)
 
 
+def attend_to_slots(
+    queries: Float[Array, "B 1 K G H"],
+    keys: Float[Array, "B K C H"],
+    values: Float[Array, "B K C H"],
+    visible: Bool[Array, "B C"],
+) -> Float[Array, "B 1 K G H"]:
+    """One query per row against the cache: `attend`, in the form that each platform runs fastest."""
+    return jax.lax.platform_dependent(queries, keys, values, visible, cpu=_attend_by_sums, default=_attend_by_products)
+
+
+def _attend_by_products(
+    queries: Float[Array, "B 1 K G H"],
+    keys: Float[Array, "B K C H"],
+    values: Float[Array, "B K C H"],
+    visible: Bool[Array, "B C"],
+) -> Float[Array, "B 1 K G H"]:
+    return attend(queries, keys, values, visible[:, None])
+
+
+def _attend_by_sums(
+    queries: Float[Array, "B 1 K G H"],
+    keys: Float[Array, "B K C H"],
+    values: Float[Array, "B K C H"],
+    visible: Bool[Array, "B C"],
+) -> Float[Array, "B 1 K G H"]:
+    """XLA:CPU runs B * K small matrix products one after the other; as one fused sum it takes a quarter of the time."""
+    query = queries[:, 0, :, :, None].astype(jnp.float32) * queries.shape[-1] ** -0.5
+    scores = (query * keys[:, :, None]).sum(-1)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    return (weights[..., None] * values[:, :, None]).sum(3).astype(values.dtype)[:, None]
+
+
 def attend_to_prompt(
     queries: Float[Array, "B T K G H"],
     keys: Float[Array, "B T K H"],

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgen.attention import Rotation, attend, attend_to_prompt, rope, rotate
+from jaxgen.attention import Rotation, attend_to_prompt, attend_to_slots, rope, rotate
 from jaxgen.cache import KVCache, LayerCache, layer_cache_from_prompt, visible_slots
 from jaxgen.config import MistralConfig
 from jaxgen.generation.config import GenerationConfig
@@ -144,7 +144,7 @@ class MistralDecoderLayer(nnx.Module):
         with jax.named_scope("attention"):
             queries, keys, values = self.self_attn.project(self.input_layernorm(x), rotation)
             cache = cache.write(keys[:, 0], values[:, 0], positions)
-            mixed = attend(queries, cache.keys, cache.values, visible[:, None])
+            mixed = attend_to_slots(queries, cache.keys, cache.values, visible)
             x = x + self.self_attn.output(mixed)
         with jax.named_scope("mlp"):
             return x + self.mlp(self.post_attention_layernorm(x)), cache

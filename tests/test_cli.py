@@ -24,7 +24,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_the_first_command_in_a_process_of_its_own():
     result = subprocess.run(
-        [sys.executable, "-m", "jaxgen.cli", "generate", COLORS], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "jaxgen.cli", "generate", COLORS],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == COLORS + COLORS_CONTINUED + "\n"

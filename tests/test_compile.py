@@ -1,8 +1,12 @@
 """Compile discipline, counted by JAX's own events: a bucket compiles once, and numbers never recompile."""
 
 import contextlib
+import gc
 import logging
+import re
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +22,7 @@ EVENT = "/jax/core/compile/backend_compile_duration"
 _compilations: list[str] = []
 
 
-def _note(event: str, duration: float, **_: str | int) -> None:
+def _note(event: str, duration: float, **_: Any) -> None:
     if event == EVENT:
         _compilations.append(event)
 
@@ -149,17 +153,58 @@ def test_weights_are_arguments_and_the_cache_is_donated(model):
     from jaxgen.generation import compiled
     from jaxgen.generation.config import resolve
     from jaxgen.generation.request import Request
+    from jaxgen.generation.weights import split
 
     request = Request.read(model, prompt(9), None, resolve({"max_new_tokens": 20}, None, model.generation_config))
-    structure, weights = nnx.split(model)
+    structure, weights = split(model)
     run = compiled.Run(model, request)
     lowered = compiled._decode._jitted.lower(
         structure, weights, run.state, request.controls.max_new_tokens, request.controls, request.plan.recipe
     )
-    memory = lowered.compile().memory_analysis()
+    executable = lowered.compile()
+    memory, compiled_text = executable.memory_analysis(), executable.as_text() or ""
     assert memory is not None
     cache_bytes = sum(x.nbytes for x in jax.tree.leaves(run.state.cache))
     weight_bytes = sum(x.nbytes for x in jax.tree.leaves(weights))
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.argument_size_in_bytes >= weight_bytes + cache_bytes
-    assert "constant" not in lowered.as_text() or max(map(len, lowered.as_text().splitlines())) < 10_000
+    constants = re.findall(r"f32\[([\d,]+)\]\S* constant\(", compiled_text)
+    assert all(np.prod([int(n) for n in shape.split(",")]) < 1000 for shape in constants)
+
+
+def test_a_changed_module_is_noticed(model):
+    """The structure of a module is remembered between calls, but not past a change of it."""
+    from jaxgen.generation.weights import split
+
+    structure, arrays = split(model)
+    again, _ = split(model)
+    assert again is structure
+    head = model.lm_head
+    before = model.generate(prompt(9), max_new_tokens=20)
+
+    class Negated(type(head)):
+        def __call__(self, x):
+            return -super().__call__(x)
+
+    model.lm_head = Negated(16, 53, dtype=np.dtype("float32"), rngs=nnx.Rngs(0))
+    model.lm_head.weight[...] = head.weight[...]
+    assert split(model)[0] != structure
+    assert (model.generate(prompt(9), max_new_tokens=20) != before).any()
+    model.lm_head = head
+    assert split(model)[0] == structure
+    np.testing.assert_array_equal(model.generate(prompt(9), max_new_tokens=20), before)
+
+
+def test_a_deleted_model_is_freed():
+    """Neither the remembered structure nor jit's cache of static arguments holds on to weights."""
+    config = MistralConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, eos_token_id=None,
+    )  # fmt: skip
+    model = MistralForCausalLM(config, rngs=nnx.Rngs(0))
+    model.generate([[1, 2]], max_new_tokens=2)
+    array = weakref.ref(jax.tree.leaves(nnx.state(model))[0])
+    assert array() is not None
+    del model
+    gc.collect()
+    assert array() is None

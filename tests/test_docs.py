@@ -53,7 +53,8 @@ def test_the_readmes_python_runs_and_prints_what_it_says(capsys: pytest.CaptureF
 
 def test_importing_jaxgen_imports_nothing_heavy():
     code = (
-        "import sys, jaxgen; heavy = {'jax', 'flax', 'torch', 'transformers', 'matplotlib', 'pandas'} & set(sys.modules); "
+        "import sys, jaxgen; "
+        "heavy = {'jax', 'flax', 'torch', 'transformers', 'matplotlib', 'pandas'} & set(sys.modules); "
         "assert not heavy, heavy; import jaxgen.generation.generate, jaxgen.convert; "
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )

@@ -114,6 +114,14 @@ def test_inputs_of_every_kind_give_the_same(model: MistralForCausalLM):
         assert result.dtype == np.int32
 
 
+def test_without_a_mask_every_id_is_read(model: MistralForCausalLM):
+    """Unlike HF, no mask is guessed from pad_token_id: an id means the same whatever the padding is."""
+    result = model.generate(PROMPTS, max_new_tokens=4, eos_token_id=None, pad_token_id=0)
+    expected = model.generate(PROMPTS, np.ones_like(MASK), max_new_tokens=4, eos_token_id=None)
+    np.testing.assert_array_equal(result, expected)
+    assert (result != model.generate(PROMPTS, MASK, max_new_tokens=4, eos_token_id=None)).any()
+
+
 def test_padding_ids_are_returned_as_given_and_never_read(model: MistralForCausalLM):
     ids = np.where(MASK == 0, 10**6, PROMPTS)  # outside the vocabulary, but masked
     result = model.generate(ids, MASK, max_new_tokens=4, eos_token_id=None)

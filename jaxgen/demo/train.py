@@ -153,7 +153,7 @@ def margins(model: MistralForCausalLM, prompt: list[int], expected: list[int]) -
     # Padding to one length behind the text changes nothing before it, and compiles once.
     ids = np.pad(prompt + expected, (0, LENGTH - len(prompt + expected)))[None]
     rows = np.arange(len(expected))
-    logits = np.array(_logits(model, ids))[0, len(prompt) - 1 + rows]
+    logits = np.array(_logits(model, jnp.asarray(ids)))[0, len(prompt) - 1 + rows]
     own = logits[rows, expected].copy()
     logits[rows, expected] = -np.inf
     return own - logits.max(axis=-1)

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from jaxgen.errors import JaxgenError
 from jaxgen.generation import loop
 from jaxgen.generation.request import Request
+from jaxgen.generation.weights import split
 
 logger = logging.getLogger("jaxgen")
 
@@ -47,11 +47,11 @@ class Stage:
 
 
 def _run_prefill(structure: Any, weights: Any, prompts: Any, key: Any, controls: Any, plan: Any) -> Any:
-    return loop.prefill(nnx.merge(structure, weights), prompts, key, controls, plan)
+    return loop.prefill(structure.module(weights), prompts, key, controls, plan)
 
 
 def _run_decode(structure: Any, weights: Any, state: Any, until: Any, controls: Any, recipe: Any) -> Any:
-    return loop.decode(nnx.merge(structure, weights), state, until, controls, recipe)
+    return loop.decode(structure.module(weights), state, until, controls, recipe)
 
 
 def _describe_prefill(structure: Any, weights: Any, prompts: Any, key: Any, controls: Any, plan: Any) -> str:
@@ -76,7 +76,7 @@ class Run:
 
     def __init__(self, model: Any, request: Request):
         self._request = request
-        self._structure, self._weights = nnx.split(model)
+        self._structure, self._weights = split(model)
         self.state: loop.DecodeState = _prefill(
             self._structure, self._weights, request.prompts, request.key, request.controls, request.plan
         )
