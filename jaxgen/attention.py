@@ -39,47 +39,49 @@ def attend(
     values: Float[Array, "B K S H"],
     allowed: Bool[Array, "B #T S"],
 ) -> Float[Array, "B T K G H"]:
-    """Softmax attention in float32 where query head (k, g) reads key-value head k and only `allowed` slots.
-
-    A query that may see nothing (padding) gets finite numbers, not NaN, so that it cannot poison its neighbours.
-    """
+    """Softmax attention in float32 where query head (k, g) reads key-value head k and only `allowed` slots."""
     scores = jnp.einsum("btkgh,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
-    scores = scores * queries.shape[-1] ** -0.5
-    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    weights = _softmax(scores * queries.shape[-1] ** -0.5, allowed[:, None, None]).astype(values.dtype)
     return jnp.einsum("bkgts,bksh->btkgh", weights, values)
 
 
 def attend_to_slots(
-    queries: Float[Array, "B 1 K G H"],
+    queries: Float[Array, "B K G H"],
     keys: Float[Array, "B K C H"],
     values: Float[Array, "B K C H"],
     visible: Bool[Array, "B C"],
-) -> Float[Array, "B 1 K G H"]:
-    """One query per row against the cache: `attend`, in the form that each platform runs fastest."""
+) -> Float[Array, "B K G H"]:
+    """One query per row against the cache: as `attend`, in the form that each platform runs fastest."""
     return jax.lax.platform_dependent(queries, keys, values, visible, cpu=_attend_by_sums, default=_attend_by_products)
 
 
 def _attend_by_products(
-    queries: Float[Array, "B 1 K G H"],
+    queries: Float[Array, "B K G H"],
     keys: Float[Array, "B K C H"],
     values: Float[Array, "B K C H"],
     visible: Bool[Array, "B C"],
-) -> Float[Array, "B 1 K G H"]:
-    return attend(queries, keys, values, visible[:, None])
+) -> Float[Array, "B K G H"]:
+    """Not `attend` with one query: for one row XLA:GPU would then copy the whole cache, transposed, at each step."""
+    scores = jnp.einsum("bkgh,bkch->bkgc", queries, keys, preferred_element_type=jnp.float32)
+    weights = _softmax(scores * queries.shape[-1] ** -0.5, visible[:, None, None]).astype(values.dtype)
+    return jnp.einsum("bkgc,bkch->bkgh", weights, values)
 
 
 def _attend_by_sums(
-    queries: Float[Array, "B 1 K G H"],
+    queries: Float[Array, "B K G H"],
     keys: Float[Array, "B K C H"],
     values: Float[Array, "B K C H"],
     visible: Bool[Array, "B C"],
-) -> Float[Array, "B 1 K G H"]:
-    """XLA:CPU runs B * K small matrix products one after the other; as one fused sum it takes a quarter of the time."""
-    query = queries[:, 0, :, :, None].astype(jnp.float32) * queries.shape[-1] ** -0.5
-    scores = (query * keys[:, :, None]).sum(-1)
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
-    return (weights[..., None] * values[:, :, None]).sum(3).astype(values.dtype)[:, None]
+) -> Float[Array, "B K G H"]:
+    """XLA:CPU runs B * K small matrix products one after the other; as fused sums it takes a quarter of the time."""
+    query = queries[..., None, :].astype(jnp.float32) * queries.shape[-1] ** -0.5
+    weights = _softmax((query * keys[:, :, None]).sum(-1), visible[:, None, None])
+    return (weights[..., None] * values[:, :, None]).sum(-2).astype(values.dtype)
+
+
+def _softmax(scores: Float[Array, "*axes S"], allowed: Bool[Array, "*#axes S"]) -> Float[Array, "*axes S"]:
+    """Over the allowed slots; where none is (padding), finite numbers and not NaN, which would poison neighbours."""
+    return jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
 
 
 def attend_to_prompt(

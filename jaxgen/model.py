@@ -144,8 +144,8 @@ class MistralDecoderLayer(nnx.Module):
         with jax.named_scope("attention"):
             queries, keys, values = self.self_attn.project(self.input_layernorm(x), rotation)
             cache = cache.write(keys[:, 0], values[:, 0], positions)
-            mixed = attend_to_slots(queries, cache.keys, cache.values, visible)
-            x = x + self.self_attn.output(mixed)
+            mixed = attend_to_slots(queries[:, 0], cache.keys, cache.values, visible)
+            x = x + self.self_attn.output(mixed[:, None])
         with jax.named_scope("mlp"):
             return x + self.mlp(self.post_attention_layernorm(x)), cache
 
