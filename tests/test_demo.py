@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -192,8 +192,10 @@ def test_tokenizer_puts_bos_in_front_and_pads_left(tokenizer):
     assert len(tokenizer) == MistralConfig.from_hf(demo.path()).vocab_size
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.text())
 def test_tokenizer_round_trip(tokenizer, text):
+    assume(not any(token in text for token in tokenizer.all_special_tokens))  # those are skipped, as they should be
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
     assert tokenizer.decode(ids) == "<s>" + text

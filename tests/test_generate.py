@@ -95,6 +95,10 @@ def test_hf_generation_config_objects_are_understood(model: MistralForCausalLM):
 
     config = transformers.GenerationConfig(max_new_tokens=3, eos_token_id=None)
     assert model.generate([[5, 6]], generation_config=config, eos_token_id=None).shape == (1, 5)
+    before = model.generation_config
+    model.generation_config = config
+    assert model.generation_config == GenerationConfig(max_new_tokens=3)
+    model.generation_config = before
 
 
 def test_generation_config_file(tmp_path):

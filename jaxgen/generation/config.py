@@ -146,6 +146,11 @@ class GenerationConfig:
         eos = self.eos_token_id
         return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
 
+    @property
+    def filler_id(self) -> int:
+        """What follows the end of a row: pad, or else the first end-of-sequence id, as in HF."""
+        return self.pad_token_id if self.pad_token_id is not None else next(iter(self.eos_token_ids), 0)
+
     @classmethod
     def from_hf(cls, source: "str | os.PathLike[str] | Mapping[str, Any] | object") -> "GenerationConfig":
         """Read transformers' form: a generation_config.json, its directory, a dict, or a GenerationConfig object."""

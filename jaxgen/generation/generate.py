@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.errors import JaxgenError
 from jaxgen.generation import loop
@@ -76,12 +76,13 @@ class GenerationMixin:
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The checkpoint's own generation defaults; assign a `GenerationConfig` to change them."""
+        """The checkpoint's own generation defaults; assign a `GenerationConfig` (or transformers') to change them."""
         return self._generation_defaults.config
 
     @generation_config.setter
-    def generation_config(self, config: GenerationConfig) -> None:
-        self._generation_defaults = _Untracked(config)
+    def generation_config(self, config: Any) -> None:
+        known = isinstance(config, GenerationConfig)
+        self._generation_defaults = _Untracked(config if known else GenerationConfig.from_hf(config))
 
 
 class _Untracked:
@@ -100,7 +101,7 @@ class _Untracked:
 def generate(
     model: Any,
     input_ids: Int[Array | np.ndarray, "B T"],
-    attention_mask: "Int[Array | np.ndarray, 'B T'] | None" = None,
+    attention_mask: "Int[Array | np.ndarray, 'B T'] | Bool[Array | np.ndarray, 'B T'] | None" = None,
     key: Any = None,
     config: GenerationConfig | None = None,
     row_ids: Any = None,
@@ -139,10 +140,8 @@ def generate(
     def new(table: Float[Array, "R S"] | Int[Array, "R S"], fill: float) -> Array:
         return generated(table, state.prompt_lengths, state.lengths, budget, fill, jnp)
 
-    eos = effective.eos_token_ids
-    pad = effective.pad_token_id if effective.pad_token_id is not None else eos[0] if eos else 0
     prompt = jnp.repeat(ids.astype(jnp.int32), samples, axis=0)
-    sequences = jnp.concatenate([prompt, new(state.tokens, pad)], axis=1)
+    sequences = jnp.concatenate([prompt, new(state.tokens, effective.filler_id)], axis=1)
     if not effective.return_dict_in_generate:
         return sequences
     return {

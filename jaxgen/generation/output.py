@@ -50,9 +50,7 @@ def collect(state: DecodeState, request: Request) -> "np.ndarray | GenerateOutpu
     def new(name: str, fill: float) -> np.ndarray:
         return generated(arrays[name], prompt_lengths, lengths, width, arrays[name].dtype.type(fill))
 
-    eos = config.eos_token_ids
-    pad = config.pad_token_id if config.pad_token_id is not None else eos[0] if eos else 0
-    tokens = new("tokens", pad)
+    tokens = new("tokens", config.filler_id)
     prompt = np.repeat(request.input_ids, samples, axis=0)
     sequences = np.concatenate([prompt, tokens], axis=1)
     if not config.return_dict_in_generate:
@@ -63,7 +61,7 @@ def collect(state: DecodeState, request: Request) -> "np.ndarray | GenerateOutpu
         logprobs=new("logprobs", 0.0),
         model_logprobs=new("model_logprobs", 0.0),
         lengths=counts,
-        finish_reason=["eos" if token in eos else "length" for token in last.tolist()],
+        finish_reason=["eos" if token in config.eos_token_ids else "length" for token in last.tolist()],
         generation_config=config,
         seed=request.seed,
     )
