@@ -9,8 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxgen.linear import product
+
 # Queries are taken this many at a time, so that scores take B*N*BLOCK*T floats and not B*N*T*T.
 QUERY_BLOCK = 512
+
+
+def query_block(length: int) -> int:
+    """How many queries of a prompt are taken at a time: all of them unless QUERY_BLOCK divides a longer prompt."""
+    return QUERY_BLOCK if length % QUERY_BLOCK == 0 else length
+
 
 Rotation = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
@@ -20,7 +28,8 @@ def rope(positions: Int[Array, "B T"], head_dim: int, theta: float, dtype: jnp.d
 
     Source: Su et al. 2021 (arXiv 2104.09864); transformers `MistralRotaryEmbedding`.
     """
-    inverse_frequency = (theta ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    inverse_frequency = np.float32(1) / np.float32(theta) ** exponents  # float32 throughout, as HF: an ulp matters
     angles = positions[..., None].astype(jnp.float32) * inverse_frequency
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
@@ -40,9 +49,9 @@ def attend(
     allowed: Bool[Array, "B #T S"],
 ) -> Float[Array, "B T K G H"]:
     """Softmax attention in float32 where query head (k, g) reads key-value head k and only `allowed` slots."""
-    scores = jnp.einsum("btkgh,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
+    scores = product("btkgh,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
     weights = _softmax(scores * queries.shape[-1] ** -0.5, allowed[:, None, None]).astype(values.dtype)
-    return jnp.einsum("bkgts,bksh->btkgh", weights, values)
+    return product("bkgts,bksh->btkgh", weights, values)
 
 
 def attend_to_slots(
@@ -62,9 +71,9 @@ def _attend_by_products(
     visible: Bool[Array, "B C"],
 ) -> Float[Array, "B K G H"]:
     """Not `attend` with one query: for one row XLA:GPU would then copy the whole cache, transposed, at each step."""
-    scores = jnp.einsum("bkgh,bkch->bkgc", queries, keys, preferred_element_type=jnp.float32)
+    scores = product("bkgh,bkch->bkgc", queries, keys, preferred_element_type=jnp.float32)
     weights = _softmax(scores * queries.shape[-1] ** -0.5, visible[:, None, None]).astype(values.dtype)
-    return jnp.einsum("bkgc,bkch->bkgh", weights, values)
+    return product("bkgc,bkch->bkgh", weights, values)
 
 
 def _attend_by_sums(
@@ -94,7 +103,8 @@ def attend_to_prompt(
 ) -> Float[Array, "B T K G H"]:
     """Causal attention of a whole prompt to itself, at most `window` real tokens back (the token itself counts).
 
-    Long prompts are taken in blocks of queries, which bounds the memory of the scores.
+    Prompts of a multiple of QUERY_BLOCK tokens (the buckets from 1024 on) are taken in blocks of queries, which
+    bounds the memory of the scores.
     """
     keys, values = (jnp.moveaxis(x, 1, 2) for x in (keys, values))
     length = queries.shape[1]
@@ -109,7 +119,7 @@ def attend_to_prompt(
             allowed &= rows(positions)[:, :, None] - positions[:, None, :] < window
         return attend(rows(queries), keys, values, allowed)
 
-    if length <= QUERY_BLOCK or length % QUERY_BLOCK:
+    if query_block(length) == length:
         return block(0, length)
     starts = jnp.arange(0, length, QUERY_BLOCK)
     blocks = jax.lax.map(lambda start: block(start, QUERY_BLOCK), starts)

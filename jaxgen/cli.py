@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxgen.errors import JaxgenError
 
@@ -20,17 +20,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
     except JaxgenError as error:
-        sys.stderr.write(f"jaxgen: {error}\n".replace("\n", " ").strip() + "\n")
-        return 2
+        return _complain(error)
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        import jax
+
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            raise
+        return _complain(error)  # most often: out of memory
     return 0
 
 
+def _complain(error: Exception) -> int:
+    sys.stderr.write("jaxgen: " + " ".join(str(error).split()) + "\n")
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage around it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxgen", description="Hugging Face generate for JAX.")
+    parser = _Parser(prog="jaxgen", description="Hugging Face generate for JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", help="continue prompts", description="Continue prompts.")
@@ -40,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint directory or hub id (default: the demo)")
     generate.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     generate.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the model's, or 20")
-    generate.add_argument("--do-sample", action="store_true", default=None, help="sample instead of greedy search")
+    generate.add_argument("--do-sample", action=argparse.BooleanOptionalAction, help="sample, or search greedily")
     generate.add_argument("--temperature", type=float)
     generate.add_argument("--top-k", type=int)
     generate.add_argument("--top-p", type=float)
@@ -62,6 +80,8 @@ def _generate(options: argparse.Namespace) -> None:
     from jaxgen import demo
     from jaxgen.convert.hub import locate
     from jaxgen.convert.load import AutoModelForCausalLM
+    from jaxgen.generation.config import resolve
+    from jaxgen.generation.sample import random_key
     from jaxgen.text.tokenizer import load_tokenizer
 
     if options.batch_size < 1:
@@ -72,6 +92,9 @@ def _generate(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(directory)
     names = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p")
     settings = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.seed is None and resolve(settings, None, model.generation_config).do_sample:
+        options.seed = random_key(None, None)[1]
+        sys.stderr.write(f"jaxgen: --seed {options.seed} gives this text again\n")
     if options.stream:
         _stream(model, tokenizer, prompts, settings, options.seed)
         return
@@ -90,26 +113,36 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         if options.prompts:
             raise JaxgenError("prompts were given both as arguments and with --file; choose one")
         try:
-            prompts = options.file.read_text(encoding="utf-8").splitlines()
+            text = options.file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise JaxgenError(f"--file {options.file}: cannot be read: {error}") from error
     elif options.prompts and options.prompts != ["-"]:
-        return options.prompts
+        return [_utf8(prompt) for prompt in options.prompts]
     else:
         try:
-            prompts = sys.stdin.read().splitlines()
+            text = sys.stdin.read()
         except UnicodeDecodeError as error:
             raise JaxgenError(f"standard input is not UTF-8 text: {error}") from error
-    prompts = [prompt for prompt in prompts if prompt]
+    prompts = [_utf8(line.removesuffix("\r")) for line in text.split("\n") if line.strip()]
     if not prompts:
         raise JaxgenError("no prompts: give one as an argument, with --file, or on standard input")
     return prompts
+
+
+def _utf8(prompt: str) -> str:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise JaxgenError(f"prompt {prompt!r} is not UTF-8 text: {error}") from error
+    return prompt
 
 
 def _complete(
     model: Any, tokenizer: Any, prompts: list[str], settings: dict[str, Any], options: argparse.Namespace
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Each prompt with its continuation and details; row ids make a row's text independent of --batch-size."""
+    from jaxgen.text.tokenizer import continuation
+
     for start in range(0, len(prompts), options.batch_size):
         batch = prompts[start : start + options.batch_size]
         inputs = tokenizer(batch, padding=True, return_tensors="np")
@@ -125,7 +158,8 @@ def _complete(
         for row, prompt in enumerate(batch):
             count = result.lengths[row]
             tokens = result.sequences[row, width : width + count].tolist()
-            yield prompt, tokenizer.decode(tokens, skip_special_tokens=True), {
+            own = inputs["input_ids"][row][inputs["attention_mask"][row] == 1].tolist()
+            yield prompt, continuation(tokenizer, own, tokens), {
                 "token_ids": tokens,
                 "logprobs": result.logprobs[row, :count].tolist(),
                 "finish_reason": result.finish_reason[row],

@@ -18,12 +18,12 @@ class CheckpointError(JaxgenError):
 
 
 class NonFiniteLogitsError(JaxgenError):
-    """The model produced NaN logits; `rows` and `steps` say where."""
+    """The model produced logits that are not finite; `rows` and `steps` say where."""
 
     def __init__(self, rows: list[int], steps: list[int]):
         self.rows, self.steps = rows, steps
         places = ", ".join(f"row {row} at step {step}" for row, step in zip(rows, steps, strict=True))
         super().__init__(
-            f"logits are NaN in {places}; the weights or the activations overflowed. "
+            f"logits are not finite in {places}; something overflowed, in the model or by an extreme option. "
             "Load the model with dtype='float32' to see whether the dtype is the cause."
         )

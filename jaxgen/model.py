@@ -207,7 +207,7 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
         """
         ids = jnp.asarray(input_ids)
         real = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
-        positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+        positions = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
         hidden, _ = self._prompt(ids, positions, real)
         return self._logits(hidden)
 

@@ -29,6 +29,7 @@ BAD_PROMPTS = {
     "negative id": (([[1, -1]], None), r"input_ids\[0, 1\]=-1 "),
     "no tokens": (([[]], None), "empty prompt"),
     "no rows": ((np.zeros((0, 3), int), None), "empty prompt"),
+    "a masked id past 32 bits": (([[2**40, 2]], [[0, 1]]), r"input_ids\[0, 0\]=1099511627776 is not a 32-bit int"),
     "a row of padding": ((IDS, [[1, 1, 1], [0, 0, 0]]), "row 1 has no real token"),
     "one dimension": (([1, 2, 3], None), r"shape \(3,\); expected \[batch, length\]"),
     "ragged": (([[1, 2], [3]], None), "different lengths.*padding=True"),
@@ -57,6 +58,10 @@ BAD_OPTIONS = {
     "max_new_tokens true": ({"max_new_tokens": True}, "max_new_tokens=True"),
     "max_length inside the prompt": ({"max_length": 3}, "max_length=3 leaves nothing"),
     "min_new_tokens above the limit": ({"min_new_tokens": 9, "max_new_tokens": 5}, "min_new_tokens=9 .* 5 tokens"),
+    "min_new_tokens above the default": ({"min_new_tokens": 21}, "min_new_tokens=21 .* default of 20"),
+    "temperature past float32": ({"temperature": 1e40}, "temperature=1e\\+40 must be"),
+    "temperature too small": ({"temperature": 1e-40}, "temperature=1e-40 must be"),
+    "top_k past int32": ({"top_k": 2**40}, "top_k=1099511627776 must be an int of at most"),
     "past the context": ({"max_new_tokens": 62}, "max_new_tokens=62 exceed .* 64 tokens; at most 61 new tokens fit"),
     "num_return_sequences zero": ({"num_return_sequences": 0}, "num_return_sequences=0"),
     "several greedy sequences": ({"num_return_sequences": 2}, "num_return_sequences=2 needs do_sample=True"),
@@ -124,12 +129,21 @@ def test_memory(model, monkeypatch: pytest.MonkeyPatch):
     # One layer, one key-value head of 8, float32: 64 bytes per token and row.
     config = MistralConfig(**{**vars(model.config), "max_position_embeddings": 10**6, "sliding_window": None})
     big = MistralForCausalLM(config, rngs=nnx.Rngs(0))
-    message = r"2 rows of 4096 tokens .* 0.00 GB of key-value cache, .*at most 1520 new tokens fit"
+    message = r"2 rows of 4096 tokens .* 0.00 GB for the key-value cache and the prefill, .*at most 1008 new tokens fit"
     expect(message, lambda: big.generate(IDS, max_new_tokens=3500))
-    assert 2 * 64 * (1520 + 16) <= 200_000 < 2 * 64 * 2048
-    assert big.generate(IDS, max_new_tokens=1520, eos_token_id=int(big.generate(IDS[:1], max_new_tokens=1)[0, -1])).size
+    first = int(big.generate(IDS[:1], max_new_tokens=1)[0, -1])
+    assert big.generate(IDS[:1], max_new_tokens=1008, eos_token_id=first).shape == (1, 4)
     monkeypatch.setattr(limits, "free_bytes", lambda device: 100)
     expect("fewer rows or a shorter prompt", lambda: big.generate(IDS))
+
+
+def test_a_long_prompt_needs_memory_too(model, monkeypatch: pytest.MonkeyPatch):
+    """Attention scores of 4 rows of 512 tokens: 2 heads * 512 * 512 * 4 bytes, twice, each; the cache is 1% of that."""
+    config = MistralConfig(**{**vars(model.config), "max_position_embeddings": 10**6})
+    big = MistralForCausalLM(config, rngs=nnx.Rngs(0))
+    monkeypatch.setattr(limits, "free_bytes", lambda device: 16_000_000)
+    expect("use fewer rows or a shorter prompt", lambda: big.generate(np.ones((4, 500), int)))
+    assert big.generate(np.ones((1, 500), int), max_new_tokens=1).shape == (1, 501)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"temperature": 0}', '{"num_beams": 3}', "\x00"])

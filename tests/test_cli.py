@@ -83,20 +83,51 @@ def test_streaming_goes_piece_by_piece():
 
 
 def test_half_a_character_waits_for_its_rest():
-    from jaxgen.text.stream import _grow
+    """Streaming a model whose tokens are bytes never shows a broken character."""
+    from jaxgen import AutoModelForCausalLM
+    from jaxgen.text.stream import stream_text
+    from jaxgen.text.tokenizer import load_tokenizer
 
-    class Bytes:
-        """One token per byte."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(demo.path()), load_tokenizer(demo.path())
+    options = {
+        "do_sample": True,
+        "temperature": 50.0,
+        "top_k": 0,
+        "seed": 1,
+        "max_new_tokens": 200,
+        "eos_token_id": None,
+    }
+    pieces = list(stream_text(model, tokenizer, COLORS, **options))
+    inputs = tokenizer([COLORS], return_tensors="np")
+    ids = model.generate(**inputs, **options)
+    text = tokenizer.batch_decode(ids, skip_special_tokens=True)[0]
+    assert COLORS + "".join(pieces) == text
+    assert "\ufffd" in text  # bytes at random: some are never completed
+    assert len(pieces) > 50
 
-        def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
-            return bytes(tokens).decode("utf-8", errors="replace")
 
-    shown, pieces = "", []
-    data = np.array(list("aé☃".encode()))
-    for end in range(1, len(data) + 1):
-        piece, shown = _grow(Bytes(), data[:end], shown, final=end == len(data))
-        pieces.append(piece)
-    assert pieces == ["a", "", "é", "", "", "☃"]
+def test_the_space_after_the_prompt_is_kept(tmp_path):
+    """Llama's tokenizers strip the first space of what they decode; a continuation must not lose it."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    from jaxgen.text.tokenizer import continuation
+
+    words = {"<unk>": 0, "\u2581Portugal": 1, "\u2581is": 2, "\u2581a": 3}
+    raw = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    raw.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", clean_up_tokenization_spaces=False)
+    assert tokenizer.decode([3]) == "a"
+    assert continuation(tokenizer, [1, 2], [3]) == " a"
+
+
+def test_a_fresh_seed_is_told_and_repeats(capsys):
+    arguments = ["generate", "I am a cat.", "1, 2, 3", "--do-sample", "--temperature", "3", "--batch-size", "1"]
+    assert cli.main(arguments) == 0
+    first = capsys.readouterr()
+    seed = first.err.split("--seed ")[1].split()[0]
+    assert run(capsys, *arguments, "--seed", seed) == first.out
 
 
 def test_inspect(capsys):
@@ -114,6 +145,7 @@ def test_inspect(capsys):
 
 BAD = {
     "unknown model": (["generate", "x", "--model", "no/such-model-here"], "no/such-model-here"),
+    "prompt not UTF-8": (["generate", "\udcff abc"], "not UTF-8"),
     "bad path": (["generate", "x", "--model", "./nowhere"], "./nowhere"),
     "bad temperature": (["generate", "x", "--do-sample", "--temperature", "0"], "temperature=0.0"),
     "bad dtype": (["generate", "x", "--dtype", "int3"], "int3"),
@@ -143,10 +175,12 @@ def test_no_prompts(capsys, monkeypatch):
     assert "no prompts" in capsys.readouterr().err
 
 
-def test_usage_errors_exit_with_2(capsys):
+@pytest.mark.parametrize("arguments", [["--tempreature", "1"], ["--max-new-tokens", "x"], ["--json", "--stream"]])
+def test_usage_errors_are_one_line_too(arguments: list[str], capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main(["generate", "x", "--tempreature", "1"])
+        cli.main(["generate", "x", *arguments])
     assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_directory_without_a_tokenizer(tmp_path: Path):

@@ -220,8 +220,23 @@ class TestPureFunction:
             jaxgen.generate(model, PROMPTS, config=GenerationConfig(do_sample=True))
 
     def test_the_method_under_jit_points_to_the_function(self, model: MistralForCausalLM):
-        with pytest.raises(jaxgen.JaxgenError, match=r"jaxgen\.generate"):
-            jax.jit(model.generate)(PROMPTS)
+        structure, weights = nnx.split(model)
+        for call in (
+            lambda: jax.jit(model.generate)(PROMPTS),
+            lambda: jax.vmap(lambda key: model.generate(PROMPTS, key=key))(jax.random.split(jax.random.key(0), 2)),
+            lambda: jax.jit(lambda weights: nnx.merge(structure, weights).generate(PROMPTS))(weights),
+        ):
+            with pytest.raises(jaxgen.JaxgenError, match=r"jaxgen\.generate"):
+                call()
+
+    def test_a_jit_of_the_users_sees_changed_defaults(self, model: MistralForCausalLM):
+        before = model.generation_config
+        run = nnx.jit(lambda model: jaxgen.generate(model, PROMPTS, config=GenerationConfig(max_new_tokens=4)))
+        plain = run(model)
+        model.generation_config = GenerationConfig(eos_token_id=None, repetition_penalty=1e6)
+        penalised = run(model)
+        model.generation_config = before
+        assert (np.asarray(plain) != np.asarray(penalised)).any()
 
 
 @pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="this flax has one mode only")
@@ -233,6 +248,25 @@ def test_both_modes_of_nnx(graph: bool, model: MistralForCausalLM):
         fresh = MistralForCausalLM(model.config, rngs=nnx.Rngs(0))
         assert fresh.generate([[1, 2]], max_new_tokens=3, eos_token_id=None).shape == (1, 5)
     np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype: str):
+    """Computed in 16 bits the demo says the same: its margins are wide."""
+    half = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), dtype=dtype)
+    full = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), dtype="float32")
+    from jaxgen.text.tokenizer import load_tokenizer
+
+    inputs = load_tokenizer(jaxgen.demo.path())(["A list of colors: red, blue", "1, 2"], padding=True)
+    assert half.dtype == jnp.dtype(dtype)
+    np.testing.assert_array_equal(half.generate(**inputs), full.generate(**inputs))
+
+
+def test_overflow_to_infinity_raises_too():
+    half = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), dtype="float16")
+    half.lm_head.weight[...] = half.lm_head.weight[...] * 30000
+    with pytest.raises(jaxgen.NonFiniteLogitsError, match="row 0 at step 0"):
+        half.generate([[1, 2]])
 
 
 def test_generation_far_past_the_window(model: MistralForCausalLM):

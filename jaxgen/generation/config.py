@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError, UnsupportedError
 
@@ -25,6 +27,8 @@ DEFAULTS: dict[str, Any] = {
     "return_dict_in_generate": False,
 }
 DEFAULT_NEW_TOKENS = 20
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_INT32_MAX = np.iinfo(np.int32).max
 
 # Fields of transformers 5.23 that jaxgen does not act on yet, with the values at which they do nothing.
 _INERT: dict[str, tuple[Any, ...]] = {
@@ -233,6 +237,8 @@ def _plain(value: Any) -> Any:
 
 def _integer(minimum: int):
     def check(name: str, value: Any) -> int:
+        if isinstance(value, int | np.integer) and value > _INT32_MAX:
+            raise JaxgenError(f"{name}={value!r} must be an int of at most {_INT32_MAX}")
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < minimum:
             raise JaxgenError(f"{name}={value!r} must be an int of at least {minimum}")
         return int(value)
@@ -245,6 +251,7 @@ def _number(low: float, high: float, interval: str):
 
     def check(name: str, value: Any) -> float:
         fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        fits = fits and (value == 0 or _SMALLEST <= abs(value) <= _LARGEST)
         if not fits or not low <= value <= high or (value == low and interval.startswith("(")):
             hint = "; use do_sample=False for greedy search" if name == "temperature" and value == 0 else ""
             raise JaxgenError(f"{name}={value!r} must be a number in {interval}{hint}")

@@ -23,6 +23,7 @@ from jaxgen.generation.output import collect
 from jaxgen.generation.prompt import generated, pack
 from jaxgen.generation.request import Request, check_eos, controls_of
 from jaxgen.generation.sample import random_key, row_id_words
+from jaxgen.generation.weights import Untracked
 
 
 class GenerationMixin:
@@ -77,25 +78,12 @@ class GenerationMixin:
     @property
     def generation_config(self) -> GenerationConfig:
         """The checkpoint's own generation defaults; assign a `GenerationConfig` (or transformers') to change them."""
-        return self._generation_defaults.config
+        return self._generation_defaults.value
 
     @generation_config.setter
     def generation_config(self, config: Any) -> None:
         known = isinstance(config, GenerationConfig)
-        self._generation_defaults = _Untracked(config if known else GenerationConfig.from_hf(config))
-
-
-class _Untracked:
-    """Holds a value that NNX should not see: all boxes are equal, so changing the value never recompiles."""
-
-    def __init__(self, config: GenerationConfig):
-        self.config = config
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Untracked)
-
-    def __hash__(self) -> int:
-        return hash(_Untracked)
+        self._generation_defaults = Untracked(config if known else GenerationConfig.from_hf(config))
 
 
 def generate(

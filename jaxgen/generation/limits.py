@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxgen.attention import query_block
 from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig
@@ -31,7 +32,8 @@ def new_token_budget(config: GenerationConfig, width: int, longest: int, context
                 f"{asked} leaves nothing to generate after a prompt of width {width}; set max_new_tokens instead"
             )
     else:
-        return min(DEFAULT_NEW_TOKENS, context - longest)
+        budget = min(DEFAULT_NEW_TOKENS, context - longest)
+        asked = f"the default of {budget} new tokens"
     if longest + budget > context:
         raise JaxgenError(
             f"a prompt of {longest} tokens and {asked} exceed the model's context of {context} tokens; "
@@ -44,24 +46,37 @@ def new_token_budget(config: GenerationConfig, width: int, longest: int, context
     return budget
 
 
-def check_memory(config: MistralConfig, itemsize: int, rows: int, length: int, total: int, device: Any) -> None:
-    """Raise `JaxgenError`, saying how many new tokens fit, if the key-value cache outgrows the device.
+def check_memory(
+    config: MistralConfig, itemsize: int, prompts: int, samples: int, length: int, total: int, device: Any
+) -> None:
+    """Raise `JaxgenError`, saying how many new tokens fit, if the key-value cache or the prefill outgrow the device.
 
-    `length` and `total` are the (bucketed) sizes of the prompt and of prompt and new tokens together.
+    `length` and `total` are the (bucketed) sizes of the prompt and of prompt and new tokens together. What the
+    prefill needs besides the cache is an estimate of its largest arrays.
     """
     free = free_bytes(device)
     if free is None:
         return
+    rows = prompts * samples
     per_slot = rows * kv_bytes_per_token(config, itemsize)
-    needed = per_slot * config.cache_slots(total)
+    working = prefill_bytes(config, itemsize, prompts, length)
+    needed = per_slot * config.cache_slots(total) + working
     if needed <= free:
         return
-    room = largest_bucket(free // per_slot) - length
+    room = largest_bucket(max(free - working, 0) // per_slot) - length
     advice = f"at most {room} new tokens fit" if room > 0 else "use fewer rows or a shorter prompt"
     raise JaxgenError(
-        f"{rows} rows of {total} tokens (prompt and new tokens, rounded up) need {needed / _SHOWN:.2f} GB of "
-        f"key-value cache, and {free / _SHOWN:.2f} GB are free on {device}; {advice}"
+        f"{rows} rows of {total} tokens (prompt and new tokens, rounded up) need {needed / _SHOWN:.2f} GB for "
+        f"the key-value cache and the prefill, and {free / _SHOWN:.2f} GB are free on {device}; {advice}"
     )
+
+
+def prefill_bytes(config: MistralConfig, itemsize: int, prompts: int, length: int) -> int:
+    """About what reading the prompts takes beside weights and cache: attention scores, activations and logits."""
+    scores = 2 * 4 * config.num_attention_heads * query_block(length) * length
+    activations = itemsize * length * (2 * config.intermediate_size + 4 * config.hidden_size)
+    logits = 3 * 4 * config.vocab_size
+    return prompts * (scores + activations + logits)
 
 
 def kv_bytes_per_token(config: MistralConfig, itemsize: int) -> int:
@@ -73,7 +88,10 @@ def free_bytes(device: Any) -> int | None:
     """Memory that can still be allocated on a jax device, or None where nobody says."""
     if device.platform == "cpu":
         return _available_host_bytes()
-    stats = device.memory_stats()
+    try:
+        stats = device.memory_stats()
+    except RuntimeError:  # a backend that does not keep count
+        return None
     if not stats or "bytes_limit" not in stats:
         return None
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)

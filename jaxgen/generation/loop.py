@@ -65,7 +65,7 @@ class DecodeState:
     lengths: Int[Array, " R"]  # tokens the row holds; the position of the next one
     prompt_lengths: Int[Array, " R"]  # how many of them came with the prompt
     done: Bool[Array, " R"]  # the row has ended (end-of-sequence, length, or broken)
-    broken: Bool[Array, " R"]  # the row's logits were NaN; it stopped before drawing from them
+    broken: Bool[Array, " R"]  # the row's logits were not finite; it stopped before drawing from them
     logprobs: Float[Array, "R S"]  # of the token in each slot, under the distribution it was drawn from
     model_logprobs: Float[Array, "R S"]  # the same under the model's own distribution, before any processor
     row_keys: Key[Array, " R"]  # never advanced: a draw folds in its position
@@ -129,7 +129,9 @@ def append_token(state: DecodeState, logits: Float[Array, "R V"], controls: Cont
         chosen = draw(scores, state.row_keys, state.lengths) if recipe.do_sample else greedy(scores)
 
     with jax.named_scope("record"):
-        broken = ~state.done & jnp.isnan(logits).any(axis=1)
+        logprobs, model_logprobs = log_prob(scores, chosen), log_prob(logits, chosen)
+        # One NaN or +inf anywhere in a row, or nothing left to choose from, shows here.
+        broken = ~state.done & ~(jnp.isfinite(logprobs) & jnp.isfinite(model_logprobs))
         runs = ~(state.done | broken)
         rows = jnp.arange(chosen.shape[0])
         slot = jnp.where(runs, state.lengths, state.tokens.shape[1])  # past the end: dropped
@@ -141,11 +143,11 @@ def append_token(state: DecodeState, logits: Float[Array, "R V"], controls: Cont
         return dataclasses.replace(
             state,
             tokens=put(state.tokens, chosen),
-            lengths=state.lengths + runs,
+            lengths=state.lengths + runs.astype(jnp.int32),
             done=~runs | ends,
             broken=state.broken | broken,
-            logprobs=put(state.logprobs, log_prob(scores, chosen)),
-            model_logprobs=put(state.model_logprobs, log_prob(logits, chosen)),
+            logprobs=put(state.logprobs, logprobs),
+            model_logprobs=put(state.model_logprobs, model_logprobs),
             steps=state.steps + 1,
         )
 

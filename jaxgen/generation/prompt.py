@@ -70,6 +70,9 @@ def read_prompt(
     if ids.size == 0:
         raise JaxgenError(f"input_ids has shape {ids.shape}: an empty prompt; pass at least one token (such as BOS)")
     mask = np.ones(ids.shape, bool) if attention_mask is None else _mask(attention_mask, ids.shape)
+    if (ids.astype(np.int32) != ids).any():
+        row, column = np.argwhere(ids.astype(np.int32) != ids)[0]
+        raise JaxgenError(f"input_ids[{row}, {column}]={ids[row, column]} is not a 32-bit int (masked or not)")
     outside = mask & ((ids < 0) | (ids >= vocab_size))
     if outside.any():
         row, column = np.argwhere(outside)[0]

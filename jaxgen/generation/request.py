@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Int
@@ -40,7 +41,11 @@ class Request:
         row_ids: Any = None,
     ) -> "Request":
         """Check all that can be checked on the host, then pack the rows and choose the buckets."""
-        if isinstance(input_ids, Tracer) or isinstance(attention_mask, Tracer):
+        try:
+            device, traced = model.device, any(isinstance(x, Tracer) for x in (input_ids, attention_mask, key))
+        except jax.errors.ConcretizationTypeError:  # the weights themselves
+            device, traced = None, True
+        if traced:
             raise JaxgenError("model.generate runs on the host; inside jit or vmap use jaxgen.generate(model, ...)")
         ids, mask = read_prompt(input_ids, attention_mask, model.config.vocab_size)
         check_eos(config, model.config.vocab_size)
@@ -53,7 +58,7 @@ class Request:
         rows, length = bucket(len(ids)), bucket(longest, SMALLEST_PROMPT)
         # From the bucketed prompt, not the real one: the prompt's bucket then decides the total's.
         total = bucket(length + budget, SMALLEST_TOTAL)
-        check_memory(model.config, model.dtype.itemsize, rows * samples, length, total, model.device)
+        check_memory(model.config, model.dtype.itemsize, rows, samples, length, total, device)
         prompts = Prompts(
             tokens=pad_to(tokens[:, :longest], (rows, length)),
             lengths=pad_to(lengths, (rows,), fill=1),

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from jaxgen.errors import JaxgenError
@@ -53,6 +54,9 @@ def random_key(key: Any, seed: Any) -> tuple[Key[Array, ""], int | None]:
             "key uses the 'rbg' implementation, whose draws depend on the other rows of a batch; "
             "make it with jax.random.key(seed, impl='threefry2x32')"
         )
+    if not isinstance(key, Tracer) and key.shape == ():  # uncommitted, so that it goes where the model is
+        data = np.asarray(jax.random.key_data(key))
+        key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))  # pyright: ignore[reportArgumentType]
     if key.shape != ():
         raise JaxgenError(f"key has shape {key.shape}; pass one key (rows get their own from it)")
     return key, None

@@ -5,11 +5,31 @@ as decoding a token or two. A module rarely changes between two calls, so its st
 much shorter walk tells whether it is still the same. The arrays are read anew each time: training goes on.
 """
 
+import threading
 import weakref
 from typing import Any
 
 import jax
 from flax import nnx
+
+_comparing = threading.local()
+
+
+class Untracked:
+    """A static attribute of a module that decides nothing in prefill and decode.
+
+    `Structure` takes all of them for equal, so that changing one does not recompile. Everyone else (a user's own
+    jit, where `jaxgen.generate` reads the value) compares what they hold.
+    """
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Untracked) and (getattr(_comparing, "loosely", False) or self.value == other.value)
+
+    def __hash__(self) -> int:
+        return hash(Untracked)
 
 
 class Structure:
@@ -27,9 +47,13 @@ class Structure:
         return nnx.merge(self._graph, nnx.from_flat_state([(path, v.replace(array)) for (path, v), array in pairs]))
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, Structure) and self._hash == other._hash and self._graph == other._graph
-        )
+        if self is other or not isinstance(other, Structure) or self._hash != other._hash:
+            return self is other
+        _comparing.loosely = True
+        try:
+            return self._graph == other._graph
+        finally:
+            _comparing.loosely = False
 
     def __hash__(self) -> int:
         return self._hash
@@ -38,7 +62,7 @@ class Structure:
 def split(model: nnx.Module) -> tuple[Structure, list[jax.Array]]:
     """A module's structure and arrays; the structure is computed again only if the module was changed."""
     parts: list[Any] = []
-    _collect(model, parts)
+    _collect(model, parts, set())
     known = _known.get(model)
     if known is None or len(known.parts) != len(parts) or any(a is not b for a, b in zip(known.parts, parts)):  # noqa: B905
         known = _known[model] = _Known(model, parts)
@@ -59,14 +83,13 @@ class _Known:
 _known: weakref.WeakKeyDictionary[nnx.Module, _Known] = weakref.WeakKeyDictionary()
 
 
-def _collect(node: Any, parts: list[Any]) -> None:
+def _collect(node: Any, parts: list[Any], seen: set[int]) -> None:
     """Every attribute and item below a module, in order, down to the variables but not into them."""
     for value in vars(node).values() if isinstance(node, nnx.Module) else node:
         parts.append(value)
-        if isinstance(value, nnx.Module | list | tuple):
-            _collect(value, parts)
-        elif isinstance(value, dict):
-            _collect(list(value.values()), parts)
+        if isinstance(value, nnx.Module | list | tuple | dict) and id(value) not in seen:
+            seen.add(id(value))  # a module may hold another one twice, or lead back to itself
+            _collect(list(value.values()) if isinstance(value, dict) else value, parts, seen)
 
 
 def _at(node: Any, path: tuple[Any, ...]) -> Any:

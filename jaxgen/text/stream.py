@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
-from jaxgen.errors import NonFiniteLogitsError
+from jaxgen.errors import JaxgenError, NonFiniteLogitsError
 from jaxgen.generation.compiled import Run
 from jaxgen.generation.config import resolve
 from jaxgen.generation.request import Request
+from jaxgen.text.tokenizer import continuation
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # how tokenizers show the first bytes of a character
 
@@ -30,6 +30,8 @@ def stream_text(
     """
     inputs = tokenizer([text], return_tensors="np")
     config = resolve(options, None, model.generation_config)
+    if (config.num_return_sequences or 1) > 1:
+        raise JaxgenError(f"num_return_sequences={config.num_return_sequences}: one text can be streamed at a time")
     request = Request.read(model, inputs["input_ids"], inputs["attention_mask"], config, seed=seed, row_ids=[row_id])
     run = Run(model, request)
     shown, new_tokens, done = "", 1, False
@@ -40,15 +42,9 @@ def stream_text(
         )
         if broken:
             raise NonFiniteLogitsError([0], [int(length - prompt)])
-        piece, shown = _grow(tokenizer, tokens[prompt:length], shown, final=bool(done))
-        if piece:
-            yield piece
+        text = continuation(tokenizer, tokens[:prompt].tolist(), tokens[prompt:length].tolist())
+        text = text if done else text.rstrip(_UNFINISHED)
+        if len(text) > len(shown):
+            yield text[len(shown) :]
+            shown = text
         new_tokens += chunk_size
-
-
-def _grow(tokenizer: Any, tokens: np.ndarray, shown: str, final: bool) -> tuple[str, str]:
-    """What the tokens add to the text shown so far; an unfinished character waits for its last byte."""
-    text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-    if not final:
-        text = text.rstrip(_UNFINISHED)
-    return text[len(shown) :], text

@@ -20,3 +20,12 @@ def load_tokenizer(directory: Path) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    """The text that the new tokens add to the prompt's.
+
+    Decoded together: alone, Llama's tokenizers drop the space in front of the first new word.
+    """
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    return tokenizer.decode(prompt + new, skip_special_tokens=True)[len(before) :]
