@@ -92,6 +92,7 @@ def _generate(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(directory)
     names = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p")
     settings = {name: value for name in names if (value := getattr(options, name)) is not None}
+    settings["num_return_sequences"] = 1  # one line per prompt, whatever the checkpoint's own defaults say
     if options.seed is None and resolve(settings, None, model.generation_config).do_sample:
         options.seed = random_key(None, None)[1]
         sys.stderr.write(f"jaxgen: --seed {options.seed} gives this text again\n")
