@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 
 def product(formula: str, first: Array, second: Array, **options: Any) -> Array:
-    """`jnp.einsum` that means float32 where it says float32: by default GPUs would round the operands to TF32."""
+    """`jnp.einsum` that means float32 where it says float32: the default leaves GPUs free to round operands to TF32."""
     precision = jax.lax.Precision.HIGHEST if first.dtype == jnp.float32 else None
     return jnp.einsum(formula, first, second, precision=precision, **options)
 

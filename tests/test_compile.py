@@ -194,6 +194,19 @@ def test_a_changed_module_is_noticed(model):
     np.testing.assert_array_equal(model.generate(prompt(9), max_new_tokens=20), before)
 
 
+def test_a_change_deep_inside_is_noticed(model):
+    from jaxgen.generation.weights import split
+
+    layer = model.model.layers[0]
+    before = layer.input_layernorm
+    old = split(model)[1]
+    layer.input_layernorm = type(before)(16, 1e-6, dtype=np.dtype("float32"))
+    new = split(model)[1]
+    layer.input_layernorm = before
+    assert [a is b for a, b in zip(old, new, strict=True)].count(False) == 1  # just that norm's weight
+    assert all(a is b for a, b in zip(old, split(model)[1], strict=True))
+
+
 def test_a_deleted_model_is_freed():
     """Neither the remembered structure nor jit's cache of static arguments holds on to weights."""
     config = MistralConfig(

@@ -1,8 +1,8 @@
 """A Flax module as jit takes it: a hashable structure, and a flat list of arrays.
 
-`nnx.split` walks the module in Python and jit hashes what it found: half a millisecond per layer and call, as long
-as decoding a token or two. A module rarely changes between two calls, so its structure is remembered, and a
-much shorter walk tells whether it is still the same. The arrays are read anew each time: training goes on.
+`nnx.split` walks the module in Python, and jit hashes what it found: some tenths of a millisecond per layer and
+call. A module rarely changes between two calls, so its structure is remembered, and a shorter walk tells whether it
+is still the same. The arrays are read anew each time: training goes on.
 """
 
 import threading
