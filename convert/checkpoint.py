@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,10 @@ from jaxgen.errors import CheckpointError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16"), "F32": jnp.dtype("float32")}
+# What quantised checkpoints hold besides: packed weights, zero points, permutations, shapes.
+_INTEGERS = {
+    code: np.dtype(name) for code, name in (("U8", "u1"), ("I8", "i1"), ("I32", "<i4"), ("U32", "<u4"), ("I64", "<i8"))
+}
 
 _MAX_JSON_BYTES = 100_000_000  # safetensors' own limit for a header
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_+=@ -][A-Za-z0-9._+=@ -]{0,200}\.safetensors")
@@ -38,6 +42,13 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Size in bytes."""
         return self.end - self.begin
+
+
+class Wanted(NamedTuple):
+    """What a tensor of the file has to be."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = tuple(DTYPES)
 
 
 class Checkpoint:
@@ -90,21 +101,28 @@ class Checkpoint:
         if len(self._scratch) < nbytes:
             self._scratch = bytearray(nbytes)
         room = memoryview(self._scratch)[:nbytes]
-        done = 0
-        while done < nbytes:
-            count = file.readinto(room[done:])
-            if not count:
-                raise OSError(f"the file ends {nbytes - done} bytes early; did it change?")
-            done += count
+        _fill(file, room)
         return np.frombuffer(room, np.uint8)
 
-    def compare(self, shapes: Mapping[str, tuple[int, ...]], optional: frozenset[str] = frozenset()) -> list[str]:
-        """Problems of the tensors against the wanted `shapes`: missing, unexpected, wrong shape or dtype.
+    def read(self, name: str) -> np.ndarray:
+        """A whole tensor in its own dtype. Raises `CheckpointError` if reading fails."""
+        info = self.tensors[name]
+        tensor = np.empty(info.nbytes, np.uint8)
+        try:
+            with (self.directory / info.shard).open("rb", buffering=0) as file:
+                file.seek(info.begin)
+                _fill(file, tensor.data)
+        except OSError as error:
+            raise CheckpointError(str(self.directory), [f"{info.shard}: reading {name!r} failed: {error}"]) from error
+        return tensor.view((DTYPES | _INTEGERS)[info.dtype]).reshape(info.shape)
+
+    def compare(self, wanted: Mapping[str, Wanted], optional: frozenset[str] = frozenset()) -> list[str]:
+        """Problems of the tensors against the `wanted` ones: missing, unexpected, wrong shape or dtype.
 
         `optional` names may be absent. Reads headers only.
         """
         problems = []
-        for name, shape in shapes.items():
+        for name, (shape, dtypes) in wanted.items():
             info = self.tensors.get(name)
             if info is None:
                 if name not in optional and name not in self.unreadable:
@@ -112,9 +130,9 @@ class Checkpoint:
                 continue
             if info.shape != shape:
                 problems.append(f"{name!r} has shape {list(info.shape)}, but config.json implies {list(shape)}")
-            if info.dtype not in DTYPES:
-                problems.append(f"{name!r} has dtype {info.dtype}; jaxgen reads {', '.join(DTYPES)}")
-        unexpected = sorted(self.tensors.keys() - shapes.keys())
+            if info.dtype not in dtypes:
+                problems.append(f"{name!r} has dtype {info.dtype}; jaxgen reads {', '.join(dtypes)}")
+        unexpected = sorted(self.tensors.keys() - wanted.keys())
         return problems + [
             f"tensor {name!r} is not part of the model that config.json describes" for name in unexpected
         ]
@@ -191,6 +209,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if strange := [name for name in fields if not name.isprintable()]:
         raise CheckpointError(str(path), [f"{name!r} is not a name, but damage" for name in strange])
     return fields
+
+
+def _fill(file: FileIO, room: memoryview) -> None:
+    done = 0
+    while done < len(room):
+        count = file.readinto(room[done:])
+        if not count:
+            raise OSError(f"the file ends {len(room) - done} bytes early; did it change?")
+        done += count
 
 
 def _noting_repeats(repeated: list[str]):

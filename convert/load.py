@@ -15,23 +15,25 @@ from flax import nnx
 from jaxgen.config import MistralConfig
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
 from jaxgen.generation.config import GenerationConfig
-from jaxgen.model import MistralForCausalLM
+from jaxgen.model import MistralForCausalLM, QuantizedWeight
+from jaxgen.quant import Int4Config
 
-from .checkpoint import DTYPES, Checkpoint, read_json
+from .assemble import Assembler
+from .checkpoint import DTYPES, Checkpoint, Wanted, read_json
+from .formats import Format, detect
 from .hub import locate
-from .names import EMBEDDING, HEAD, Part, is_legacy_buffer, parameter_parts
+from .names import EMBEDDING, HEAD, is_legacy_buffer, parameter_parts
 from .placement import Device, as_device, as_dtype, auto_dtype
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_ALIGNMENT = 64  # XLA:CPU takes host memory with this alignment as its own, without a copy
 
 # Options of transformers' from_pretrained that jaxgen does not have.
 _UNSUPPORTED = (
     "adapter_kwargs", "attn_implementation", "code_revision", "config", "device_mesh",
     "experts_implementation", "force_download", "from_flax", "from_tf", "gguf_file",
-    "ignore_mismatched_sizes", "key_mapping", "load_in_4bit", "load_in_8bit", "low_cpu_mem_usage",
+    "ignore_mismatched_sizes", "key_mapping", "load_in_8bit", "low_cpu_mem_usage",
     "max_memory", "mirror", "offload_buffers", "offload_folder", "offload_state_dict",
-    "output_loading_info", "proxies", "quantization_config", "resume_download", "state_dict", "subfolder",
+    "output_loading_info", "proxies", "resume_download", "state_dict", "subfolder",
     "tp_plan", "tp_size", "trust_remote_code", "use_auth_token", "use_flash_attention_2", "use_kernels",
     "use_safetensors", "variant", "weights_only",
 )  # fmt: skip
@@ -51,6 +53,8 @@ class AutoModelForCausalLM:
         dtype: Any = None,
         torch_dtype: Any = None,
         device_map: Any = "auto",
+        load_in_4bit: bool = False,
+        quantization_config: Int4Config | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -83,23 +87,42 @@ class AutoModelForCausalLM:
             cache_dir=cache_dir,
             token=token,
         )
-        return load(directory, dtype=chosen, device=device)
+        return load(
+            directory, dtype=chosen, device=device, quantization=_quantization(load_in_4bit, quantization_config)
+        )
 
 
-def load(directory: Path, *, dtype: np.dtype, device: Device) -> MistralForCausalLM:
+def load(
+    directory: Path, *, dtype: np.dtype, device: Device, quantization: Int4Config | None = None
+) -> MistralForCausalLM:
     """The model in a local checkpoint directory, with its generation config; raises as `from_pretrained`."""
-    config = MistralConfig.from_hf(read_json(directory / "config.json"))
+    fields = read_json(directory / "config.json")
+    checkpoint = Checkpoint(directory)
+    fields, stored_as = detect(fields, checkpoint)
+    config = MistralConfig.from_hf(fields)
     path = directory / "generation_config.json"
     generation = GenerationConfig.from_hf(read_json(path)) if path.is_file() else None
-    checkpoint = Checkpoint(directory)
-    _check(checkpoint, config)
-    model = _stream(checkpoint, config, dtype, device)
+    _check(checkpoint, config, stored_as)
+    model = _stream(Assembler(checkpoint, dtype, stored_as, quantization), config, device)
     if generation is not None:  # else the special tokens of config.json, as in transformers
         model.generation_config = generation
     return model
 
 
-def _check(checkpoint: Checkpoint, config: MistralConfig) -> None:
+def _quantization(load_in_4bit: bool, config: Any) -> Int4Config | None:
+    """What to quantise while loading, from HF's two options for it."""
+    if not isinstance(load_in_4bit, bool):
+        raise JaxgenError(f"load_in_4bit={load_in_4bit!r} must be True or False")
+    if config is None:
+        return Int4Config() if load_in_4bit else None
+    if not isinstance(config, Int4Config):
+        raise JaxgenError(
+            f"quantization_config={config!r:.80} must be a jaxgen.Int4Config; load_in_4bit=True is its default"
+        )
+    return config
+
+
+def _check(checkpoint: Checkpoint, config: MistralConfig, stored_as: Format | None) -> None:
     """Raise one `CheckpointError` with everything that is wrong with the checkpoint, if anything is."""
     problems = list(checkpoint.problems)
     names = checkpoint.tensors.keys() | checkpoint.unreadable
@@ -109,9 +132,16 @@ def _check(checkpoint: Checkpoint, config: MistralConfig) -> None:
         problems.append(f"config.json has num_hidden_layers={config.num_hidden_layers}, the weights have {layers}")
         config = dataclasses.replace(config, num_hidden_layers=max(layers, 1))
     parts = [part for group in parameter_parts(config).values() for part in group]
-    shapes = {part.name: part.shape for part in parts}
-    shapes |= {name: info.shape for name, info in checkpoint.tensors.items() if is_legacy_buffer(name)}
-    problems += checkpoint.compare({**shapes, HEAD: shapes[EMBEDDING]}, optional=frozenset({HEAD} - shapes.keys()))
+    wanted: dict[str, Wanted] = {}
+    for part in parts:
+        quantized = stored_as.stored(part) if stored_as is not None else None
+        wanted |= {part.name: Wanted(part.shape)} if quantized is None else quantized
+    optional = {name for name in checkpoint.tensors if is_legacy_buffer(name)}
+    wanted |= {name: Wanted(checkpoint.tensors[name].shape) for name in optional}
+    if config.tie_word_embeddings:  # some files hold the shared matrix twice
+        wanted[HEAD] = Wanted((config.vocab_size, config.hidden_size))
+        optional.add(HEAD)
+    problems += checkpoint.compare(wanted, optional=frozenset(optional))
     if not problems and config.tie_word_embeddings and HEAD in checkpoint.tensors:
         problems += _tied_head_problems(checkpoint)
     if problems:
@@ -130,50 +160,37 @@ def _tied_head_problems(checkpoint: Checkpoint) -> list[str]:
     return [f"config.json ties the embeddings (tie_word_embeddings=true), but {HEAD!r} differs from {EMBEDDING!r}"]
 
 
-def _stream(checkpoint: Checkpoint, config: MistralConfig, dtype: np.dtype, device: Device) -> MistralForCausalLM:
+def _stream(assembler: Assembler, config: MistralConfig, device: Device) -> MistralForCausalLM:
     from huggingface_hub.utils import are_progress_bars_disabled
     from tqdm.auto import tqdm
 
-    abstract = nnx.eval_shape(lambda: MistralForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype))
-    graph, state = nnx.split(abstract)
-    parts = parameter_parts(config)
-    loaded = []
+    model = nnx.eval_shape(lambda: MistralForCausalLM(config, rngs=nnx.Rngs(0), dtype=assembler.dtype))
+    variables = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model))}
+    table = parameter_parts(config)
     with tqdm(
-        total=checkpoint.total_bytes,
+        total=assembler.checkpoint.total_bytes,
         desc="Loading weights",
         unit="B",
         unit_scale=True,
         delay=1,
         disable=are_progress_bars_disabled(),
     ) as bar:
-        for path, variable in nnx.to_flat_state(state):
-            group = parts[".".join(map(str, path))]
-            buffer = _assemble(checkpoint, group, variable.shape, dtype)
-            loaded.append((path, variable.replace(jax.device_put(buffer, device).block_until_ready())))
-            del buffer  # before the next one is allocated
-            bar.update(sum(checkpoint.tensors[part.name].nbytes for part in group))
-    return nnx.merge(graph, nnx.from_flat_state(loaded))
+        for name, parts in table.items():
+            value = assembler.parameter(parts, variables[name].shape)
+            on_device = jax.block_until_ready(jax.tree.map(lambda array: jax.device_put(array, device), value))
+            del value  # before the next one is allocated
+            _place(model, name, on_device)
+            bar.update(assembler.stored_bytes(parts))
+    return model
 
 
-def _assemble(checkpoint: Checkpoint, parts: tuple[Part, ...], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """One finished parameter, in host memory, from the HF tensors that make it up."""
-    buffer = _empty(shape, dtype)
-    for part in parts:
-        view = part.view(buffer)
-        with np.errstate(over="ignore"):  # found below, for every pair of dtypes alike
-            checkpoint.read_into(part.name, view)
-        if dtype == np.float16 and checkpoint.tensors[part.name].dtype != "F16" and not np.isfinite(view).all():
-            problem = f"{part.name!r} has values beyond float16's 65504; load with dtype='bfloat16' or 'float32'"
-            raise CheckpointError(str(checkpoint.directory), [problem])
-    return buffer
-
-
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised memory that `jax.device_put` can adopt on CPU instead of copying."""
-    nbytes = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
+def _place(model: MistralForCausalLM, name: str, value: Any) -> None:
+    """Put a parameter into the abstract model."""
+    *path, last = name.split(".")
+    module: Any = model
+    for step in path:
+        module = module[int(step)] if step.isdigit() else getattr(module, step)
+    setattr(module, last, nnx.Param(value) if isinstance(value, jax.Array) else QuantizedWeight(value))
 
 
 def _refuse(options: dict[str, Any]) -> None:

@@ -28,8 +28,11 @@ class Part:
     at: tuple[int | slice, ...] = ()
 
     def view(self, parameter: np.ndarray) -> np.ndarray:
-        """The part's rows as a view of the contiguous `parameter`: HF's tensor, in HF's order."""
-        return parameter.reshape(self.within)[self.at]
+        """The part's rows as a view of the contiguous `parameter`, in HF's order.
+
+        The last axis may have any length: scales and packed weights have the same rows as the weight itself.
+        """
+        return parameter.reshape(*self.within[:-1], -1)[self.at]
 
 
 def parameter_parts(config: MistralConfig) -> dict[str, tuple[Part, ...]]:

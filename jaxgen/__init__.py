@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jaxgen.generation.generate import generate as generate
     from jaxgen.generation.output import GenerateOutput as GenerateOutput
     from jaxgen.model import MistralForCausalLM as MistralForCausalLM
+    from jaxgen.quant.config import Int4Config as Int4Config
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ _HOME = {
     "CheckpointError": "jaxgen.errors",
     "GenerateOutput": "jaxgen.generation.output",
     "GenerationConfig": "jaxgen.generation.config",
+    "Int4Config": "jaxgen.quant.config",
     "JaxgenError": "jaxgen.errors",
     "MistralConfig": "jaxgen.config",
     "MistralForCausalLM": "jaxgen.model",

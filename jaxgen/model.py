@@ -24,22 +24,33 @@ from jaxgen.cache import KVCache, LayerCache, layer_cache_from_prompt, visible_s
 from jaxgen.config import MistralConfig
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.generate import GenerationMixin
-from jaxgen.linear import linear
+from jaxgen.quant.int4 import Int4
+from jaxgen.quant.lookup import Lookup4
+from jaxgen.quant.matmul import matmul
 
 # flax 0.11.2 (Colab) keeps submodules in plain lists; 0.12 needs to be told that a list holds them.
 _module_list = getattr(nnx, "List", list)
 
 
+class QuantizedWeight(nnx.Variable):
+    """An `Int4` or `Lookup4` in the place of a Linear's `nnx.Param`: read, but never trained."""
+
+    def __getitem__(self, index: Any) -> "Int4 | Lookup4":
+        """`weight[...]`, as for an array."""
+        return self.get_value() if hasattr(self, "get_value") else self.value  # flax before 0.12
+
+
 class Linear(nnx.Module):
-    """`x @ weight.T` without bias; weight `[out, in]`."""
+    """`x @ weight.T` without bias; weight `[out, in]`, of floats or quantised."""
 
     def __init__(self, in_features: int, out_features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         scale = in_features**-0.5
-        self.weight = nnx.Param(scale * jax.random.normal(rngs.params(), (out_features, in_features), dtype))
+        weight = scale * jax.random.normal(rngs.params(), (out_features, in_features), dtype)
+        self.weight: nnx.Param | QuantizedWeight = nnx.Param(weight)
 
     def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
         """Map the last axis from `in_features` to `out_features`."""
-        return linear(x, self.weight[...])
+        return matmul(x, self.weight[...])
 
 
 class Embedding(nnx.Module):
@@ -55,7 +66,7 @@ class Embedding(nnx.Module):
 
     def attend(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Logits against every embedding: the tied lm_head."""
-        return linear(x, self.weight[...])
+        return matmul(x, self.weight[...])
 
 
 class RMSNorm(nnx.Module):

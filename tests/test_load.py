@@ -98,7 +98,7 @@ def test_old_rotary_buffers_are_ignored(tmp_path):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"load_in_4bit": True}, UnsupportedError, "load_in_4bit=True: not supported yet"),
+        ({"load_in_8bit": True}, UnsupportedError, "load_in_8bit=True: not supported yet"),
         ({"trust_remote_code": False}, UnsupportedError, "trust_remote_code=False: not supported yet"),
         ({"dtyp": "float32"}, JaxgenError, "no option 'dtyp'; did you mean 'dtype'"),
         ({"zzz": 1}, JaxgenError, "no option 'zzz'; jaxgen has dtype, torch_dtype, device_map"),

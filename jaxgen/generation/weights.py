@@ -41,7 +41,7 @@ class Structure:
         self._variables = [(path, variable.replace(_abstract(variable))) for path, variable in variables]
         self._hash = hash((graph, tuple(path for path, _ in variables)))
 
-    def module(self, arrays: list[jax.Array]) -> Any:
+    def module(self, arrays: list[Any]) -> Any:
         """The module again, with these arrays."""
         pairs = zip(self._variables, arrays, strict=True)
         return nnx.merge(self._graph, nnx.from_flat_state([(path, v.replace(array)) for (path, v), array in pairs]))
@@ -59,7 +59,7 @@ class Structure:
         return self._hash
 
 
-def split(model: nnx.Module) -> tuple[Structure, list[jax.Array]]:
+def split(model: nnx.Module) -> tuple[Structure, list[Any]]:
     """A module's structure and arrays; the structure is computed again only if the module was changed."""
     parts: list[Any] = []
     _collect(model, parts, set())

@@ -1,0 +1,164 @@
+"""The int4 weight: two weights to a byte, a scale for each group of them, and how both are found."""
+
+import dataclasses
+from typing import Any, no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int8, UInt8
+
+from jaxgen.quant.config import check_group
+
+SCALE_DTYPE = jnp.dtype("bfloat16")  # the range of float32; what rounding costs, the search for the scale sees
+
+_GROUPS_AT_ONCE = 1 << 15  # bounds the memory of the search: 4M weights of group 128
+_CANDIDATES = np.linspace(0.6, 1.1, 26)  # of the scale, relative to the one that just reaches the largest weight
+
+
+@jax.tree_util.register_dataclass
+@no_type_check  # JAX rebuilds it around placeholders
+@dataclasses.dataclass(frozen=True)
+class Int4:
+    """A weight `[out, in]`: `w[o, i] = q[o, i] * scale[o, i // group] + offset[o, i // group]`, q from -8 to 7.
+
+    Arrays are JAX's, or numpy's while loading. Column j holds HF's column `permutation[j]`, where there is one.
+    G groups to a row.
+    """
+
+    packed: Any  # uint8 [O, I/2]: q as two's complement, the even column in the low nibble
+    scale: Any  # float [O, G], of either sign
+    offset: Any = None  # float [O, G], or None: symmetric
+    permutation: Any = None  # int32 [I], or None: columns are in HF's order
+    low_cpu_memory: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        return self.packed.shape[0], 2 * self.packed.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Weights per scale."""
+        return self.shape[1] // self.scale.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in jax.tree.leaves(self))
+
+    def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "O I"]:
+        """The weight in HF's column order, computed in float32 and rounded once."""
+        groups = unpack(self.packed).reshape(*self.scale.shape, self.group_size)
+        weight = groups.astype(jnp.float32) * self.scale[..., None].astype(jnp.float32)
+        if self.offset is not None:
+            weight = weight + self.offset[..., None].astype(jnp.float32)
+        weight = weight.reshape(self.shape)
+        if self.permutation is not None:
+            weight = weight[:, jnp.argsort(self.permutation)]
+        return jnp.asarray(weight, dtype)
+
+
+def pack(codes: Int8[Array | np.ndarray, "*rows I"]) -> UInt8[Array | np.ndarray, "*rows I/2"]:
+    """Codes from -8 to 7 as bytes, the even column in the low nibble; numpy in, numpy out.
+
+    >>> [hex(byte) for byte in pack(np.array([1, -1, -8, 7], np.int8)).tolist()]
+    ['0xf1', '0x78']
+    """
+    nibbles = codes.view(np.uint8) & np.uint8(15) if isinstance(codes, np.ndarray) else codes.astype(jnp.uint8) & 15
+    return nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
+
+
+def unpack(packed: UInt8[Array | np.ndarray, "*rows I/2"]) -> Int8[Array | np.ndarray, "*rows I"]:
+    """The codes of `pack`, from -8 to 7; numpy in, numpy out.
+
+    >>> unpack(np.array([0xF1, 0x78], np.uint8)).tolist()
+    [1, -1, -8, 7]
+    """
+    xp = np if isinstance(packed, np.ndarray) else jnp
+    # Through int32: XLA:CPU returns wrong sums for some fusions of an unpacking through int8.
+    wide = packed.astype(xp.int32)
+    nibbles = xp.stack([wide & 15, wide >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+    return ((nibbles ^ 8) - 8).astype(xp.int8)
+
+
+def quantize(
+    weight: Float[Array | np.ndarray, "O I"], group_size: int = 128, *, search: bool = True, name: str = "weight"
+) -> Int4:
+    """The int4 weight nearest to `weight` in squared error: symmetric, all 16 codes, a signed scale per group.
+
+    `group_size` is 32, 64, 128 or any even divisor of I, or -1 for whole rows. With `search=False` the scale is the
+    plain absmax / 7. Numpy in, numpy out, with no more than a few million weights at a time in JAX; in a jit, all at
+    once. Raises `JaxgenError`, which calls the weight `name`, where rows do not come out even.
+    Source: the error of the forms is compared in README.md; searched full-range scales are those of AutoRound's
+    `opt_rtn` without its weighting.
+
+    >>> from jaxgen.quant import quantize
+    >>> weight = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 64)
+    >>> int4 = quantize(weight, group_size=32)
+    >>> int4.packed.shape, int4.scale.shape, bool(abs(int4.dequantize() - weight).max() < 0.07)
+    ((1, 32), (1, 2), True)
+    """
+    size = check_group(weight.shape, group_size, name)
+    method = _searched if search else _absmax
+    groups = weight.reshape(-1, size)
+    if not isinstance(weight, np.ndarray):
+        codes, scale = method(groups)
+    else:
+        codes, scale = np.empty(groups.shape, np.int8), np.empty(len(groups), SCALE_DTYPE)
+        step = max(1, _GROUPS_AT_ONCE * 128 // size)
+        for start in range(0, len(groups), step):
+            block = slice(start, start + step)
+            codes[block], scale[block] = method(groups[block])
+    return Int4(pack(codes.reshape(weight.shape)), scale.reshape(weight.shape[0], -1))
+
+
+def round_to(groups: Float[Array, "N g"], scale: Float[Array, " N"]) -> Float[Array, "N g"]:
+    """The nearest codes, as floats; all zero where the scale is zero."""
+    inverse = jnp.where(scale == 0, 0, 1 / jnp.where(scale == 0, 1, scale))
+    return jnp.clip(jnp.round(groups * inverse[:, None]), -8, 7)
+
+
+@jax.jit
+def _absmax(groups: Float[Array, "N g"]) -> tuple[Int8[Array, "N g"], Float[Array, " N"]]:
+    scale = (jnp.abs(groups.astype(jnp.float32)).max(axis=1) / 7).astype(SCALE_DTYPE)
+    codes = round_to(groups.astype(jnp.float32), scale.astype(jnp.float32))
+    return codes.astype(jnp.int8), scale
+
+
+@jax.jit
+def _searched(groups: Float[Array, "N g"]) -> tuple[Int8[Array, "N g"], Float[Array, " N"]]:
+    scale = search_scale(groups.astype(jnp.float32), jnp.ones((), jnp.float32))
+    return round_to(groups.astype(jnp.float32), scale).astype(jnp.int8), scale.astype(SCALE_DTYPE)
+
+
+def search_scale(groups: Float[Array, "N g"], importance: Float[Array, "..."]) -> Float[Array, " N"]:
+    """The scale of each group (float32 that SCALE_DTYPE holds exactly) with the least squared error.
+
+    `importance` weighs the squared errors; it broadcasts against `groups`. Tries either sign, because -8 reaches
+    further than 7, and for each candidate also the least-squares scale of the codes it leads to.
+    """
+    extreme = jnp.take_along_axis(groups, jnp.abs(groups).argmax(axis=1, keepdims=True), axis=1)[:, 0]
+    reaching = -extreme / 8
+
+    def try_one(best: tuple[Array, Array], factor: Array) -> tuple[tuple[Array, Array], None]:
+        first = rounded(reaching * factor)
+        codes = round_to(groups, first)
+        energy = (importance * codes * codes).sum(axis=1)
+        fitted = (importance * codes * groups).sum(axis=1) / jnp.where(energy == 0, 1, energy)
+        for scale in (first, rounded(fitted)):
+            error = (importance * jnp.square(groups - round_to(groups, scale) * scale[:, None])).sum(axis=1)
+            better = error < best[0]
+            best = jnp.where(better, error, best[0]), jnp.where(better, scale, best[1])
+        return best, None
+
+    factors = jnp.asarray(np.concatenate([_CANDIDATES, -_CANDIDATES]), jnp.float32)
+    start = jnp.full(len(groups), jnp.inf), jnp.zeros(len(groups))
+    (_, scale), _ = jax.lax.scan(try_one, start, factors)
+    return scale
+
+
+def rounded(scale: Float[Array, " N"]) -> Float[Array, " N"]:
+    """To what SCALE_DTYPE can hold, as float32; `reduce_precision` because XLA may drop a cast there and back."""
+    information = jnp.finfo(SCALE_DTYPE)
+    return jax.lax.reduce_precision(scale, information.nexp, information.nmant)
