@@ -1,5 +1,6 @@
 """One finished parameter, in host memory, from the HF tensors that make it up: as floats, or quantised."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 
@@ -7,13 +8,16 @@ import numpy as np
 
 from jaxgen.errors import CheckpointError
 from jaxgen.quant import Int4, Int4Config, Lookup4, quantize
+from jaxgen.quant.adapted import Adapted
 
+from .adapter import Adapter
 from .checkpoint import DTYPES, Checkpoint
 from .formats import Format
 from .names import EMBEDDING, Part
 
 logger = logging.getLogger("jaxgen")
 
+_WEIGHTS_AT_ONCE = 1 << 22
 _ALIGNMENT = 64  # XLA:CPU takes host memory with this alignment as its own, without a copy
 
 Quantized = Int4 | Lookup4
@@ -28,17 +32,18 @@ class Assembler:
         dtype: np.dtype,
         stored_as: Format | None = None,
         quantization: Int4Config | None = None,
+        adapter: Adapter | None = None,
     ):
         self.checkpoint, self.dtype = checkpoint, dtype
-        self.stored_as, self.quantization = stored_as, quantization
+        self.stored_as, self.quantization, self.adapter = stored_as, quantization, adapter
 
-    def parameter(self, parts: Sequence[Part], shape: tuple[int, ...]) -> np.ndarray | Quantized:
+    def parameter(self, parts: Sequence[Part], shape: tuple[int, ...]) -> np.ndarray | Quantized | Adapted:
         """The parameter that `parts` make up; holds no more than that and one part's tensors in memory."""
         quantized = [part for part in parts if self._becomes_quantized(part)]
         if len(quantized) == len(parts) and all(part.name != EMBEDDING for part in parts):
             pieces = [self._quantized(part) for part in parts]
             if _alike(pieces):
-                return _join(parts, pieces, shape)
+                return self._adapted(parts, _join(parts, pieces, shape))
             names = ", ".join(part.name for part in parts)
             logger.warning("%s are quantised in different ways; kept as %s instead", names, self.dtype.name)
         return self._dense(parts, shape)
@@ -57,26 +62,48 @@ class Assembler:
     def _is_stored_quantized(self, part: Part) -> bool:
         return self.stored_as is not None and self.stored_as.stored(part) is not None
 
+    def _stays(self, part: Part) -> bool:
+        """Whether the file has four bits that are kept; with `quantization`, they are quantised again."""
+        return self._is_stored_quantized(part) and self.quantization is None
+
+    def _stored(self, part: Part) -> Quantized:
+        assert self.stored_as is not None
+        return self.stored_as.read(part)
+
     def _quantized(self, part: Part) -> Quantized:
-        if self._is_stored_quantized(part):
-            assert self.stored_as is not None
-            return self.stored_as.read(part)
+        if self._stays(part):
+            return self._stored(part)
         assert self.quantization is not None
         return quantize(self._exact(part), self.quantization.group_size, name=repr(part.name))
 
     def _exact(self, part: Part) -> np.ndarray:
-        """A tensor that is stored as floats, in the file's own dtype."""
-        tensor = np.empty(part.shape, DTYPES[self.checkpoint.tensors[part.name].dtype])
-        self.checkpoint.read_into(part.name, tensor)
+        """A tensor in the file's own dtype; in float32 if it is quantised there, or with the adapter's change."""
+        adapter = self.adapter if self._adapts(part) else None
+        if self._is_stored_quantized(part):
+            tensor = _dequantized(self._stored(part))
+        else:
+            dtype = DTYPES[self.checkpoint.tensors[part.name].dtype] if adapter is None else np.float32
+            tensor = np.empty(part.shape, dtype)
+            self.checkpoint.read_into(part.name, tensor)
+        if adapter is not None:
+            adapter.merge_into(tensor, part)
         return tensor
+
+    def _adapts(self, part: Part) -> bool:
+        return self.adapter is not None and self.adapter.adapts(part)
+
+    def _adapted(self, parts: Sequence[Part], weight: Quantized) -> Quantized | Adapted:
+        """`weight`, with the changes that are not merged into it: those of parts which the file quantises."""
+        beside = [part for part in parts if self._adapts(part) and self._stays(part)]
+        return self.adapter.beside(weight, beside, self.dtype) if self.adapter is not None and beside else weight
 
     def _dense(self, parts: Sequence[Part], shape: tuple[int, ...]) -> np.ndarray:
         buffer = empty(shape, self.dtype)
         for part in parts:
             view = part.view(buffer)
             with np.errstate(over="ignore"):  # found below, for every pair of dtypes alike
-                if self._is_stored_quantized(part):
-                    view[...] = np.asarray(self._quantized(part).dequantize()).reshape(view.shape)
+                if self._is_stored_quantized(part) or self._adapts(part):
+                    view[...] = self._exact(part).reshape(view.shape)
                     exact = False
                 else:
                     self.checkpoint.read_into(part.name, view)
@@ -85,6 +112,18 @@ class Assembler:
                 problem = f"{part.name!r} has values beyond float16's 65504; load with dtype='bfloat16' or 'float32'"
                 raise CheckpointError(str(self.checkpoint.directory), [problem])
         return buffer
+
+
+def _dequantized(weight: Quantized) -> np.ndarray:
+    """The values in float32; some rows at a time, because unpacking takes several times their memory."""
+    values = np.empty(weight.shape, np.float32)
+    step = max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
+    by_row = {name: getattr(weight, name, None) for name in ("packed", "scale", "offset")}
+    for start in range(0, len(values), step):
+        rows = slice(start, start + step)
+        some = {name: array[rows] for name, array in by_row.items() if array is not None}
+        values[rows] = dataclasses.replace(weight, **some).dequantize()
+    return values
 
 
 def _alike(pieces: Sequence[Quantized]) -> bool:

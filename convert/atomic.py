@@ -2,14 +2,17 @@
 
 import contextlib
 import itertools
+import json
+import logging
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-
-from safetensors import SafetensorError
+from typing import Any, TextIO
 
 from jaxgen.errors import JaxgenError
+
+logger = logging.getLogger("jaxgen")
 
 
 @contextlib.contextmanager
@@ -22,8 +25,9 @@ def new_directory(target: Path, *, replaceable: Collection[str] | None) -> Itera
     Raises `JaxgenError` for a target in the way, a full disk, and every other error of the file system.
     """
     target = target.expanduser().resolve()
-    kept = _files_in_the_way(target, replaceable)
-    with _as_jaxgen_error(target):
+    instead = "save to a new directory, or give overwrite=True to replace the model in it"
+    kept = _files_in_the_way(target, replaceable, instead)
+    with _as_jaxgen_error(f"{target} was not written, and nothing of it is left behind"):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _make(target)
         try:
@@ -31,16 +35,72 @@ def new_directory(target: Path, *, replaceable: Collection[str] | None) -> Itera
             for path in kept:
                 if not (temporary / path.name).exists():
                     shutil.copy2(path, temporary / path.name)
-            for path in temporary.iterdir():
-                _sync(path)
-            _sync(temporary)
+            _sync_all(temporary)
             _swap(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
-def _files_in_the_way(target: Path, replaceable: Collection[str] | None) -> list[Path]:
+@contextlib.contextmanager
+def resumable_directory(target: Path, made_from: Mapping[str, Any]) -> Iterator[Path]:
+    """A directory beside `target`, filled by the caller in one run or several, that becomes `target` at the end.
+
+    If the body raises, or the process is killed, its files stay in `.NAME.converting/files` and are there again in
+    the next run with an equal `made_from` (a JSON object); for another `made_from` they are removed. `target` must
+    be absent or empty. Raises `JaxgenError` for a target in the way, another process that is writing it, a full
+    disk, and every other error of the file system.
+    """
+    target = target.expanduser().resolve()
+    place = target.with_name(f".{target.name}.converting")
+    files, note = place / "files", place / "made_from.json"
+    with (
+        _as_jaxgen_error(f"{target} was not written; finished files, if any, wait in {place} for the next attempt"),
+        _lock(place),
+    ):
+        try:
+            _files_in_the_way(target, None, "choose a new directory")
+            if not _holds(note, made_from):
+                if files.exists():
+                    logger.warning("%s is of another source or other options: starting afresh", place)
+                    shutil.rmtree(files)
+                note.write_text(json.dumps(made_from))
+            files.mkdir(exist_ok=True)
+            yield files
+            _sync_all(files)
+            files.rename(target)  # refused by the system if somebody has filled it meanwhile
+            _sync(target.parent)
+        finally:
+            if not files.exists() or not any(files.iterdir()):
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def _lock(place: Path) -> TextIO:
+    """Make the directory `place`, and hold it for this process until the result is closed or the process dies."""
+    import fcntl  # POSIX only: at the top it would keep all of jaxgen.convert from Windows
+
+    while True:
+        place.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
+            lock = opened.enter_context((place / "lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise JaxgenError(f"{place} is in use: another process is writing the same target") from error
+            # Its last owner may have removed it after we opened it: then it would keep nobody else out.
+            if os.path.samestat(os.fstat(lock.fileno()), (place / "lock").stat()):
+                opened.pop_all()
+                return lock
+
+
+def _holds(note: Path, made_from: Mapping[str, Any]) -> bool:
+    try:
+        return json.loads(note.read_text()) == json.loads(json.dumps(made_from))
+    except (OSError, ValueError):  # killed before or while it was written
+        return False
+
+
+def _files_in_the_way(target: Path, replaceable: Collection[str] | None, instead: str) -> list[Path]:
     """Files of `target` to keep; raises if `target` must not be replaced."""
     if not target.exists():
         return []
@@ -48,10 +108,7 @@ def _files_in_the_way(target: Path, replaceable: Collection[str] | None) -> list
         raise JaxgenError(f"{target} exists and is not a directory")
     entries = sorted(target.iterdir())
     if entries and replaceable is None:
-        raise JaxgenError(
-            f"{target} is not empty ({', '.join(path.name for path in entries[:3])}, ...); save to a new "
-            "directory, or give overwrite=True to replace the model in it"
-        )
+        raise JaxgenError(f"{target} is not empty ({', '.join(path.name for path in entries[:3])}, ...); {instead}")
     for path in entries:
         if not path.is_file():
             raise JaxgenError(
@@ -68,6 +125,12 @@ def _make(target: Path) -> Path:
             temporary.mkdir()
             return temporary
     raise JaxgenError(f"{target}: no name left for a temporary directory")
+
+
+def _sync_all(directory: Path) -> None:
+    for path in directory.iterdir():
+        _sync(path)
+    _sync(directory)
 
 
 def _swap(temporary: Path, target: Path) -> None:
@@ -95,8 +158,8 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _as_jaxgen_error(target: Path) -> Iterator[None]:
+def _as_jaxgen_error(message: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise JaxgenError(f"{target} was not written, and nothing of it is left behind: {error}") from error
+    except OSError as error:
+        raise JaxgenError(f"{message}: {error}") from error

@@ -52,21 +52,23 @@ class Wanted(NamedTuple):
 
 
 class Checkpoint:
-    """The tensors of a checkpoint directory.
+    """The tensors of a checkpoint directory, in one file named `weights` or in the shards of an index.
 
     `tensors` maps names to headers. `problems` lists what contradicts the format or the index; nothing may be
     read while it is not empty. `unreadable` names tensors that the index lists and no readable shard holds.
     Raises `CheckpointError` when there are no weights, or no readable list of them.
     """
 
-    def __init__(self, directory: Path):
+    described_by = "config.json"  # for messages: what the tensors are compared with
+
+    def __init__(self, directory: Path, weights: str = WEIGHTS):
         self.directory = directory
         self.tensors: dict[str, TensorInfo] = {}
         self.problems: list[str] = []
         self.unreadable: set[str] = set()
         self._scratch = bytearray()
-        if (directory / WEIGHTS).is_file():
-            if not self._scan_shard(WEIGHTS):
+        if (directory / weights).is_file():
+            if not self._scan_shard(weights):
                 raise CheckpointError(str(directory), self.problems)
         elif (directory / INDEX).is_file():
             self._scan_index()
@@ -107,6 +109,11 @@ class Checkpoint:
     def read(self, name: str) -> np.ndarray:
         """A whole tensor in its own dtype. Raises `CheckpointError` if reading fails."""
         info = self.tensors[name]
+        return self.read_bytes(name).view((DTYPES | _INTEGERS)[info.dtype]).reshape(info.shape)
+
+    def read_bytes(self, name: str) -> np.ndarray:
+        """The bytes of a tensor. Raises `CheckpointError` if reading fails."""
+        info = self.tensors[name]
         tensor = np.empty(info.nbytes, np.uint8)
         try:
             with (self.directory / info.shard).open("rb", buffering=0) as file:
@@ -114,7 +121,7 @@ class Checkpoint:
                 _fill(file, tensor.data)
         except OSError as error:
             raise CheckpointError(str(self.directory), [f"{info.shard}: reading {name!r} failed: {error}"]) from error
-        return tensor.view((DTYPES | _INTEGERS)[info.dtype]).reshape(info.shape)
+        return tensor
 
     def compare(self, wanted: Mapping[str, Wanted], optional: frozenset[str] = frozenset()) -> list[str]:
         """Problems of the tensors against the `wanted` ones: missing, unexpected, wrong shape or dtype.
@@ -129,12 +136,12 @@ class Checkpoint:
                     problems.append(f"tensor {name!r} is missing")
                 continue
             if info.shape != shape:
-                problems.append(f"{name!r} has shape {list(info.shape)}, but config.json implies {list(shape)}")
+                problems.append(f"{name!r} has shape {list(info.shape)}, but {self.described_by} implies {list(shape)}")
             if info.dtype not in dtypes:
                 problems.append(f"{name!r} has dtype {info.dtype}; jaxgen reads {', '.join(dtypes)}")
         unexpected = sorted(self.tensors.keys() - wanted.keys())
         return problems + [
-            f"tensor {name!r} is not part of the model that config.json describes" for name in unexpected
+            f"tensor {name!r} is not part of the model that {self.described_by} describes" for name in unexpected
         ]
 
     def _scan_index(self) -> None:

@@ -1,9 +1,6 @@
-"""From a Flax NNX module to a Hugging Face checkpoint, one shard at a time."""
+"""From a Flax NNX module to a Hugging Face checkpoint, one parameter at a time."""
 
-import json
 import os
-import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,27 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from jaxgen.errors import JaxgenError, UnsupportedError
 
 from .atomic import new_directory
-from .checkpoint import INDEX, WEIGHTS
+from .checkpoint import DTYPES as CODES
+from .checkpoint import INDEX
 from .names import Part, parameter_parts
 from .placement import DTYPES, as_dtype
+from .writer import Layout, Planned, ShardWriter, index_of, json_bytes, plan_shards, shard_bytes
 
 # What a saved model consists of: replaced by overwrite=True, while other files (the tokenizer's) stay.
 _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
-_UNITS = {
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
 
 
 def save_pretrained(
@@ -47,29 +35,33 @@ def save_pretrained(
     `max_shard_size`: bytes of tensors per file, an int or HF's "5GB"; a larger tensor gets its own file.
     `dtype`: that of the written weights; when None the model's own, and then bit for bit. The directory appears
     complete or not at all. It must be absent or empty, unless `overwrite`: then the model in it is replaced,
-    and other files (a tokenizer's) stay. At most one shard is in host memory at a time.
+    and other files (a tokenizer's) stay. Host memory holds one parameter at a time.
 
     Raises `JaxgenError` if the directory is in the way or cannot be written, `UnsupportedError` if the model
     has parameters other than a Mistral's. Source: transformers `PreTrainedModel.save_pretrained`.
     """
-    limit = _shard_bytes(max_shard_size)
+    limit = shard_bytes(max_shard_size)
     weights = _Weights(model, None if dtype is None else as_dtype(dtype))
     config = {**model.config.to_hf(), "dtype": weights.dtype.name, "torch_dtype": weights.dtype.name}
-    shards = _plan(weights, limit)
+    shards = plan_shards(weights.parts, weights.nbytes, limit)
     with new_directory(Path(directory), replaceable=_MODEL_FILES if overwrite else None) as place:
-        _write_json(place / "config.json", config)
+        (place / "config.json").write_bytes(json_bytes(config))
         # An empty file would tell transformers that there is no eos; without one it asks config.json.
         if generation := model.generation_config.to_hf():
-            _write_json(place / "generation_config.json", generation)
+            (place / "generation_config.json").write_bytes(json_bytes(generation))
         for name, parts in shards.items():
-            save_file({part.name: tensor for part, tensor in weights.tensors(parts)}, place / name, {"format": "pt"})
-            shutil.copymode(place / "config.json", place / name)  # safetensors lets nobody else read its files
+            layout = Layout({part.name: Planned(weights.code, part.shape) for part in parts})
+            with ShardWriter(place / name, layout) as shard:
+                for part, tensor in weights.tensors(parts):
+                    shard.append(part.name, tensor)
         if len(shards) > 1:
-            _write_json(place / INDEX, _index(weights, shards))
+            weight_map = {part.name: name for name, parts in shards.items() for part in parts}
+            total = sum(map(weights.nbytes, weights.parts))
+            (place / INDEX).write_bytes(json_bytes(index_of(weight_map, total, total // weights.dtype.itemsize)))
 
 
 class _Weights:
-    """The model's parameters as HF tensors: `parts` in HF's order, `dtype` as written."""
+    """The model's parameters as HF tensors: `parts` in HF's order, `dtype` (safetensors' `code`) as written."""
 
     def __init__(self, model: Any, dtype: np.dtype | None):
         variables = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
@@ -83,6 +75,7 @@ class _Weights:
         self.dtype = np.dtype(model.dtype if dtype is None else dtype)
         if self.dtype.name not in DTYPES:
             raise UnsupportedError(f"save_pretrained: dtype={self.dtype.name} is not one of {', '.join(DTYPES)}")
+        self.code = next(code for code, dtype in CODES.items() if dtype == self.dtype)
         self.parts = [part for group in table.values() for part in group]
         self._home = {part.name: name for name, group in table.items() for part in group}
 
@@ -111,42 +104,3 @@ def _to_host(array: jax.Array) -> np.ndarray:
     except RuntimeError:  # JAX_PLATFORMS leaves the CPU out; then the cached copies cost host memory
         return np.asarray(array)
     return np.asarray(jax.device_put(array, cpu))
-
-
-def _plan(weights: _Weights, limit: int) -> dict[str, list[Part]]:
-    """File names and their parts: consecutive, each file at most `limit` bytes or a single tensor."""
-    groups: list[list[Part]] = [[]]
-    room = limit
-    for part in weights.parts:
-        size = weights.nbytes(part)
-        if size > room and groups[-1]:
-            groups.append([])
-            room = limit
-        groups[-1].append(part)
-        room -= size
-    if len(groups) == 1:
-        return {WEIGHTS: groups[0]}
-    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
-def _index(weights: _Weights, shards: dict[str, list[Part]]) -> dict[str, Any]:
-    total = sum(weights.nbytes(part) for part in weights.parts)
-    return {
-        "metadata": {"total_parameters": total // weights.dtype.itemsize, "total_size": total},
-        "weight_map": {part.name: shard for shard, parts in shards.items() for part in parts},
-    }
-
-
-def _shard_bytes(value: int | str) -> int:
-    if isinstance(value, str):
-        match = re.fullmatch(r"(\d{1,9})\s*([KMGT]I?B)", value.strip().upper())
-        size = int(match[1]) * _UNITS[match[2]] if match else 0
-    else:
-        size = value
-    if isinstance(size, bool) or size <= 0:
-        raise JaxgenError(f"max_shard_size={value!r} must be a positive number of bytes, or a text such as '5GB'")
-    return size
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

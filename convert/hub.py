@@ -1,7 +1,8 @@
-"""Where a checkpoint is: a local directory, or a hub id, downloaded once into the Hugging Face cache."""
+"""Where a checkpoint is: a local directory or .gguf file, or a hub id, downloaded once into the Hugging Face cache."""
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgen.errors import JaxgenError
@@ -26,32 +27,35 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def locate(
     name_or_path: str | os.PathLike[str],
     *,
+    files: Sequence[str] = _WANTED,
     revision: str | None = None,
     local_files_only: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
 ) -> Path:
-    """The local directory of a checkpoint, downloading it from the Hugging Face hub if it is not a directory.
+    """The local directory of a checkpoint, or a .gguf file; downloaded from the Hugging Face hub if it is neither.
 
-    Arguments as `huggingface_hub.snapshot_download`. Raises `JaxgenError` for a path that is not there, and
-    for whatever keeps the hub from answering: no network, no such repository or revision, no access.
+    `files`: patterns of what to download. Other arguments as `huggingface_hub.snapshot_download`. Raises
+    `JaxgenError` for a path that is not there, and for whatever keeps the hub from answering: no network, no such
+    repository or revision, no access.
     """
     try:
         path = Path(name_or_path).expanduser()
         is_directory, exists = path.is_dir(), path.exists()
     except (OSError, RuntimeError) as error:  # a name too long, no permission, no such user's home
         raise JaxgenError(f"{name_or_path!r} cannot be looked up: {error}") from error
-    if is_directory:
+    if is_directory or (exists and path.suffix == ".gguf"):
         return path
     if exists:
         raise JaxgenError(f"{path} is a file; give the directory that holds config.json and the weights")
     if not isinstance(name_or_path, str) or not _HUB_ID.fullmatch(name_or_path):
         raise JaxgenError(f"{name_or_path!r}: there is no such directory, and it is not a hub id ('owner/name')")
-    return _download(name_or_path, revision, local_files_only, cache_dir, token)
+    return _download(name_or_path, files, revision, local_files_only, cache_dir, token)
 
 
 def _download(
     repo_id: str,
+    files: Sequence[str],
     revision: str | None,
     local_files_only: bool,
     cache_dir: str | os.PathLike[str] | None,
@@ -69,7 +73,7 @@ def _download(
                 local_files_only=local_files_only,
                 cache_dir=None if cache_dir is None else os.fspath(cache_dir),
                 token=token,
-                allow_patterns=list(_WANTED),
+                allow_patterns=list(files),
             )
         )
     except errors.GatedRepoError as error:

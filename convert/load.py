@@ -3,8 +3,10 @@
 import dataclasses
 import difflib
 import inspect
+import logging
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,24 @@ from jaxgen.generation.config import GenerationConfig
 from jaxgen.model import MistralForCausalLM, QuantizedWeight
 from jaxgen.quant import Int4Config
 
+from .adapter import FILES as ADAPTER_FILES
+from .adapter import Adapter
 from .assemble import Assembler
 from .checkpoint import DTYPES, Checkpoint, Wanted, read_json
 from .formats import Format, detect
+from .formats.bitsandbytes import BitsAndBytes
 from .hub import locate
 from .names import EMBEDDING, HEAD, is_legacy_buffer, parameter_parts
 from .placement import Device, as_device, as_dtype, auto_dtype
+
+logger = logging.getLogger("jaxgen")
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 # Options of transformers' from_pretrained that jaxgen does not have.
 _UNSUPPORTED = (
     "adapter_kwargs", "attn_implementation", "code_revision", "config", "device_mesh",
-    "experts_implementation", "force_download", "from_flax", "from_tf", "gguf_file",
+    "experts_implementation", "force_download", "from_flax", "from_tf",
     "ignore_mismatched_sizes", "key_mapping", "load_in_8bit", "low_cpu_mem_usage",
     "max_memory", "mirror", "offload_buffers", "offload_folder", "offload_state_dict",
     "output_loading_info", "proxies", "resume_download", "state_dict", "subfolder",
@@ -55,18 +62,26 @@ class AutoModelForCausalLM:
         device_map: Any = "auto",
         load_in_4bit: bool = False,
         quantization_config: Int4Config | None = None,
+        adapter: str | os.PathLike[str] | None = None,
+        gguf_file: Any = None,
         revision: str | None = None,
         local_files_only: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
         **unsupported: Any,
     ) -> MistralForCausalLM:
-        """Load a Mistral checkpoint from a directory or the Hugging Face hub as a `MistralForCausalLM`.
+        """Load a Mistral checkpoint from a directory, a .gguf file or the Hub as a `MistralForCausalLM`.
 
         `dtype`: "float32", "bfloat16", "float16" (or such a JAX or torch dtype), or "auto", the default:
         bfloat16 on TPUs and on GPUs that have it, float16 on older GPUs, float32 on CPUs. `torch_dtype` is its
         old name. `device_map`: "auto" (JAX's first device), "cpu", "gpu", "cuda", "tpu", "cuda:1", or a
-        `jax.Device`. The others as in `huggingface_hub.snapshot_download`.
+        `jax.Device`. `adapter`: a PEFT LoRA adapter, as a directory or a hub id (its main branch); it is merged in
+        float32 before any rounding, and kept beside weights that the checkpoint holds quantised. `gguf_file`: the
+        name of a .gguf file in the directory or repository. The others as in `huggingface_hub.snapshot_download`.
+
+        `load_in_4bit=True` quantises linear layers, by the defaults of `Int4Config`; `quantization_config` is
+        another one. Weights that the checkpoint holds in four bits stay as they are; only bitsandbytes' become int4
+        by a `quantization_config`, with a warning.
 
         Host memory stays below the finished parameters (those on CPU) plus two of the largest tensor. The
         model's `generation_config` comes from generation_config.json, or else from config.json. Raises
@@ -80,33 +95,68 @@ class AutoModelForCausalLM:
         wanted = dtype if dtype is not None else torch_dtype
         device = as_device(device_map)
         chosen = auto_dtype(device) if wanted is None or wanted == "auto" else as_dtype(wanted)
-        directory = locate(
-            pretrained_model_name_or_path,
-            revision=revision,
-            local_files_only=local_files_only,
-            cache_dir=cache_dir,
-            token=token,
-        )
+        quantization = _quantization(load_in_4bit, quantization_config)
+        options: dict[str, Any] = {"local_files_only": local_files_only, "cache_dir": cache_dir, "token": token}
+        adapter_directory = None if adapter is None else locate(adapter, files=ADAPTER_FILES, **options)
+        find = locate if gguf_file is None else partial(_locate_gguf, gguf_file)
         return load(
-            directory, dtype=chosen, device=device, quantization=_quantization(load_in_4bit, quantization_config)
+            find(pretrained_model_name_or_path, revision=revision, **options),
+            dtype=chosen,
+            device=device,
+            quantization=quantization,
+            requantize=quantization_config is not None,
+            adapter=adapter_directory,
         )
 
 
 def load(
-    directory: Path, *, dtype: np.dtype, device: Device, quantization: Int4Config | None = None
+    place: Path,
+    *,
+    dtype: np.dtype,
+    device: Device,
+    quantization: Int4Config | None = None,
+    requantize: bool = False,
+    adapter: Path | None = None,
 ) -> MistralForCausalLM:
-    """The model in a local checkpoint directory, with its generation config; raises as `from_pretrained`."""
-    fields = read_json(directory / "config.json")
-    checkpoint = Checkpoint(directory)
-    fields, stored_as = detect(fields, checkpoint)
-    config = MistralConfig.from_hf(fields)
-    path = directory / "generation_config.json"
+    """The model in a local directory or .gguf file, with its generation config; raises as `from_pretrained`.
+
+    A checkpoint that has four bits already is quantised again only on `requantize`.
+    """
+    lora = None if adapter is None else Adapter(adapter)
+    config, checkpoint, stored_as = open_checkpoint(place)
+    path = checkpoint.directory / "generation_config.json"
     generation = GenerationConfig.from_hf(read_json(path)) if path.is_file() else None
-    _check(checkpoint, config, stored_as)
-    model = _stream(Assembler(checkpoint, dtype, stored_as, quantization), config, device)
+    _check(checkpoint, config, stored_as, lora)
+    if quantization is not None and _has_four_bits(config, stored_as):
+        quantization = _requantization(quantization, stored_as) if requantize else None
+    model = _stream(Assembler(checkpoint, dtype, stored_as, quantization, lora), config, device)
     if generation is not None:  # else the special tokens of config.json, as in transformers
         model.generation_config = generation
     return model
+
+
+def open_checkpoint(place: Path) -> tuple[MistralConfig, Checkpoint, Format | None]:
+    """The config, the tensors and the format of quantised ones, of a checkpoint directory or a .gguf file."""
+    if place.suffix == ".gguf" and not place.is_dir():
+        from .formats.gguf import open_gguf
+
+        return open_gguf(place)
+    files = sorted(path.name for path in place.glob("*.gguf"))
+    if files and not (place / "config.json").is_file():
+        raise JaxgenError(f"{place} has no config.json, but {', '.join(files)}: choose one with gguf_file={files[0]!r}")
+    fields = read_json(place / "config.json")
+    checkpoint = Checkpoint(place)
+    fields, stored_as = detect(fields, checkpoint)
+    return MistralConfig.from_hf(fields), checkpoint, stored_as
+
+
+def _locate_gguf(name: Any, name_or_path: str | os.PathLike[str], **options: Any) -> Path:
+    if not isinstance(name, str) or not name.endswith(".gguf"):
+        raise JaxgenError(f"gguf_file={name!r} must be the name of a .gguf file")
+    directory = locate(name_or_path, files=(name, "generation_config.json"), **options)
+    if not (directory / name).is_file():
+        raise JaxgenError(f"gguf_file={name!r}: there is no such file in {directory}")
+    return directory / name
 
 
 def _quantization(load_in_4bit: bool, config: Any) -> Int4Config | None:
@@ -122,14 +172,32 @@ def _quantization(load_in_4bit: bool, config: Any) -> Int4Config | None:
     return config
 
 
-def _check(checkpoint: Checkpoint, config: MistralConfig, stored_as: Format | None) -> None:
-    """Raise one `CheckpointError` with everything that is wrong with the checkpoint, if anything is."""
+def _has_four_bits(config: MistralConfig, stored_as: Format | None) -> bool:
+    parts = (part for group in parameter_parts(config).values() for part in group)
+    return stored_as is not None and any(stored_as.stored(part) is not None for part in parts)
+
+
+def _requantization(config: Int4Config, stored_as: Format | None) -> Int4Config:
+    """What `quantization_config` asks of a checkpoint that has four bits: only lookup tables become int4."""
+    assert stored_as is not None
+    if not isinstance(stored_as, BitsAndBytes):
+        raise JaxgenError(
+            f"quantization_config={config}: the checkpoint is int4 already ({stored_as.name}); leave the option out, "
+            "or quantise the original model"
+        )
+    logger.warning("Quantising again what is %s: errors add up; prefer the original model", stored_as.name)
+    return config
+
+
+def _check(checkpoint: Checkpoint, config: MistralConfig, stored_as: Format | None, adapter: Adapter | None) -> None:
+    """Raise one `CheckpointError` with everything that is wrong with checkpoint and adapter, if anything is."""
     problems = list(checkpoint.problems)
     names = checkpoint.tensors.keys() | checkpoint.unreadable
     layers = len({match[1] for name in names if (match := _LAYER.match(name))})
     # A damaged layer count must not make us spell out a billion missing tensors.
     if config.num_hidden_layers > layers:
-        problems.append(f"config.json has num_hidden_layers={config.num_hidden_layers}, the weights have {layers}")
+        claimed = f"{checkpoint.described_by} has num_hidden_layers={config.num_hidden_layers}"
+        problems.append(f"{claimed}, the weights have {layers}")
         config = dataclasses.replace(config, num_hidden_layers=max(layers, 1))
     parts = [part for group in parameter_parts(config).values() for part in group]
     wanted: dict[str, Wanted] = {}
@@ -144,6 +212,8 @@ def _check(checkpoint: Checkpoint, config: MistralConfig, stored_as: Format | No
     problems += checkpoint.compare(wanted, optional=frozenset(optional))
     if not problems and config.tie_word_embeddings and HEAD in checkpoint.tensors:
         problems += _tied_head_problems(checkpoint)
+    if adapter is not None:
+        problems += adapter.problems(parts)
     if problems:
         raise CheckpointError(str(checkpoint.directory), problems)
 

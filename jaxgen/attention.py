@@ -13,6 +13,9 @@ from jaxgen.linear import product
 
 # Queries are taken this many at a time, so that scores take B*N*BLOCK*T floats and not B*N*T*T.
 QUERY_BLOCK = 512
+# For one row XLA:GPU makes one kernel of the softmax and a sum weighted by it, up to about this many slots; beyond,
+# it splits the sum badly, and a matrix product is better.
+SUMMED_SLOTS = 2048
 
 
 def query_block(length: int) -> int:
@@ -73,6 +76,9 @@ def _attend_by_products(
     """Not `attend` with one query: for one row XLA:GPU would then copy the whole cache, transposed, at each step."""
     scores = product("bkgh,bkch->bkgc", queries, keys, preferred_element_type=jnp.float32)
     weights = _softmax(scores * queries.shape[-1] ** -0.5, visible[:, None, None]).astype(values.dtype)
+    if len(queries) == 1 and values.shape[2] <= SUMMED_SLOTS:
+        mixed = weights[..., None].astype(jnp.float32) * values[:, :, None].astype(jnp.float32)
+        return mixed.sum(-2).astype(values.dtype)
     return product("bkgc,bkch->bkgh", weights, values)
 
 

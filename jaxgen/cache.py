@@ -24,11 +24,13 @@ class LayerCache:
     def write(
         self, keys: Float[Array, "B K H"], values: Float[Array, "B K H"], positions: Int[Array, " B"]
     ) -> "LayerCache":
-        """Put one token per row into its slot: one in-place scatter each for keys and values."""
+        """Put one token per row into its slot: one in-place write each for keys and values."""
         rows = jnp.arange(keys.shape[0])
         slots = positions % self.keys.shape[2]
 
         def put(cache: Array, new: Array) -> Array:
+            if len(new) == 1:  # for one row XLA:GPU would lower the scatter below to two kernels
+                return jax.lax.dynamic_update_slice_in_dim(cache, new[:, :, None], slots[0], axis=2)
             where = cache.at[rows, :, slots]
             return where.set(new, unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds")
 

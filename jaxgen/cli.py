@@ -1,4 +1,4 @@
-"""The command line: `jaxgen generate` and `jaxgen inspect`."""
+"""The command line: `jaxgen generate`, `jaxgen inspect` and `jaxgen convert`."""
 
 import argparse
 import json
@@ -73,6 +73,23 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("model", metavar="DIR_OR_ID")
     inspect.add_argument("--dtype", default="auto", help="as for generate: what the sizes are computed for")
+
+    convert = commands.add_parser(
+        "convert",
+        help="write a checkpoint with int4 weights",
+        description="Write a checkpoint with int4 weights, which jaxgen, transformers and vLLM load. Interrupted, it "
+        "goes on where it was when it is started again.",
+    )
+    convert.set_defaults(run=_convert)
+    convert.add_argument("source", metavar="SRC", help="checkpoint directory or hub id, not quantised")
+    convert.add_argument("target", metavar="DST", type=Path, help="new directory")
+    convert.add_argument("--bits", type=int, default=4, help="4 (default)")
+    convert.add_argument(
+        "--group-size", type=int, default=128, metavar="N", help="32, 64, 128 (default); -1: whole rows"
+    )
+    convert.add_argument("--method", default="rtn", help="rtn (default), gptq or autoround")
+    convert.add_argument("--calibration", type=Path, metavar="FILE", help="text for gptq and autoround")
+    convert.add_argument("--lm-head", action="store_true", help="quantise the output head too")
     return parser
 
 
@@ -182,6 +199,13 @@ def _inspect(options: argparse.Namespace) -> None:
     from jaxgen.convert.inspect import describe
 
     sys.stdout.write(describe(options.model, dtype=options.dtype) + "\n")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from jaxgen.convert.convert import convert_checkpoint
+
+    names = ("bits", "group_size", "method", "calibration", "lm_head")
+    convert_checkpoint(options.source, options.target, **{name: getattr(options, name) for name in names})
 
 
 if __name__ == "__main__":

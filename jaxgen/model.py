@@ -24,18 +24,20 @@ from jaxgen.cache import KVCache, LayerCache, layer_cache_from_prompt, visible_s
 from jaxgen.config import MistralConfig
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.generate import GenerationMixin
+from jaxgen.quant.adapted import Adapted
 from jaxgen.quant.int4 import Int4
 from jaxgen.quant.lookup import Lookup4
 from jaxgen.quant.matmul import matmul
+from jaxgen.residual import add_and_norm
 
 # flax 0.11.2 (Colab) keeps submodules in plain lists; 0.12 needs to be told that a list holds them.
 _module_list = getattr(nnx, "List", list)
 
 
 class QuantizedWeight(nnx.Variable):
-    """An `Int4` or `Lookup4` in the place of a Linear's `nnx.Param`: read, but never trained."""
+    """An `Int4`, `Lookup4` or `Adapted` in the place of a Linear's `nnx.Param`: read, but never trained."""
 
-    def __getitem__(self, index: Any) -> "Int4 | Lookup4":
+    def __getitem__(self, index: Any) -> "Int4 | Lookup4 | Adapted":
         """`weight[...]`, as for an array."""
         return self.get_value() if hasattr(self, "get_value") else self.value  # flax before 0.12
 
@@ -115,8 +117,12 @@ class MistralMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """`down(silu(gate(x)) * up(x))`."""
-        gate_up = self.gate_up_proj(x).reshape(*x.shape[:2], -1, 2)
-        return self.down_proj(jax.nn.silu(gate_up[..., 0]) * gate_up[..., 1])
+        return self.down(self.gate_up_proj(x))
+
+    def down(self, gate_up: Float[Array, "B T two_F"]) -> Float[Array, "B T D"]:
+        """What follows `gate_up_proj`."""
+        pairs = gate_up.reshape(*gate_up.shape[:2], -1, 2)
+        return self.down_proj(jax.nn.silu(pairs[..., 0]) * pairs[..., 1])
 
 
 class MistralDecoderLayer(nnx.Module):
@@ -141,24 +147,34 @@ class MistralDecoderLayer(nnx.Module):
             mixed = attend_to_prompt(queries, keys, values, positions, real, self.self_attn.window)
             x = x + self.self_attn.output(mixed)
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.post_attention_layernorm(x)), (keys, values)
+            x = x + self.mlp(self.post_attention_layernorm(x))
+        # Together, or XLA:GPU may keep the fused projections of all layers until it takes the keys and values out.
+        x, keys, values = jax.lax.optimization_barrier((x, keys, values))
+        return x, (keys, values)
 
     def step(
         self,
         x: Float[Array, "B 1 D"],
+        delta: Float[Array, "B 1 D"],
         rotation: Rotation,
         positions: Int[Array, " B"],
         cache: LayerCache,
         visible: Bool[Array, "B C"],
-    ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
-        """One token per row, against the cache that it is first written to."""
+    ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B 1 D"], LayerCache]:
+        """One token per row, against the cache that it is first written to.
+
+        `delta` has yet to be added to the residual stream `x`; so has the one that is returned with it.
+        """
+        rows = len(x)
         with jax.named_scope("attention"):
-            queries, keys, values = self.self_attn.project(self.input_layernorm(x), rotation)
-            cache = cache.write(keys[:, 0], values[:, 0], positions)
-            mixed = attend_to_slots(queries[:, 0], cache.keys, cache.values, visible)
-            x = x + self.self_attn.output(mixed[:, None])
+            x, normed = add_and_norm(x, delta, self.input_layernorm)
+            queries, keys, values = (heads[:rows, 0] for heads in self.self_attn.project(normed, rotation))
+            cache = cache.write(keys, values, positions)
+            delta = self.self_attn.output(attend_to_slots(queries, cache.keys, cache.values, visible)[:, None])
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.post_attention_layernorm(x)), cache
+            x, normed = add_and_norm(x, delta, self.post_attention_layernorm)
+            gate_up = self.mlp.gate_up_proj(normed)[:rows]
+            return x, self.mlp.down(gate_up), cache
 
 
 class MistralModel(nnx.Module):
@@ -240,11 +256,12 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
         x = self.model.embed_tokens(tokens[:, None])
         rotation = self._rotation(positions[:, None])
         visible = visible_slots(positions, cache[0].keys.shape[2])
-        caches = []
+        caches, delta = [], jnp.zeros_like(x)
         for layer, before in zip(self.model.layers, cache, strict=True):
-            x, after = layer.step(x, rotation, positions, before, visible)
+            x, delta, after = layer.step(x, delta, rotation, positions, before, visible)
             caches.append(after)
-        return self._logits(self.model.norm(x))[:, 0], caches
+        _, hidden = add_and_norm(x, delta, self.model.norm)
+        return self._logits(hidden)[: len(x), 0], caches
 
     def _prompt(
         self, ids: Int[Array, "B T"], positions: Int[Array, "B T"], real: Bool[Array, "B T"]

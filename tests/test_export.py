@@ -156,7 +156,7 @@ def test_bad_arguments(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("function", ["export.save_file", "atomic._sync", "atomic._swap"])
+@pytest.mark.parametrize("function", ["writer.os.pwrite", "atomic._sync", "atomic._swap"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_an_interrupted_save_leaves_everything_as_it_was(tmp_path, monkeypatch, overwrite, function, error):
     target = tmp_path / "out"

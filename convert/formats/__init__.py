@@ -1,12 +1,15 @@
 """The 4-bit formats of the hub, one file each: their tensors are read as `Int4` or `Lookup4`, and never requantised."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
+from jaxgen.errors import CheckpointError, JaxgenError
 from jaxgen.quant import Int4, Lookup4
 
-from ..checkpoint import Checkpoint, Wanted
+from ..checkpoint import Checkpoint, Wanted, read_json
 from ..names import Part
+from .modules import setting, unsupported
 
 
 @runtime_checkable
@@ -33,21 +36,67 @@ class Format(Protocol):
         ...
 
 
-# Where config.json says how it is quantised: HF's field, compressed-tensors' old one, and MLX's.
-FIELDS = ("quantization_config", "compression_config", "quantization")
+# Where config.json says how it is quantised: MLX's field (which it repeats in HF's), HF's, compressed-tensors' old one.
+FIELDS = ("quantization", "quantization_config", "compression_config")
 
-# HF's quant_method (or what we name a format that has none) to the function that makes its `Format`.
-_Make = Callable[[Mapping[str, Any], Checkpoint], Format]
+# HF's quant_method (for MLX, which has none, our name) to the module here, and the function in it, that make its
+# `Format` from the quantisation config and the checkpoint.
+_OPENERS = {
+    "compressed-tensors": ("compressed_tensors", "open_compressed_tensors"),
+    "gptq": ("gptq", "open_gptq"),
+    "awq": ("awq", "open_awq"),
+    "auto-round": ("autoround", "open_autoround"),
+    "bitsandbytes": ("bitsandbytes", "open_bitsandbytes"),
+    "mlx": ("mlx", "open_mlx"),
+}
 
-
-def _makers() -> dict[str, _Make]:
-    return {}
+_OLD_GPTQ = "quantize_config.json"  # where AutoGPTQ wrote it before transformers had a field for it
+_PACKED = (".qweight", ".weight_packed", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".W_q")
 
 
 def detect(fields: dict[str, Any], checkpoint: Checkpoint) -> tuple[dict[str, Any], Format | None]:
     """The fields of config.json without those about quantisation, and the checkpoint's format if it has one.
 
-    Raises `UnsupportedError`, which names the format and says what to do, for one that jaxgen does not read.
+    Raises `UnsupportedError`, which names the format and says what to do, for one that jaxgen does not read, and
+    `CheckpointError` for packed tensors of which no config says how to read them.
     """
     plain = {name: value for name, value in fields.items() if name not in FIELDS}
-    return plain, None
+    name = next((name for name in FIELDS if fields.get(name)), None)
+    if name is not None:
+        quantization = setting(fields, name, {})
+        return plain, _open(_method(name, quantization), quantization, checkpoint)
+    packed = next((name for name in sorted(checkpoint.tensors) if name.endswith(_PACKED)), None)
+    if packed is None:
+        return plain, None
+    path = checkpoint.directory / _OLD_GPTQ
+    if packed.endswith(".qweight") and path.is_file():
+        quantization = read_json(path)
+        return plain, _open(_method(_OLD_GPTQ, quantization), quantization, checkpoint)
+    problem = (
+        f"{packed!r} is quantised, but config.json has no quantization_config"
+        f"{f', nor is there a {_OLD_GPTQ},' if packed.endswith('.qweight') else ''} to say how; "
+        "restore it from where the checkpoint came from"
+    )
+    raise CheckpointError(str(checkpoint.directory), [problem])
+
+
+def _method(name: str, quantization: Mapping[str, Any]) -> str:
+    """HF's quant_method, or what stands for it in configs that have none."""
+    if method := setting(quantization, "quant_method", ""):
+        return method
+    if name == _OLD_GPTQ:
+        return "gptq"
+    if quantization.get("load_in_4bit") or quantization.get("load_in_8bit"):
+        return "bitsandbytes"
+    if name == "compression_config" or "config_groups" in quantization:
+        return "compressed-tensors"
+    if name == "quantization":
+        return "mlx"
+    raise JaxgenError(f"config.json: {name} has no quant_method, and its fields {sorted(quantization)} fit none")
+
+
+def _open(method: str, quantization: Mapping[str, Any], checkpoint: Checkpoint) -> Format:
+    if method not in _OPENERS:
+        raise unsupported(f"the quantisation {method!r}")
+    module, function = _OPENERS[method]
+    return getattr(import_module(f".{module}", __name__), function)(quantization, checkpoint)

@@ -14,6 +14,9 @@ from jaxgen.errors import JaxgenError
 from jaxgen.generation import loop
 from jaxgen.generation.request import Request
 from jaxgen.generation.weights import split
+from jaxgen.lowering import Target, tracing_for
+from jaxgen.quant.int4 import Int4
+from jaxgen.quant.matmul import FUSION_OPTIONS
 
 logger = logging.getLogger("jaxgen")
 
@@ -21,29 +24,58 @@ logger = logging.getLogger("jaxgen")
 class Stage:
     """`jax.jit(function)` that logs one line per compilation: `describe(*args)`, and the seconds it took.
 
+    `compiled_for` is what `function` is traced for. Compilers may refuse experimental `compiler_options`, or fail
+    on a program because of them: the call then goes to the stage `otherwise`, from then on, and this is logged once.
+
     >>> double = Stage(lambda x: 2 * x, describe=lambda x: f"double[{x.shape}]")
     >>> int(double(jax.numpy.ones(())))
     2
     """
 
-    def __init__(self, function: Callable[..., Any], describe: Callable[..., str], **jit_options: Any):
-        self.describe = describe
-        self.traces = 0
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        describe: Callable[..., str],
+        *,
+        compiled_for: Target = Target(),  # noqa: B008  (frozen)
+        otherwise: "Stage | None" = None,
+        **jit_options: Any,
+    ):
+        self.describe, self.otherwise = describe, otherwise
+        self.traces, self._refused = 0, False
+        self.compiler_options = jit_options.get("compiler_options", {})
 
         def counted(*args: Any) -> Any:
             self.traces += 1  # Python runs this only while tracing
-            return function(*args)
+            with tracing_for(compiled_for):
+                return function(*args)
 
         counted.__name__ = counted.__qualname__ = getattr(function, "__name__", "stage").strip("<>")
         self._jitted = jax.jit(counted, **jit_options)
 
     def __call__(self, *args: Any) -> Any:
         """Run, and log if that took a compilation."""
+        if self._refused and self.otherwise is not None:
+            return self.otherwise(*args)
         traces, start = self.traces, time.perf_counter()
-        result = self._jitted(*args)
+        try:
+            result = self._jitted(*args)
+        except jax.errors.JaxRuntimeError as error:
+            if self.otherwise is None or "RESOURCE_EXHAUSTED" in str(error) or _used_up(args):
+                raise
+            self._refused = True
+            logger.warning(
+                "%s falls back to a slower form, because its compiler said: %.300s", self.describe(*args), error
+            )
+            return self.otherwise(*args)
         if self.traces != traces:
             logger.info("compiled %s in %.1f s", self.describe(*args), time.perf_counter() - start)
         return result
+
+
+def _used_up(args: tuple[Any, ...]) -> bool:
+    """Whether donated arguments are gone: then it was not the compiler that failed."""
+    return any(leaf.is_deleted() for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.Array))
 
 
 def _run_prefill(structure: Any, weights: Any, prompts: Any, key: Any, controls: Any, plan: Any) -> Any:
@@ -64,8 +96,27 @@ def _describe_decode(structure: Any, weights: Any, state: Any, until: Any, contr
 
 
 # Weights are arguments, never constants of the executable; the state is donated, so the cache is updated in place.
+_DECODE: dict[str, Any] = {"static_argnums": (0, 5), "donate_argnums": 2}
 _prefill = Stage(_run_prefill, _describe_prefill, static_argnums=(0, 5))
-_decode = Stage(_run_decode, _describe_decode, static_argnums=(0, 5), donate_argnums=2)
+_decode = Stage(_run_decode, _describe_decode, **_DECODE)
+_decode_on_gpu = Stage(_run_decode, _describe_decode, compiled_for=Target(gpu_decode=True), **_DECODE)
+_decode_int4_on_gpu = Stage(
+    _run_decode,
+    _describe_decode,
+    compiled_for=Target(gpu_decode=True, fuses_int4=True),
+    otherwise=_decode_on_gpu,
+    compiler_options=FUSION_OPTIONS,
+    **_DECODE,
+)
+
+
+def _decode_for(weights: list[Any]) -> Stage:
+    """The executable that decodes fastest where these weights are."""
+    device = next(iter(jax.tree.leaves(weights)[0].devices()))
+    if device.platform != "gpu":
+        return _decode
+    int4 = any(isinstance(x, Int4) for x in jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Int4)))
+    return _decode_int4_on_gpu if int4 else _decode_on_gpu
 
 
 class Run:
@@ -77,6 +128,7 @@ class Run:
     def __init__(self, model: Any, request: Request):
         self._request = request
         self._structure, self._weights = split(model)
+        self._decode = _decode_for(self._weights)
         self.state: loop.DecodeState = _prefill(
             self._structure, self._weights, request.prompts, request.key, request.controls, request.plan
         )
@@ -85,7 +137,7 @@ class Run:
         """Decode until every row has ended, or has `until` new tokens."""
         controls, recipe = self._request.controls, self._request.plan.recipe
         stop = controls.max_new_tokens if until is None else np.array(until, np.int32)
-        self.state = _decode(self._structure, self._weights, self.state, stop, controls, recipe)
+        self.state = self._decode(self._structure, self._weights, self.state, stop, controls, recipe)
         return self.state
 
 

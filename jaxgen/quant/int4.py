@@ -69,7 +69,7 @@ def pack(codes: Int8[Array | np.ndarray, "*rows I"]) -> UInt8[Array | np.ndarray
     return nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
 
 
-def unpack(packed: UInt8[Array | np.ndarray, "*rows I/2"]) -> Int8[Array | np.ndarray, "*rows I"]:
+def unpack(packed: UInt8[Array | np.ndarray, "*rows bytes"]) -> Int8[Array | np.ndarray, "*rows 2*bytes"]:
     """The codes of `pack`, from -8 to 7; numpy in, numpy out.
 
     >>> unpack(np.array([0xF1, 0x78], np.uint8)).tolist()

@@ -7,16 +7,15 @@ A CPU dequantises: XLA moves that out of the decode loop, and keeps the unpacked
 `low_cpu_memory` it happens a few rows at a time, within the loop.
 """
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from jaxgen.linear import linear, product
+from jaxgen.lowering import target
+from jaxgen.quant.adapted import Adapted
 from jaxgen.quant.int4 import Int4, unpack
 from jaxgen.quant.lookup import Lookup4
 
@@ -29,21 +28,11 @@ FUSION_OPTIONS = {
 _FUSED_ROWS = 64  # beyond, each tile of rows would unpack the weight again: once, ahead of the product, is cheaper
 _CPU_CHUNK_BYTES = 1 << 20  # of unpacked float32: stays in a core's cache
 
-_fuses: contextvars.ContextVar[bool] = contextvars.ContextVar("fuses", default=False)
 
-
-@contextlib.contextmanager
-def compiled_with_fusion() -> Iterator[None]:
-    """What is traced inside will be compiled with FUSION_OPTIONS."""
-    token = _fuses.set(True)
-    try:
-        yield
-    finally:
-        _fuses.reset(token)
-
-
-def matmul(x: Float[Array, "*rows I"], weight: "Array | Int4 | Lookup4") -> Float[Array, "*rows O"]:
+def matmul(x: Float[Array, "*rows I"], weight: "Array | Int4 | Lookup4 | Adapted") -> Float[Array, "*rows O"]:
     """`x @ weight.T`, whatever the weight is made of."""
+    if isinstance(weight, Adapted):
+        return matmul(x, weight.base) + linear(linear(x, weight.down), weight.up)
     if isinstance(weight, Int4):
         return int4_matmul(x, weight)
     if isinstance(weight, Lookup4):
@@ -62,7 +51,7 @@ def int4_matmul(x: Float[Array, "*rows I"], weight: Int4) -> Float[Array, "*rows
     if weight.permutation is not None:
         x = jnp.take(x, weight.permutation, axis=-1)
     on_cpu = _in_chunks if weight.low_cpu_memory else _dequantized
-    few_rows = _fused if _fuses.get() else _by_groups
+    few_rows = _fused if target().fuses_int4 else _by_groups
     elsewhere = few_rows if math.prod(x.shape[:-1]) <= _FUSED_ROWS else _dequantized
     result = jax.lax.platform_dependent(x, weight.packed, weight.scale, cpu=on_cpu, default=elsewhere)
     if weight.offset is None:
@@ -73,7 +62,7 @@ def int4_matmul(x: Float[Array, "*rows I"], weight: Int4) -> Float[Array, "*rows
     return (result.astype(jnp.float32) + shift).astype(x.dtype)
 
 
-def _codes(packed: UInt8[Array, "O I/2"], scale: Float[Array, "O groups"]) -> Array:
+def _codes(packed: UInt8[Array, "O bytes"], scale: Float[Array, "O groups"]) -> Array:
     """The packed bytes seen as `int4[O, groups, group]`: no operation at all on a GPU."""
     return jax.lax.bitcast_convert_type(packed, jnp.int4).reshape(*scale.shape, -1)
 

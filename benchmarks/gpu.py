@@ -1,0 +1,283 @@
+"""jaxgen on one GPU: the bandwidth ceiling, decode and prefill of the Mistral-7B shape, the race of int4 products.
+
+    python benchmarks/gpu.py                 # at most 9 minutes; prints rows and writes benchmarks/results/gpu.json
+    python benchmarks/gpu.py --tiny          # small shapes, on any machine: shows that the script works
+
+Weights are random: nothing is downloaded. Each finished row is printed and written at once, so that an interrupted
+run keeps what it has; a part that fails, or that no time is left for, leaves a row that says so.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs the same GPU's memory
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks import int4_race
+from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
+from jaxgen.generation.compiled import Run
+from jaxgen.generation.config import resolve
+from jaxgen.generation.request import Request
+from jaxgen.model import QuantizedWeight
+from jaxgen.quant import Int4
+
+GROUP = 128
+STEPS = 128  # tokens per timing of decode
+
+
+@dataclasses.dataclass
+class Report:
+    """Rows as they come, on the terminal and in the file, which is replaced whole each time."""
+
+    file: Path
+    deadline: float
+    facts: dict[str, Any]
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def add(self, part: str, **row: Any) -> None:
+        """A finished row."""
+        self.rows.append({"part": part, **row})
+        print("  ".join(f"{k}={v}" for k, v in self.rows[-1].items()), flush=True)
+        aside = self.file.with_suffix(".tmp")
+        aside.write_text(json.dumps({**self.facts, "rows": self.rows}, indent=1) + "\n")
+        aside.replace(self.file)
+
+    def attempt(self, part: str, what: dict[str, Any], seconds: float, measure: Callable[[], dict[str, Any]]) -> None:
+        """Add what `measure` returns, unless less than `seconds` are left."""
+        left = self.deadline - time.monotonic()
+        if left < seconds:
+            self.add(part, **what, skipped=f"{left:.0f} s left")
+            return
+        start = time.monotonic()
+        try:
+            result = measure()
+        except Exception as error:  # whatever a compiler throws: the other rows are worth having
+            result = {"error": f"{type(error).__name__}: {error}"[:300]}
+        self.add(part, **what, **result, took_s=round(time.monotonic() - start, 1))
+
+
+def seconds_of(run: Callable[[], Any], least: float = 0.2) -> float:
+    """Seconds per call: the best of three rounds, each of at least `least` seconds. The first call is not counted."""
+    jax.block_until_ready(run())
+    calls, best = 1, float("inf")
+    for _ in range(3):
+        while True:
+            start = time.perf_counter()
+            for _ in range(calls):
+                result = run()
+            jax.block_until_ready(result)
+            elapsed = time.perf_counter() - start
+            if elapsed >= least:
+                break
+            calls *= 2
+        best = min(best, elapsed / calls)
+    return best
+
+
+def ceiling(report: Report, tiny: bool) -> float:
+    """Bytes per second that a copy moves (read and written): what every floor below is computed with."""
+    x = jnp.ones((1 << (20 if tiny else 30),), jnp.bfloat16)
+    add, total = jax.jit(lambda a: a + 1), jax.jit(lambda a: a.astype(jnp.float32).sum())
+    copied = 2 * x.nbytes / seconds_of(lambda: add(x))
+    read = x.nbytes / seconds_of(lambda: total(x))
+    report.add("ceiling", copy_gb_s=round(copied / 1e9, 1), read_gb_s=round(read / 1e9, 1))
+    return max(copied, read)
+
+
+def random_model(config: MistralConfig, int4: bool) -> Any:
+    """Random weights, made on the device, so small that activations stay finite; int4 linear layers if asked."""
+    model = nnx.eval_shape(lambda: MistralForCausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    key = jax.random.key(0)
+
+    def floats(shape: tuple[int, ...]) -> jax.Array:
+        return 0.02 * jax.random.normal(key, shape, jnp.bfloat16)
+
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        module, shape = model, variable.shape
+        for name in path[:-1]:
+            module = getattr(module, name) if isinstance(name, str) else module[name]
+        if len(shape) == 1:
+            value: Any = nnx.Param(jnp.ones(shape, jnp.bfloat16))
+        elif int4 and "_proj" in str(path[-2]):
+            packed = jax.random.bits(key, (shape[0], shape[1] // 2), jnp.uint8)
+            scale = jnp.full((shape[0], shape[1] // GROUP), 0.004, jnp.bfloat16)
+            value = QuantizedWeight(Int4(packed, scale))
+        else:
+            value = nnx.Param(jax.jit(floats, static_argnums=0)(shape))
+        setattr(module, path[-1], value)
+    return model
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes that one decode step reads: all weights but the embedding, of which it reads a row."""
+    return sum(x.nbytes for x in jax.tree.leaves(nnx.state(model))) - model.model.embed_tokens.weight[...].nbytes
+
+
+def decode_row(model: Any, batch: int, context: int, bandwidth: float) -> dict[str, Any]:
+    """Tokens per second around a context: STEPS tokens, the middle one at `context`."""
+    config, prompt = model.config, context - STEPS // 2
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, prompt))
+    settings = resolve({"max_new_tokens": STEPS + 1}, None, GenerationConfig())
+    start = time.perf_counter()
+    run = Run(model, Request.read(model, ids, None, settings))
+    jax.block_until_ready(run.advance(until=1).lengths)  # compiles the loop and does not enter it
+    compiling = time.perf_counter() - start
+    best = float("inf")
+    for _ in range(3):
+        run = Run(model, Request.read(model, ids, None, settings))
+        jax.block_until_ready(run.state.lengths)
+        start = time.perf_counter()
+        jax.block_until_ready(run.advance().lengths)
+        best = min(best, time.perf_counter() - start)
+    per_step = best / STEPS
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size * 2 * context * batch
+    floor = (weight_bytes(model) + kv) / bandwidth
+    return {
+        "ms_per_step": round(1e3 * per_step, 3),
+        "tokens_per_s": round(batch / per_step, 1),
+        "floor_ms": round(1e3 * floor, 3),
+        "share_of_floor": round(floor / per_step, 3),
+        "compile_s": round(compiling, 1),
+        **memory(),
+    }
+
+
+def prefill_row(model: Any, length: int) -> dict[str, Any]:
+    """Prompt tokens per second of one row."""
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length))
+    request = Request.read(model, ids, None, resolve({"max_new_tokens": 8}, None, GenerationConfig()))
+    start = time.perf_counter()
+    jax.block_until_ready(Run(model, request).state.lengths)
+    compiling = time.perf_counter() - start
+    seconds = seconds_of(lambda: Run(model, request).state.lengths)
+    return {
+        "tokens_per_s": round(length / seconds),
+        "ms": round(1e3 * seconds, 2),
+        "compile_s": round(compiling, 1),
+        **memory(),
+    }
+
+
+def memory() -> dict[str, Any]:
+    """Device memory in use now, and at most so far."""
+    stats = jax.devices()[0].memory_stats() or {}
+    names = (("bytes_in_use", "memory_gb"), ("peak_bytes_in_use", "peak_gb"))
+    return {name: round(stats[field] / 1e9, 3) for field, name in names if field in stats}
+
+
+def shape(tiny: bool) -> MistralConfig:
+    if not tiny:
+        return MistralConfig(sliding_window=None, max_position_embeddings=32768)
+    return MistralConfig(
+        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=None,
+    )  # fmt: skip
+
+
+def end_to_end(report: Report, tiny: bool, bandwidth: float) -> None:
+    """Decode and prefill, int4 first."""
+    contexts = [(1, 512), (8, 512), (32, 512), (1, 4096)] if not tiny else [(1, 128), (8, 128)]
+    prompts = (512, 2048) if not tiny else (64,)
+    for weights in ("int4", "bf16"):
+        model = random_model(shape(tiny), weights == "int4")
+        jax.block_until_ready(nnx.state(model))
+        report.add("model", weights=weights, weight_gb=round(weight_bytes(model) / 1e9, 3), **memory())
+        for batch, context in contexts:
+            what = {"weights": weights, "batch": batch, "context": context}
+            report.attempt("decode", what, 25, lambda b=batch, c=context: decode_row(model, b, c, bandwidth))  # noqa: B023
+        for length in prompts:
+            what = {"weights": weights, "prompt": length}
+            report.attempt("prefill", what, 15, lambda n=length: prefill_row(model, n))  # noqa: B023
+        del model
+
+
+def race(report: Report, tiny: bool, until: float) -> None:
+    """The forms of an int4 product, the most promising first, until time is up."""
+    for entrant in int4_race.entrants(tiny):
+        left = until - time.monotonic()
+        if left < 10:
+            report.add("int4_matmul", **entrant.what, skipped="no time left")
+            continue
+        report.attempt("int4_matmul", entrant.what, 10, lambda e=entrant: int4_race.run(e, seconds_of))
+
+
+def in_torch(report: Report, tiny: bool) -> None:
+    """transformers and torch on the same GPU, in a process of their own; their rows are read as they come."""
+    seconds = max(0.0, report.deadline - time.monotonic() - 5)
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_torch.py"), f"--seconds={seconds:.0f}"]
+    command += ["--tiny"] if tiny else []
+    for row in _rows(command, seconds):
+        report.add("torch", **row)
+
+
+def _rows(command: list[str], seconds: float) -> Iterator[dict[str, Any]]:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        killer = subprocess.Popen(["sh", "-c", f"sleep {seconds:.0f}; kill -9 {process.pid} 2>/dev/null"])
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+        killer.kill()
+        killer.wait()
+    if process.returncode:
+        yield {"error": f"exit code {process.returncode}"}
+
+
+def facts() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
+    installed = {}
+    for name in ("jax", "jaxlib", "flax", "torch", "transformers"):
+        try:
+            installed[name] = version(name)
+        except ImportError:
+            installed[name] = None
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "device": jax.devices()[0].device_kind,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip() or None,
+        "python": platform.python_version(),
+        "versions": installed,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--parts", nargs="+", default=["decode", "torch", "race"], choices=["decode", "torch", "race"])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    report = Report(options.out, start + 60 * options.minutes, facts())
+    bandwidth = ceiling(report, options.tiny)
+    if "decode" in options.parts:
+        end_to_end(report, options.tiny, bandwidth)
+    if "race" in options.parts:  # torch gets the last two and a half minutes
+        until = report.deadline - (150 if "torch" in options.parts and not options.tiny else 0)
+        race(report, options.tiny, until)
+    if "torch" in options.parts:
+        in_torch(report, options.tiny)
+
+
+if __name__ == "__main__":
+    main()

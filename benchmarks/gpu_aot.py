@@ -1,0 +1,287 @@
+"""What XLA makes of prefill and decode on an H200, compiled on a machine without a GPU.
+
+    python benchmarks/gpu_aot.py                     # the Mistral-7B shape, whole and cut to 2 layers
+    python benchmarks/gpu_aot.py --layers 2 --batch 1 8 32 --group-size 64 --json
+
+Needs the CUDA plugin of the installed JAX, without the CUDA libraries behind it:
+
+    pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION
+
+Nothing runs: these are facts about the compiled program (buffers, kernels, fusions), not times. Without a device
+nothing is autotuned, so the tile sizes that a device would choose are not known here.
+"""
+
+import argparse
+import collections
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# Before JAX starts. Otherwise the plugin looks for a driver, finds none, and is not registered.
+os.environ["JAX_PLATFORMS"] = "cpu"
+DUMP = Path(tempfile.mkdtemp(prefix="gpu_aot"))
+os.environ["XLA_FLAGS"] = f"--xla_gpu_autotune_level=0 --xla_dump_to={DUMP} --xla_dump_hlo_as_text"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
+from jaxgen.generation import compiled, loop
+from jaxgen.generation.config import resolve
+from jaxgen.generation.logits import Recipe
+from jaxgen.generation.request import controls_of
+from jaxgen.generation.weights import Structure
+from jaxgen.model import QuantizedWeight
+from jaxgen.quant import Int4
+
+# From NVIDIA's data sheet and CUDA's guide for compute capability 9.0; the driver and runtime versions decide which
+# CUDA graphs XLA dares to build.
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048  core_count: 132
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536  fpus_per_core: 128  clock_rate_ghz: 1.98
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
+  memory_bandwidth: 4800000000000  l2_cache_size: 52428800  device_memory_size: 151397597184
+  device_address_bits: 64  device_vendor: "NVIDIA Corporation"  name: "NVIDIA H200"
+  driver_version: "13.0.0"  runtime_version: "12.9.0"  compile_time_toolkit_version: "12.9.0"  dnn_version: "9.10.0"
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H200"
+"""
+
+PROMPT, NEW = 512, 256
+# Not kernels: names for parts of memory, and what the compiler resolves.
+_NO_LAUNCH = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast", "after-all", "opt-barrier"}
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\((.*)$")
+_ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
+
+
+def device() -> Any:
+    """The H200 that is not there."""
+    return topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices[0]
+
+
+def shape_of_mistral_7b(layers: int) -> MistralConfig:
+    return MistralConfig(num_hidden_layers=layers, sliding_window=4096, max_position_embeddings=32768)
+
+
+def abstract_model(config: MistralConfig, group_size: int | None, scale_dtype: str = "bfloat16") -> Any:
+    """The model without its numbers: bfloat16, and int4 linear layers if there is a group size."""
+    model = nnx.eval_shape(lambda: MistralForCausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    if group_size is not None:
+        for linear in linears(model):
+            rows, columns = linear.weight.shape
+            groups = 1 if group_size == -1 else columns // group_size
+            packed = jax.ShapeDtypeStruct((rows, columns // 2), jnp.uint8)
+            scale = jax.ShapeDtypeStruct((rows, groups), jnp.dtype(scale_dtype))
+            linear.weight = QuantizedWeight(Int4(packed, scale))
+    return model
+
+
+def linears(model: Any) -> list[Any]:
+    return [
+        linear
+        for layer in model.model.layers
+        for linear in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
+    ]
+
+
+def lower(stage: str, model: Any, batch: int, prompt: int, gpu: Any) -> tuple[Any, dict[str, Any], list[Any]]:
+    """The stage as `generate` runs it, lowered for the GPU; its compiler options; and its cache."""
+    place = SingleDeviceSharding(gpu)
+
+    def abstract(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+    graph, state = nnx.split(model)
+    variables = list(nnx.to_flat_state(state))
+    structure = Structure(graph, variables)
+    weights = [abstract(v.get_value() if hasattr(v, "get_value") else v.value) for _, v in variables]
+    config = resolve({}, None, GenerationConfig(eos_token_id=2))
+    total = prompt + NEW
+    plan = loop.Plan(Recipe.of(config), 1, total, model.config.cache_slots(total))
+    controls = abstract(controls_of(config, NEW))
+    rows = (np.zeros((batch, prompt), np.int32), np.zeros(batch, np.int32), np.zeros((batch, 2), np.uint32))
+    prompts = abstract(loop.Prompts(*rows, np.zeros(batch, bool)))
+    key = abstract(jax.eval_shape(lambda: jax.random.key(0)))
+    arguments = (structure, weights, prompts, key, controls, plan)
+    begun = jax.eval_shape(lambda w, p, k, c: compiled._run_prefill(structure, w, p, k, c, plan), *arguments[1:5])
+    if stage == "prefill":
+        chosen = compiled._prefill
+    else:
+        int4 = any(isinstance(weight, Int4) for weight in weights)
+        chosen = compiled._decode_int4_on_gpu if int4 else compiled._decode_on_gpu
+        until = abstract(np.array(NEW, np.int32))
+        arguments = (structure, weights, abstract(begun), until, controls, plan.recipe)
+    # The options go to compile(): lowering for another platform than the process's own drops those of jit.
+    return chosen._jitted.trace(*arguments).lower(lowering_platforms=("cuda",)), chosen.compiler_options, begun.cache
+
+
+def measure(stage: str, weights: str, batch: int, layers: int, group_size: int, prompt: int, gpu: Any) -> dict[str, Any]:
+    """One row of the table."""
+    config = shape_of_mistral_7b(layers)
+    model = abstract_model(config, group_size if weights == "int4" else None)
+    start = time.perf_counter()
+    lowered, options, cache = lower(stage, model, batch, prompt, gpu)
+    for file in DUMP.iterdir():
+        file.unlink()
+    executable = lowered.compile(options or None)
+    seconds = time.perf_counter() - start
+    memory = executable.memory_analysis()
+    program = Program(executable.as_text())
+    linear_shapes = {linear.weight.shape for linear in linears(abstract_model(config, None))}
+    cache_shapes = {leaf.shape for leaf in jax.tree.leaves(cache)}
+    int4_linears = 4 * layers if weights == "int4" else 0
+    return {
+        "stage": stage,
+        "weights": weights,
+        "batch": batch,
+        "layers": layers,
+        "group_size": group_size if weights == "int4" else None,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "kv_bytes": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)),
+        "loop_weight_buffers": program.weight_buffers(linear_shapes, cache_shapes) if program.has_loop else 0,
+        "weight_transposes": program.weight_transposes(linear_shapes),
+        "command_buffers": command_buffers(),
+        "linears": int4_linears,
+        "fused_linears": program.fused_int4_linears(linear_shapes),
+        "launches_per_layer": round(program.launches_in_layers(config.hidden_size) / layers, 2),
+        "launches_per_token": len(program.step),
+        "compile_seconds": round(seconds, 1),
+    }
+
+
+class Operation:
+    """One instruction of an HLO computation that costs a launch."""
+
+    def __init__(self, result: str, opcode: str, rest: str):
+        self.opcode, self.rest = opcode, rest
+        self.results = [(kind, tuple(map(int, dims.split(",")))) for kind, dims in _ARRAY.findall(result) if dims]
+        scope = re.search(r'op_name="([^"]*)"', rest)
+        self.scope = scope[1] if scope else ""
+        calls = re.search(r"calls=%?([\w.\-]+)", rest)
+        self.calls = calls[1] if calls else None
+
+
+class Program:
+    """The text of a compiled module: its entry, and what it launches for each token (or, without a loop, in all)."""
+
+    def __init__(self, text: str):
+        self.signatures: dict[str, str] = {}
+        bodies: dict[str, list[str]] = {}
+        current, entry, loops = "", "", []
+        for line in text.splitlines():
+            if header := re.match(r"(ENTRY )?%?([\w.\-]+) (\(.*)\{\s*$", line):
+                current = header[2]
+                bodies[current], self.signatures[current] = [], header[3]
+                entry = current if header[1] else entry
+            elif current:
+                bodies[current].append(line)
+                loops += re.findall(r" while\(.*body=%?([\w.\-]+)", line)
+        self.has_loop = bool(loops)
+        self.entry = _operations(bodies[entry])
+        # The token loop is the one in the entry; prefill has only loops over blocks of a long prompt.
+        self.step = _operations(bodies[loops[-1]]) if loops else self.entry
+
+    def launches_in_layers(self, width: int) -> int:
+        """Those in the named scopes of the blocks; and those of no scope, such as the second half of a split sum,
+        whose results are not too small for it."""
+        unnamed = (op for op in self.step if not op.scope)
+        large = sum(any(math.prod(shape) >= width for _, shape in op.results) for op in unnamed)
+        return large + sum(bool(re.search(r"/(attention|mlp)/", op.scope)) for op in self.step)
+
+    def weight_buffers(self, weights: set[tuple[int, ...]], caches: set[tuple[int, ...]]) -> int:
+        """Results in the loop that are as large as some linear layer's weight (the cache may be, by chance)."""
+        sizes = {math.prod(shape) for shape in weights}
+        results = itertools.chain.from_iterable(op.results for op in self.step)
+        return sum(math.prod(shape) in sizes and shape not in caches for _, shape in results)
+
+    def weight_transposes(self, weights: set[tuple[int, ...]]) -> int:
+        """Rearranged copies of weights, made before the loop at every call."""
+        sizes = {math.prod(shape) // packed for shape in weights for packed in (1, 2)}
+        return sum(
+            op.opcode in ("transpose", "copy", "fusion") and math.prod(shape) in sizes and kind in ("s4", "u8", "bf16")
+            for op in (self.entry if self.has_loop else [])
+            for kind, shape in op.results
+        )
+
+    def fused_int4_linears(self, weights: set[tuple[int, ...]]) -> int:
+        """Kernels of a matrix product that read packed int4 and a scale for each group of it."""
+        sizes = {math.prod(shape) for shape in weights}
+        count = 0
+        for op in self.step:
+            if op.opcode == "fusion" and "__triton" in op.rest and op.calls:
+                arguments = self.signatures[op.calls].split("->")[0]
+                shapes = [(kind, tuple(map(int, dims.split(",")))) for kind, dims in _ARRAY.findall(arguments) if dims]
+                packed = [shape for kind, shape in shapes if kind == "s4" and math.prod(shape) in sizes]
+                scales = [shape for kind, shape in shapes if kind != "s4" and shape in {p[:-1] for p in packed}]
+                count += bool(packed and (scales or any(shape[0] == packed[0][0] for _, shape in shapes[1:])))
+        return count
+
+
+def _operations(lines: list[str]) -> list[Operation]:
+    matches = filter(None, map(_INSTRUCTION.match, lines))
+    return [Operation(*match.groups()) for match in matches if match[2] not in _NO_LAUNCH]
+
+
+def command_buffers() -> int:
+    """CUDA graphs per token: those that the executed thunks hold inside the loop (without a loop: in all)."""
+    files = sorted(DUMP.glob("*thunk_sequence_after_thunk_passes.txt"))
+    if not files:  # XLA writes it only where it formed one
+        return 0
+    return len(re.findall(r"\d+: +kCommandBuffer", files[-1].read_text()))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    columns = list(rows[0])
+    shown = [[_short(row[column]) for column in columns] for row in rows]
+    names = [column.replace("_", " ").split() for column in columns]
+    height = max(map(len, names))
+    header = [[""] * (height - len(words)) + words for words in names]
+    lines = [*zip(*header, strict=True), *shown]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value / 1e6:.2f}M" if isinstance(value, int) and value >= 100_000 else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", nargs="+", default=["decode", "prefill"], choices=["decode", "prefill"])
+    parser.add_argument("--weights", nargs="+", default=["int4", "bf16"], choices=["int4", "bf16"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--layers", nargs="+", type=int, default=[2, 32])
+    parser.add_argument("--group-size", nargs="+", type=int, default=[128])
+    parser.add_argument("--prompt", type=int, default=PROMPT)
+    parser.add_argument("--json", action="store_true", help="a list of objects, instead of the table")
+    options = parser.parse_args()
+    gpu, rows = device(), []
+    sizes = {"int4": options.group_size, "bf16": [0]}
+    for stage, layers, weights in itertools.product(options.stage, options.layers, options.weights):
+        for group_size, batch in itertools.product(sizes[weights], options.batch):
+            rows.append(measure(stage, weights, batch, layers, group_size, options.prompt, gpu))
+            collections.deque(map(Path.unlink, DUMP.iterdir()), maxlen=0)
+    DUMP.rmdir()
+    sys.stdout.write((json.dumps(rows, indent=1) if options.json else table(rows)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What adapter_config.json says a PEFT LoRA adapter computes: the layers it targets, their ranks and scales."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any, no_type_check
+
+from jaxgen.errors import CheckpointError, UnsupportedError
+
+from .checkpoint import read_json
+
+CONFIG = "adapter_config.json"
+MERGE = (
+    "merge the adapter into its base with peft (PeftModel.from_pretrained(...).merge_and_unload(), then "
+    "save_pretrained) and load that without adapter="
+)
+
+# How the adapter was trained, which base it is for, and settings of initialisations: nothing of this computes.
+_IGNORED = frozenset((
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying",
+    "eva_config", "fan_in_fan_out", "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config",
+    "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "task_type",
+))  # fmt: skip
+# Other values of init_lora_weights also change the base's weights, and peft repeats that whenever it loads them.
+_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_OFF = (None, False, "", "none", [], {})  # what a field that adds something says when it does not
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@no_type_check  # _problems says what is wrong
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The fields of adapter_config.json that decide what an adapter computes; defaults are peft's.
+
+    Modules have HF's names without `.weight`. Source: peft `LoraConfig`.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+
+    @classmethod
+    def read(cls, directory: Path) -> "LoraConfig":
+        """The config in an adapter's directory.
+
+        Raises `UnsupportedError`, naming every field and value, for other adapters than plain LoRA and for fields
+        that may change what it computes; `CheckpointError` for values that are none.
+        """
+        fields = read_json(directory / CONFIG)
+        if fields.get("peft_type") != "LORA":
+            raise UnsupportedError(
+                f"{directory / CONFIG}: peft_type={fields.get('peft_type')!r} is not supported; jaxgen reads 'LORA'. "
+                f"If the adapter changes weights (prompts do not), {MERGE}"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        if refused := [f"{name}={value!r:.80}" for name, value in fields.items() if _changes(name, value, known)]:
+            raise UnsupportedError(
+                f"{directory / CONFIG}: {', '.join(refused)}: not supported; jaxgen reads plain LoRA of linear "
+                f"layers. With a peft that knows it, {MERGE}"
+            )
+        config = cls(**{name: value for name, value in fields.items() if name in known})
+        if problems := _problems(config):
+            raise CheckpointError(str(directory / CONFIG), problems)
+        return config
+
+    def targets(self, module: str) -> bool:
+        """Whether the linear layer `module` is adapted. Source: peft `check_target_module_exists`."""
+        wanted = self.target_modules or []
+        if isinstance(wanted, str) and wanted.lower() == "all-linear":
+            chosen = module != "lm_head"
+        else:
+            chosen = _matches(wanted, module)
+        if not chosen or (self.exclude_modules and _matches(self.exclude_modules, module)):
+            return False
+        if self.layers_to_transform in (None, []):
+            return True
+        layers = self.layers_to_transform if isinstance(self.layers_to_transform, list) else [self.layers_to_transform]
+        layer = _LAYER.match(module)
+        return layer is not None and int(layer[1]) in layers
+
+    def rank(self, module: str) -> int:
+        """r of `module`."""
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """What `B @ A` of `module` is multiplied by. Source: LoRA; with `use_rslora`, arXiv 2312.03732."""
+        rank = self.rank(module)
+        return _by_pattern(self.alpha_pattern, module, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _changes(name: str, value: Any, known: set[str]) -> bool:
+    """Whether a field may change what the adapter computes, in a way that jaxgen does not know."""
+    if name == "init_lora_weights":
+        return not any(value == harmless and type(value) is type(harmless) for harmless in _INITIALISATIONS)
+    # Compare types too: JSON's 0 and false are equal in Python.
+    off = any(value == nothing and type(value) is type(nothing) for nothing in _OFF)
+    return name not in known and name not in _IGNORED and not off
+
+
+def _problems(config: LoraConfig) -> list[str]:
+    return [
+        f"{name}={getattr(config, name)!r:.80} must be {wanted}"
+        for name, (is_right, wanted) in _CHECKS.items()
+        if not is_right(getattr(config, name))
+    ]
+
+
+def _matches(wanted: str | list[str], module: str) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in wanted)
+
+
+def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that fits. Source: peft `get_pattern_key`."""
+    fitting = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(fitting, default)
+
+
+def _is_int(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_int(value, least=1)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _is_regex(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+def _is_choice(value: Any) -> bool:
+    return _is_regex(value) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _is_pattern(value: Any, holds: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_regex, value)) and all(map(holds, value.values())))
+
+
+_CHECKS = {
+    "r": (_is_rank, "a positive int"),
+    "lora_alpha": (_is_number, "a finite number"),
+    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+    "rank_pattern": (lambda value: _is_pattern(value, _is_rank), "an object from regular expressions to ranks"),
+    "alpha_pattern": (lambda value: _is_pattern(value, _is_number), "an object from regular expressions to numbers"),
+    "target_modules": (_is_choice, "a list of names, a regular expression, or 'all-linear'"),
+    "exclude_modules": (lambda value: value is None or _is_choice(value), "a list of names, or a regular expression"),
+    "layers_to_transform": (
+        lambda value: value is None or all(map(_is_int, value if isinstance(value, list) else [value])),
+        "a layer's number, or a list of them",
+    ),
+    "layers_pattern": (
+        lambda value: value in (None, "", [], "layers", ["layers"]),
+        "'layers', the only list of layers that the model has",
+    ),
+}

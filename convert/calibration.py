@@ -1,0 +1,39 @@
+"""Calibration text: a file, tokenised and cut into sequences of equal length."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxgen.config import MistralConfig
+from jaxgen.errors import JaxgenError
+
+SEQUENCES = 128
+TOKENS = 2048
+
+
+def read_calibration(
+    path: Path, tokenizer: Any, config: MistralConfig, sequences: int = SEQUENCES, tokens: int = TOKENS
+) -> Int[np.ndarray, "N T"]:
+    """Sequences of token ids from a UTF-8 text file, as int32.
+
+    They are `tokens` long, or the model's context if that is shorter; at most `sequences`, spread evenly over the
+    file. Raises `JaxgenError` for a file that cannot be read, that is too short for one sequence, or whose tokens the
+    model does not have.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JaxgenError(f"calibration {path}: cannot be read: {error}") from error
+    ids = np.array(tokenizer(text, verbose=False)["input_ids"], np.int32)
+    length = min(tokens, config.max_position_embeddings)
+    available = len(ids) // length
+    if not available:
+        raise JaxgenError(f"calibration {path} has {len(ids)} tokens; one sequence takes {length}: give more text")
+    if ids.max() >= config.vocab_size:
+        raise JaxgenError(
+            f"calibration {path}: the tokenizer gives id {ids.max()}, but the model has vocab_size={config.vocab_size}"
+        )
+    chosen = np.linspace(0, available - 1, min(sequences, available)).round().astype(int)
+    return ids[: available * length].reshape(available, length)[chosen]
