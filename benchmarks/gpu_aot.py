@@ -132,7 +132,9 @@ def lower(stage: str, model: Any, batch: int, prompt: int, gpu: Any) -> tuple[An
     return chosen._jitted.trace(*arguments).lower(lowering_platforms=("cuda",)), chosen.compiler_options, begun.cache
 
 
-def measure(stage: str, weights: str, batch: int, layers: int, group_size: int, prompt: int, gpu: Any) -> dict[str, Any]:
+def measure(
+    stage: str, weights: str, batch: int, layers: int, group_size: int, prompt: int, gpu: Any
+) -> dict[str, Any]:
     """One row of the table."""
     config = shape_of_mistral_7b(layers)
     model = abstract_model(config, group_size if weights == "int4" else None)

@@ -51,7 +51,11 @@ def generate_row(model: Any, batch: int, prompt: int, **options: Any) -> dict[st
     warm = time.perf_counter() - start
     seconds(8 + STEPS)
     per_step = (min(seconds(8 + STEPS) for _ in range(2)) - min(seconds(8) for _ in range(2))) / STEPS
-    return {"ms_per_step": round(1e3 * per_step, 3), "tokens_per_s": round(batch / per_step, 1), "warm_s": round(warm, 1)}
+    return {
+        "ms_per_step": round(1e3 * per_step, 3),
+        "tokens_per_s": round(batch / per_step, 1),
+        "warm_s": round(warm, 1),
+    }
 
 
 def int4_row(shape: tuple[int, int], rows: int) -> dict[str, Any]:

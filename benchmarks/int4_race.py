@@ -20,6 +20,8 @@ GROUP = 128
 COPIES, ROUNDS = 8, 4  # weights in turn, and turns, in one chain
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 TILES = [(16, 256, 1), (32, 128, 2), (64, 128, 4), (128, 128, 8)]  # of output columns and K; warps
+# What XLA puts into CUDA graphs by default.
+COMMAND_BUFFERS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL"
 
 Form = Callable[[jax.Array, Int4], jax.Array]
 
@@ -93,16 +95,16 @@ def entrants(tiny: bool) -> Iterator[Entrant]:
             yield Entrant(f"fused, K in {parts}", layer, shape, 1, split(parts), FUSION_OPTIONS)
     for layer, shape in one:
         for width, depth, warps in TILES:
-            tile = f"block_m: {width} block_n: 16 block_k: {depth} split_k: 1 num_stages: 4 num_warps: {warps} num_ctas: 1"
+            tile = (
+                f"block_m: {width} block_n: 16 block_k: {depth} split_k: 1 num_stages: 4 num_warps: {warps} num_ctas: 1"
+            )
             pinned = FUSION_OPTIONS | {"xla_gpu_override_gemm_autotuner": tile}
             yield Entrant(f"fused, tile {width}x{depth} w{warps}", layer, shape, 1, library(True), pinned)
     for layer, shape in one:
-        yield Entrant("fused, one graph", layer, shape, 1, library(True), FUSION_OPTIONS | {
-            "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
-        })  # fmt: skip
-        yield Entrant("fused, cudnn", layer, shape, 1, library(True), FUSION_OPTIONS | {
-            "xla_gpu_cudnn_gemm_fusion_level": 2,
-        })  # fmt: skip
+        one_graph = FUSION_OPTIONS | {"xla_gpu_enable_command_buffer": COMMAND_BUFFERS + ",WHILE"}
+        yield Entrant("fused, one graph", layer, shape, 1, library(True), one_graph)
+        cudnn = FUSION_OPTIONS | {"xla_gpu_cudnn_gemm_fusion_level": 2}
+        yield Entrant("fused, cudnn", layer, shape, 1, library(True), cudnn)
         yield Entrant("unfused, default options", layer, shape, 1, library(True), {})
 
 

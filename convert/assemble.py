@@ -33,8 +33,9 @@ class Assembler:
         stored_as: Format | None = None,
         quantization: Int4Config | None = None,
         adapter: Adapter | None = None,
+        low_cpu_memory: bool = False,
     ):
-        self.checkpoint, self.dtype = checkpoint, dtype
+        self.checkpoint, self.dtype, self.low_cpu_memory = checkpoint, dtype, low_cpu_memory
         self.stored_as, self.quantization, self.adapter = stored_as, quantization, adapter
 
     def parameter(self, parts: Sequence[Part], shape: tuple[int, ...]) -> np.ndarray | Quantized | Adapted:
@@ -43,7 +44,10 @@ class Assembler:
         if len(quantized) == len(parts) and all(part.name != EMBEDDING for part in parts):
             pieces = [self._quantized(part) for part in parts]
             if _alike(pieces):
-                return self._adapted(parts, _join(parts, pieces, shape))
+                weight = _join(parts, pieces, shape)
+                if isinstance(weight, Int4):
+                    weight = dataclasses.replace(weight, low_cpu_memory=self.low_cpu_memory)
+                return self._adapted(parts, weight)
             names = ", ".join(part.name for part in parts)
             logger.warning("%s are quantised in different ways; kept as %s instead", names, self.dtype.name)
         return self._dense(parts, shape)

@@ -8,9 +8,10 @@ from jaxgen.config import MistralConfig
 from jaxgen.errors import CheckpointError
 from jaxgen.generation.limits import free_bytes, kv_bytes_per_token
 
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint
 from .hub import locate
-from .names import parameter_parts
+from .load import open_checkpoint
+from .names import EMBEDDING, parameter_parts
 from .placement import as_device, as_dtype, auto_dtype
 
 
@@ -21,20 +22,23 @@ def describe(name_or_path: "str | os.PathLike[str]", dtype: str = "auto") -> str
     """
     device = as_device("auto")
     chosen = auto_dtype(device) if dtype == "auto" else as_dtype(dtype)
-    directory = locate(name_or_path)
-    config = MistralConfig.from_hf(read_json(directory / "config.json"))
-    checkpoint = Checkpoint(directory)
+    place = locate(name_or_path)
+    config, checkpoint, stored_as = open_checkpoint(place)
     if checkpoint.problems:
-        raise CheckpointError(str(directory), checkpoint.problems)
-    count = sum(math.prod(part.shape) for parts in parameter_parts(config).values() for part in parts)
-    loaded = count * chosen.itemsize
+        raise CheckpointError(str(place), checkpoint.problems)
+    parts = [part for group in parameter_parts(config).values() for part in group]
+    packed = {part: stored_as.stored(part) or {} for part in parts if stored_as and part.name != EMBEDDING}
+    packed_bytes = sum(checkpoint.tensors[name].nbytes for stored in packed.values() for name in stored)
+    count = sum(math.prod(part.shape) for part in parts)
+    loaded = packed_bytes + chosen.itemsize * sum(math.prod(part.shape) for part in parts if not packed.get(part))
     per_token = kv_bytes_per_token(config, chosen.itemsize)
     rows = {
-        "checkpoint": directory,
+        "checkpoint": place,
         "architecture": _architecture(config),
         "attention": _attention(config),
         "parameters": f"{count:,}",
         "files": _files(checkpoint),
+        **({"format": f"{stored_as.name}: {_size(packed_bytes)}"} if stored_as else {}),
         f"as {chosen.name}": _size(loaded),
         "cache": f"{_size(per_token)} per token and row, {_size(per_token * config.cache_slots(_longest(config)))} "
         f"for a row of {_longest(config):,} tokens",
@@ -63,7 +67,7 @@ def _attention(config: MistralConfig) -> str:
 def _files(checkpoint: Checkpoint) -> str:
     dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})
     shards = {info.shard for info in checkpoint.tensors.values()}
-    return f"{', '.join(dtypes)}, {_size(checkpoint.total_bytes)} in {len(shards)} safetensors file(s)"
+    return f"{', '.join(dtypes)}, {_size(checkpoint.total_bytes)} in {len(shards)} file(s)"
 
 
 def _fits(config: MistralConfig, device: Any, loaded: int, per_token: int) -> str:

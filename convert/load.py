@@ -60,8 +60,8 @@ class AutoModelForCausalLM:
         dtype: Any = None,
         torch_dtype: Any = None,
         device_map: Any = "auto",
-        load_in_4bit: bool = False,
-        quantization_config: Int4Config | None = None,
+        load_in_4bit: Any = False,
+        quantization_config: Any = None,
         adapter: str | os.PathLike[str] | None = None,
         gguf_file: Any = None,
         revision: str | None = None,
@@ -127,9 +127,11 @@ def load(
     path = checkpoint.directory / "generation_config.json"
     generation = GenerationConfig.from_hf(read_json(path)) if path.is_file() else None
     _check(checkpoint, config, stored_as, lora)
+    low_cpu_memory = quantization is not None and quantization.low_cpu_memory
     if quantization is not None and _has_four_bits(config, stored_as):
         quantization = _requantization(quantization, stored_as) if requantize else None
-    model = _stream(Assembler(checkpoint, dtype, stored_as, quantization, lora), config, device)
+    assembler = Assembler(checkpoint, dtype, stored_as, quantization, lora, low_cpu_memory=low_cpu_memory)
+    model = _stream(assembler, config, device)
     if generation is not None:  # else the special tokens of config.json, as in transformers
         model.generation_config = generation
     return model
@@ -159,7 +161,7 @@ def _locate_gguf(name: Any, name_or_path: str | os.PathLike[str], **options: Any
     return directory / name
 
 
-def _quantization(load_in_4bit: bool, config: Any) -> Int4Config | None:
+def _quantization(load_in_4bit: Any, config: Any) -> Int4Config | None:
     """What to quantise while loading, from HF's two options for it."""
     if not isinstance(load_in_4bit, bool):
         raise JaxgenError(f"load_in_4bit={load_in_4bit!r} must be True or False")
@@ -177,9 +179,11 @@ def _has_four_bits(config: MistralConfig, stored_as: Format | None) -> bool:
     return stored_as is not None and any(stored_as.stored(part) is not None for part in parts)
 
 
-def _requantization(config: Int4Config, stored_as: Format | None) -> Int4Config:
+def _requantization(config: Int4Config, stored_as: Format | None) -> Int4Config | None:
     """What `quantization_config` asks of a checkpoint that has four bits: only lookup tables become int4."""
     assert stored_as is not None
+    if config == Int4Config(low_cpu_memory=True) and not isinstance(stored_as, BitsAndBytes):
+        return None  # says how to run the weights, and not how to make them
     if not isinstance(stored_as, BitsAndBytes):
         raise JaxgenError(
             f"quantization_config={config}: the checkpoint is int4 already ({stored_as.name}); leave the option out, "

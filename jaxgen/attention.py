@@ -23,7 +23,7 @@ def query_block(length: int) -> int:
     return QUERY_BLOCK if length % QUERY_BLOCK == 0 else length
 
 
-Rotation = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+Rotation = tuple[Float[Array, "#B T half"], Float[Array, "#B T half"]]
 
 
 def rope(positions: Int[Array, "B T"], head_dim: int, theta: float, dtype: jnp.dtype) -> Rotation:

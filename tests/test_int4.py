@@ -1,0 +1,274 @@
+"""The int4 weight: packing, quantising, and every form of its product, against numbers not computed by jaxgen."""
+
+import dataclasses
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxgen
+from jaxgen import AutoModelForCausalLM, Int4Config, JaxgenError, UnsupportedError, demo
+from jaxgen.generation.compiled import Stage
+from jaxgen.lowering import Target, target, tracing_for
+from jaxgen.model import QuantizedWeight
+from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
+from jaxgen.quant import matmul as forms
+from jaxgen.quant.int4 import pack, unpack
+from jaxgen.text.tokenizer import load_tokenizer
+
+RANDOM = np.random.default_rng(0)
+
+
+def relative_error(weight: np.ndarray, **options) -> float:
+    exact = quantize(weight, **options)
+    return float(np.sqrt(np.square(exact.dequantize() - weight).sum() / np.square(weight).sum()))
+
+
+def test_every_byte_holds_its_two_numbers():
+    """The layout written out: low nibble first, two's complement."""
+    expected = [[n - 16 if n > 7 else n for n in (byte % 16, byte // 16)] for byte in range(256)]
+    every = np.arange(256, dtype=np.uint8).reshape(256, 1)
+    for packed in (every, jnp.asarray(every)):
+        np.testing.assert_array_equal(unpack(packed), expected)
+        np.testing.assert_array_equal(pack(unpack(packed)), every)
+    np.testing.assert_array_equal(jax.lax.bitcast_convert_type(jnp.asarray(every), jnp.int4).reshape(256, 2), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "message"),
+    [
+        ((4, 33), 32, "'w' has rows of 33 weights; int4 packs two into a byte"),
+        ((4, 96), 64, "'w' has rows of 96 weights, which groups of 64 do not divide"),
+        ((4, 14), 128, "'w' has rows of 14 weights, which groups of 128 do not divide"),
+        ((4, 15), -1, "rows of 15 weights"),
+    ],
+)
+def test_shapes_that_do_not_come_out_even(shape, group, message):
+    with pytest.raises(JaxgenError, match=re.escape(message)):
+        quantize(np.zeros(shape, np.float32), group, name="'w'")
+
+
+def test_a_group_by_hand():
+    """-8 s .. 7 s with s = 0.25 holds these exactly; with the other sign it does not. Absmax / 7 holds none of them."""
+    weight = np.array([[-2.0, -1.75, -0.25, 0.0, 0.5, 1.0, 1.5, 1.75] * 4], np.float32)
+    for sign in (1, -1):
+        int4 = quantize(sign * weight, 32)
+        assert float(int4.scale[0, 0]) == sign * 0.25
+        np.testing.assert_array_equal(unpack(int4.packed)[0, :8], [-8, -7, -1, 0, 2, 4, 6, 7])
+        np.testing.assert_array_equal(int4.dequantize(), sign * weight)
+    assert float(quantize(weight, 32, search=False).scale[0, 0]) == pytest.approx(2 / 7, rel=2**-8)
+
+
+@pytest.mark.parametrize("weight", [np.zeros((2, 32), np.float32), np.full((2, 32), 1e-30, np.float32)])
+def test_groups_of_nothing_stay_finite(weight):
+    assert np.abs(np.asarray(quantize(weight, 32).dequantize()) - weight).max() <= 1e-30
+
+
+@pytest.mark.parametrize(
+    ("group", "absmax", "searched"), [(128, 0.1173, 0.0966), (64, 0.1077, 0.0898), (32, 0.0970, 0.0810)]
+)
+def test_the_search_halves_nothing_but_a_third_of_the_error_energy(group, absmax, searched):
+    """Relative error of Gaussian weights, against a simulation of the two methods outside jaxgen."""
+    weight = RANDOM.standard_normal((256, 1024)).astype(np.float32)
+    naive, ours = relative_error(weight, group_size=group, search=False), relative_error(weight, group_size=group)
+    assert naive == pytest.approx(absmax, rel=0.02)
+    assert ours == pytest.approx(searched, rel=0.02)
+    assert (ours / naive) ** 2 < 0.72
+
+
+def test_in_a_jit_as_outside():
+    weight = RANDOM.standard_normal((64, 256)).astype(np.float32)
+    outside, inside = quantize(weight, 64), jax.jit(lambda w: quantize(w, 64))(weight)
+    np.testing.assert_array_equal(outside.packed, inside.packed)
+    np.testing.assert_array_equal(outside.scale, inside.scale)
+
+
+def random_int4(group: int, scale: str = "bfloat16", **fields) -> tuple[Int4, np.ndarray]:
+    """An int4 weight [24, 256] and what it stands for, in float64."""
+    codes = RANDOM.integers(-8, 8, (24, 256))
+    scales = RANDOM.uniform(-1, 1, (24, 256 // group)).astype(jnp.dtype(scale))
+    dense = codes * np.repeat(scales.astype(np.float64), group, axis=1)
+    weight = Int4(pack(codes.astype(np.int8)), scales, **fields)
+    return jax.tree.map(jnp.asarray, weight), dense
+
+
+FORMS = [forms._dequantized, forms._fused, forms._by_groups, forms._in_chunks]
+
+
+@pytest.mark.parametrize("rows", [(), (1,), (1, 1), (5,), (2, 3)])
+@pytest.mark.parametrize("group", [32, 128, 256])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_the_product(form, group, rows):
+    """The tests' platform runs one of them; the others run on GPUs, or for other numbers of rows."""
+    weight, dense = random_int4(group)
+    x = RANDOM.standard_normal((*rows, 256)).astype(np.float32)
+    result = np.asarray(jax.jit(form)(x, weight.packed, weight.scale))
+    np.testing.assert_allclose(result, x @ dense.T, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_in_bfloat16(form):
+    """Rounded as much as bfloat16 rounds, and no more: sums are float32."""
+    weight, dense = random_int4(64)
+    x = jnp.asarray(RANDOM.standard_normal((3, 256)), jnp.bfloat16)
+    result = np.asarray(jax.jit(form)(x, weight.packed, weight.scale), np.float32)
+    exact = np.asarray(x, np.float64) @ dense.T
+    assert np.abs(result - exact).max() < 0.01 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("low_cpu_memory", [False, True])
+@pytest.mark.parametrize("scale", ["float16", "float32"])
+def test_offsets_and_permutations(low_cpu_memory, scale):
+    order = RANDOM.permutation(256)
+    offset = RANDOM.standard_normal((24, 4)).astype(np.float32)
+    weight, dense = random_int4(64, scale, offset=offset, permutation=order.astype(np.int32))
+    weight = dataclasses.replace(weight, low_cpu_memory=low_cpu_memory)
+    in_hf_order = np.empty_like(dense)
+    in_hf_order[:, order] = dense + np.repeat(offset, 64, axis=1)
+    np.testing.assert_allclose(weight.dequantize(), in_hf_order, atol=1e-5)
+    x = RANDOM.standard_normal((2, 1, 256)).astype(np.float32)
+    np.testing.assert_allclose(int4_matmul(jnp.asarray(x), weight), x @ in_hf_order.T, atol=2e-3)
+
+
+def test_lookup_table():
+    table = np.sort(RANDOM.standard_normal(16)).astype(np.float32)
+    codes = RANDOM.integers(0, 16, (8, 64))
+    scale = RANDOM.uniform(0, 1, (8, 2)).astype(np.float32)
+    packed = (codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8)
+    weight = Lookup4(*map(jnp.asarray, (packed, scale, table)))
+    dense = table[codes] * np.repeat(scale, 32, axis=1)
+    np.testing.assert_array_equal(weight.dequantize(), dense)
+    x = RANDOM.standard_normal((3, 64)).astype(np.float32)
+    np.testing.assert_allclose(forms.matmul(jnp.asarray(x), weight), x @ dense.T, atol=1e-5)
+
+
+def test_bounded_memory_on_cpu_is_bounded():
+    """In a loop XLA:CPU unpacks the weight ahead and keeps that; with low_cpu_memory it cannot."""
+    packed, scale = jnp.zeros((2048, 1024), jnp.uint8), jnp.ones((2048, 16), jnp.bfloat16)
+
+    def temporary(weight: Int4) -> int:
+        def loop(x, weight):
+            return jax.lax.fori_loop(0, x.shape[0], lambda i, x: x + int4_matmul(x, weight) * i, x)
+
+        memory = jax.jit(loop).lower(jnp.ones((2, 2048)), weight).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    unpacked = 4 * 2048 * 2048
+    assert temporary(Int4(packed, scale)) >= unpacked  # what makes the default fast
+    assert temporary(Int4(packed, scale, low_cpu_memory=True)) < unpacked / 4
+
+
+@pytest.fixture(scope="module")
+def loaded() -> jaxgen.MistralForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(demo.path(), load_in_4bit=True)
+
+
+def test_load_in_4bit(loaded):
+    """Every linear layer of the blocks is int4; embeddings, norms and head are not. It says what it said."""
+    kinds = {path: type(value).__name__ for path, value in nnx.to_flat_state(nnx.state(loaded))}
+    quantized = {path[-2] for path, kind in kinds.items() if kind == "QuantizedWeight"}
+    assert quantized == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert loaded.model.layers[0].mlp.down_proj.weight[...].group_size == 128
+    assert kinds["model", "embed_tokens", "weight"] == "Param"
+    tokenizer = load_tokenizer(demo.path())
+    ids = loaded.generate(**tokenizer(["A list of colors: red, blue"], return_tensors="np"))
+    text = tokenizer.batch_decode(ids, skip_special_tokens=True)[0]
+    assert text == "A list of colors: red, blue, green, yellow, orange, purple, pink,"
+
+
+def test_what_is_loaded_is_what_quantize_makes_of_the_file(loaded):
+    """A fused parameter holds the rows of its parts where the model wants them."""
+    dense = AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
+    for name in ("qkv_proj", "o_proj"):
+        exact = np.asarray(getattr(dense.model.layers[1].self_attn, name).weight[...])
+        int4 = getattr(loaded.model.layers[1].self_attn, name).weight[...]
+        whole = quantize(exact, 128)
+        np.testing.assert_array_equal(int4.packed, whole.packed)
+        np.testing.assert_array_equal(int4.scale, whole.scale)
+
+
+@pytest.mark.parametrize("low_cpu_memory", [False, True])
+def test_options_of_the_config(low_cpu_memory):
+    config = Int4Config(group_size=32, lm_head=True, low_cpu_memory=low_cpu_memory)
+    model = AutoModelForCausalLM.from_pretrained(demo.path(), quantization_config=config)
+    weights = [model.model.layers[0].mlp.down_proj.weight[...], model.lm_head.weight[...]]
+    assert all(w.group_size == 32 and w.low_cpu_memory == low_cpu_memory for w in weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"group_size": 48}, JaxgenError, "group_size=48 must be 32, 64, 128, or -1"),
+        ({"group_size": True}, JaxgenError, "group_size=True"),
+        ({"lm_head": 1}, JaxgenError, "lm_head=1 must be True or False"),
+        ({"method": "gptq"}, UnsupportedError, "jaxgen convert SRC DST --method gptq"),
+        ({"method": "awq"}, JaxgenError, "method='awq' must be 'rtn'"),
+    ],
+)
+def test_configs_that_make_no_sense(options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        Int4Config(**options)
+
+
+def test_options_of_from_pretrained_are_checked():
+    with pytest.raises(JaxgenError, match=r"must be a jaxgen\.Int4Config"):
+        AutoModelForCausalLM.from_pretrained(demo.path(), quantization_config={"load_in_4bit": True})
+    with pytest.raises(JaxgenError, match="load_in_4bit='yes' must be True or False"):
+        AutoModelForCausalLM.from_pretrained(demo.path(), load_in_4bit="yes")
+
+
+def test_a_compiler_that_refuses_an_option_costs_speed_and_nothing_else(caplog: pytest.LogCaptureFixture):
+    """As jaxlib 0.7.2 refuses one of FUSION_OPTIONS. The form changes with the options, and it is logged once."""
+    traced = []
+
+    def double(x):
+        traced.append(target().fuses_int4)
+        return 2 * x
+
+    plain = Stage(double, lambda x: "double", donate_argnums=0)
+    fused = Stage(
+        double, lambda x: "double", compiled_for=Target(fuses_int4=True), otherwise=plain,
+        compiler_options={"xla_no_such_option": True}, donate_argnums=0,
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, logger="jaxgen"):
+        assert [float(fused(jnp.float32(x))) for x in (1, 2, 3)] == [2, 4, 6]
+    assert traced == [True, False]
+    (record,) = caplog.records
+    assert "xla_no_such_option" in record.getMessage()
+
+
+def test_errors_of_running_are_not_taken_for_errors_of_compiling():
+    def fail(x):
+        raise ValueError("from the user's model")
+
+    stage = Stage(fail, lambda x: "fail", otherwise=Stage(lambda x: x, lambda x: "other"))
+    with pytest.raises(ValueError, match="from the user's model"):
+        stage(jnp.ones(()))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_decode_step_for_gpus_computes_what_the_other_does(rows):
+    """For one row it carries a second one along; the tests' platform would never trace it."""
+    config = jaxgen.MistralConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = jaxgen.MistralForCausalLM(config, rngs=nnx.Rngs(0))
+    model.model.norm.weight[...] = jnp.linspace(0.5, 2, 64)
+    tokens = RANDOM.integers(0, 50, (rows, 6))
+    expected = model(tokens)[:, -1]
+    _, cache = model.prefill(jnp.asarray(tokens[:, :5]), jnp.full(rows, 5), 8)
+    with tracing_for(Target(gpu_decode=True)):
+        logits, _ = model.step(jnp.asarray(tokens[:, 5]), jnp.full(rows, 5), cache)
+    assert logits.shape == expected.shape
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_quantized_weights_are_no_parameters_of_training(loaded):
+    assert isinstance(loaded.model.layers[0].mlp.down_proj.weight, QuantizedWeight)
+    assert not any("proj" in str(path) for path, _ in nnx.to_flat_state(nnx.state(loaded, nnx.Param)))
