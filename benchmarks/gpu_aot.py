@@ -12,7 +12,6 @@ nothing is autotuned, so the tile sizes that a device would choose are not known
 """
 
 import argparse
-import collections
 import itertools
 import json
 import math
@@ -101,7 +100,9 @@ def linears(model: Any) -> list[Any]:
     ]
 
 
-def lower(stage: str, model: Any, batch: int, prompt: int, gpu: Any) -> tuple[Any, dict[str, Any], list[Any]]:
+def lower(
+    stage: str, model: Any, batch: int, prompt: int, fallback: bool, gpu: Any
+) -> tuple[Any, dict[str, Any], list[Any]]:
     """The stage as `generate` runs it, lowered for the GPU; its compiler options; and its cache."""
     place = SingleDeviceSharding(gpu)
 
@@ -126,6 +127,7 @@ def lower(stage: str, model: Any, batch: int, prompt: int, gpu: Any) -> tuple[An
     else:
         int4 = any(isinstance(weight, Int4) for weight in weights)
         chosen = compiled._decode_int4_on_gpu if int4 else compiled._decode_on_gpu
+        chosen = chosen.otherwise if fallback and chosen.otherwise else chosen
         until = abstract(np.array(NEW, np.int32))
         arguments = (structure, weights, abstract(begun), until, controls, plan.recipe)
     # The options go to compile(): lowering for another platform than the process's own drops those of jit.
@@ -133,16 +135,16 @@ def lower(stage: str, model: Any, batch: int, prompt: int, gpu: Any) -> tuple[An
 
 
 def measure(
-    stage: str, weights: str, batch: int, layers: int, group_size: int, prompt: int, gpu: Any
+    stage: str, weights: str, batch: int, layers: int, group_size: int, options: argparse.Namespace, gpu: Any
 ) -> dict[str, Any]:
     """One row of the table."""
     config = shape_of_mistral_7b(layers)
-    model = abstract_model(config, group_size if weights == "int4" else None)
+    model = abstract_model(config, group_size if weights == "int4" else None, options.scale_dtype)
     start = time.perf_counter()
-    lowered, options, cache = lower(stage, model, batch, prompt, gpu)
+    lowered, compiler_options, cache = lower(stage, model, batch, options.prompt, options.fallback, gpu)
     for file in DUMP.iterdir():
         file.unlink()
-    executable = lowered.compile(options or None)
+    executable = lowered.compile(compiler_options or None)
     seconds = time.perf_counter() - start
     memory = executable.memory_analysis()
     program = Program(executable.as_text())
@@ -273,14 +275,19 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", type=int, default=[2, 32])
     parser.add_argument("--group-size", nargs="+", type=int, default=[128])
     parser.add_argument("--prompt", type=int, default=PROMPT)
+    parser.add_argument(
+        "--scale-dtype", default="bfloat16", help="of int4 weights: float16 as imported ones often have"
+    )
+    parser.add_argument("--fallback", action="store_true", help="int4 without experimental compiler options")
     parser.add_argument("--json", action="store_true", help="a list of objects, instead of the table")
     options = parser.parse_args()
     gpu, rows = device(), []
     sizes = {"int4": options.group_size, "bf16": [0]}
     for stage, layers, weights in itertools.product(options.stage, options.layers, options.weights):
         for group_size, batch in itertools.product(sizes[weights], options.batch):
-            rows.append(measure(stage, weights, batch, layers, group_size, options.prompt, gpu))
-            collections.deque(map(Path.unlink, DUMP.iterdir()), maxlen=0)
+            rows.append(measure(stage, weights, batch, layers, group_size, options, gpu))
+            for file in DUMP.iterdir():
+                file.unlink()
     DUMP.rmdir()
     sys.stdout.write((json.dumps(rows, indent=1) if options.json else table(rows)) + "\n")
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # The oracle modules import torch, which the light test environment does not have on purpose: what they check
 # live, the light tests check against the committed reference.
 collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["oracle/*"]
+# Likewise JAX's CUDA plugin, 400 MB: aot/ compiles for a GPU that need not be there.
+if not importlib.util.find_spec("jax_plugins"):
+    collect_ignore_glob.append("aot/*")
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ _decode_int4_on_gpu = Stage(
     _run_decode,
     _describe_decode,
     compiled_for=Target(gpu_decode=True, fuses_int4=True),
-    otherwise=_decode_on_gpu,
+    otherwise=_decode,
     compiler_options=FUSION_OPTIONS,
     **_DECODE,
 )

@@ -1,0 +1,91 @@
+"""What XLA makes of the real 7B shape on an H200, compiled without one by `benchmarks/gpu_aot.py`.
+
+Needs JAX's CUDA plugin (not the CUDA libraries), and is not collected without it; `.ci/run` installs it.
+"""
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_aot.py"
+BATCHES = (1, 8, 32)
+Row = dict[str, Any]
+
+
+@cache  # every test looks at the same compilations
+def rows(*options: str) -> list[Row]:
+    done = subprocess.run([sys.executable, str(SCRIPT), "--json", *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def decode(layers: int = 32, *options: str) -> list[Row]:
+    return rows("--stage", "decode", "--weights", "int4", "--layers", str(layers), *options)
+
+
+def test_keys():
+    row = decode()[0]
+    assert set(row) == {
+        "stage", "weights", "batch", "layers", "group_size", "temp_bytes", "alias_bytes", "kv_bytes",
+        "loop_weight_buffers", "weight_transposes", "command_buffers", "linears", "fused_linears",
+        "launches_per_layer", "launches_per_token", "compile_seconds",
+    }  # fmt: skip
+    assert [row["batch"] for row in decode()] == list(BATCHES)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_decode_moves_nothing_that_it_need_not(batch: int):
+    (row,) = [row for row in decode() if row["batch"] == batch]
+    assert row["kv_bytes"] == 2 * 32 * batch * 8 * 128 * 768 * 2  # keys and values, layers, rows, heads, slots, bf16
+    # The whole state is updated in place; beside the cache it is tokens, log-probabilities and counters.
+    assert 0 <= row["alias_bytes"] - row["kv_bytes"] < 20_000 * batch
+    assert row["temp_bytes"] < 32_000_000
+    assert row["loop_weight_buffers"] == 0
+    assert row["weight_transposes"] == 0
+    assert row["command_buffers"] == 1
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_every_linear_layer_is_one_kernel_that_reads_int4(batch: int):
+    (row,) = [row for row in decode() if row["batch"] == batch]
+    assert row["linears"] == 4 * 32
+    assert row["fused_linears"] == row["linears"]
+
+
+def test_launches():
+    one, eight, many = decode()
+    assert one["launches_per_layer"] <= 12
+    assert one["launches_per_token"] <= 32 * one["launches_per_layer"] + 24
+    assert max(eight["launches_per_layer"], many["launches_per_layer"]) <= 14
+
+
+@pytest.mark.parametrize("options", [("--group-size", "32", "64", "-1"), ("--scale-dtype", "float16")])
+def test_other_groups_and_imported_scales_fuse_as_well(options: tuple[str, ...]):
+    for row in decode(2, *options, "--batch", "1", "8"):
+        assert row["fused_linears"] == row["linears"] == 8, row
+        assert row["loop_weight_buffers"] == 0, row
+
+
+def test_without_experimental_options_no_weight_is_unpacked_into_memory():
+    for row in decode(2, "--fallback", "--batch", "1", "8"):
+        assert row["loop_weight_buffers"] == 0
+        assert row["weight_transposes"] == 0
+        assert row["alias_bytes"] >= row["kv_bytes"]
+
+
+def test_prefill_unpacks_one_weight_at_a_time():
+    """Twice the layers need no more memory, but for what the cache takes and XLA's liberties (a weight is 235 MB)."""
+    few, many = rows("--stage", "prefill", "--weights", "int4", "--layers", "2", "8", "--batch", "8")
+    assert many["temp_bytes"] < few["temp_bytes"] + 250_000_000
+
+
+def test_bfloat16_decodes_in_place():
+    for row in rows("--stage", "decode", "--weights", "bf16", "--layers", "2"):
+        assert row["loop_weight_buffers"] == row["weight_transposes"] == 0
+        assert row["command_buffers"] == 1
+        assert row["temp_bytes"] < 32_000_000
