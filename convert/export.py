@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jaxgen.errors import JaxgenError, UnsupportedError
+from jaxgen.model import QuantizedWeight
 
 from .atomic import new_directory
 from .checkpoint import DTYPES as CODES
@@ -65,6 +66,11 @@ class _Weights:
 
     def __init__(self, model: Any, dtype: np.dtype | None):
         variables = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+        if any(isinstance(value, QuantizedWeight) for _, value in nnx.to_flat_state(nnx.state(model))):
+            raise UnsupportedError(
+                "save_pretrained: the model has weights of four bits; `jaxgen convert SRC DST` writes those, from the "
+                "original checkpoint"
+            )
         table = parameter_parts(model.config)
         if variables.keys() != table.keys():
             strange = sorted(variables.keys() ^ table.keys())

@@ -27,10 +27,10 @@ def describe(name_or_path: "str | os.PathLike[str]", dtype: str = "auto") -> str
     if checkpoint.problems:
         raise CheckpointError(str(place), checkpoint.problems)
     parts = [part for group in parameter_parts(config).values() for part in group]
-    packed = {part: stored_as.stored(part) or {} for part in parts if stored_as and part.name != EMBEDDING}
+    packed = {part.name: stored_as.stored(part) or {} for part in parts if stored_as and part.name != EMBEDDING}
     packed_bytes = sum(checkpoint.tensors[name].nbytes for stored in packed.values() for name in stored)
     count = sum(math.prod(part.shape) for part in parts)
-    loaded = packed_bytes + chosen.itemsize * sum(math.prod(part.shape) for part in parts if not packed.get(part))
+    loaded = packed_bytes + chosen.itemsize * sum(math.prod(part.shape) for part in parts if not packed.get(part.name))
     per_token = kv_bytes_per_token(config, chosen.itemsize)
     rows = {
         "checkpoint": place,

@@ -3,15 +3,18 @@
 import dataclasses
 import logging
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
 
 import jaxgen
 from jaxgen import AutoModelForCausalLM, Int4Config, JaxgenError, UnsupportedError, demo
+from jaxgen.convert.inspect import describe
 from jaxgen.generation.compiled import Stage
 from jaxgen.lowering import Target, target, tracing_for
 from jaxgen.model import QuantizedWeight
@@ -20,6 +23,7 @@ from jaxgen.quant import matmul as forms
 from jaxgen.quant.int4 import pack, unpack
 from jaxgen.text.tokenizer import load_tokenizer
 
+FIXTURES = Path(__file__).parent / "formats" / "uniform"
 RANDOM = np.random.default_rng(0)
 
 
@@ -272,3 +276,20 @@ def test_the_decode_step_for_gpus_computes_what_the_other_does(rows):
 def test_quantized_weights_are_no_parameters_of_training(loaded):
     assert isinstance(loaded.model.layers[0].mlp.down_proj.weight, QuantizedWeight)
     assert not any("proj" in str(path) for path, _ in nnx.to_flat_state(nnx.state(loaded, nnx.Param)))
+
+
+def test_int4_models_are_not_saved_as_something_else(loaded, tmp_path):
+    with pytest.raises(UnsupportedError, match="jaxgen convert SRC DST"):
+        loaded.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_inspect_shows_format_group_and_bytes():
+    """The bytes are those that ls and the headers show: six packed weights, their scales, zeros and so on."""
+    text = describe(FIXTURES / "gptq-v1-symmetric")
+    (line,) = [line for line in text.splitlines() if line.startswith("format")]
+    assert "GPTQ v1, symmetric, group 16: " in line
+    with safe_open(FIXTURES / "gptq-v1-symmetric" / "model.safetensors", "numpy") as file:
+        packed = [file.get_tensor(name) for name in file.keys() if "_proj." in name]  # noqa: SIM118
+    assert f"{sum(tensor.nbytes for tensor in packed) / 1000:.4g} kB" in line
+    assert "format" not in describe(demo.path())

@@ -1,73 +1,121 @@
-import functools
-import jax, jax.numpy as jnp, numpy as np, optax
-from jaxgen.quant.int4 import Int4, pack, rounded, SCALE_DTYPE, unpack
-from .layers import Block, linears
+"""AutoRound: which way each weight is rounded, and how far each scale reaches, learned by descent on a layer's output.
+
+Source: SignRound, Cheng et al. 2023 (arXiv 2309.05516).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from jaxgen.quant import Int4, quantize
+from jaxgen.quant.int4 import SCALE_DTYPE, pack, rounded
+
+from .layers import Hidden, Layers, Weights, batches, linear_names
+
+ITERATIONS, BATCH = 200, 8
+_LIMIT = 0.5  # of what is learned: a weight may go to the next code, not further; a scale changes by a tenth
+_SCALE_SHARE = 0.2  # of a step that a scale takes: it moves a whole group's weights
+_MOMENTUM = 0.9  # signs of the mean gradient: those of one batch's are mostly noise
+_CHECKS = 4  # looks at the whole calibration text, of which the best is kept
 
 
-def straight(f, x):
-    return x + jax.lax.stop_gradient(f(x) - x)
+@jax.tree_util.register_dataclass
+@no_type_check  # JAX rebuilds it around placeholders
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """What is learned of a weight: offsets of its codes before they are rounded, and of its scales."""
+
+    codes: Any  # float32 [O, G, g]
+    scale: Any  # float32 [O, G], relative
 
 
-def codes_and_scale(start, learned):
-    weight, scale = start
-    offsets, factors = learned
-    s = straight(rounded, scale * factors)
-    inv = jnp.where(s == 0, 0, 1 / jnp.where(s == 0, 1, s))
-    g = weight.reshape(*scale.shape, -1) * inv[..., None] + offsets
-    return jnp.clip(straight(jnp.round, g), -8, 7), s
-
-
-def dense(start, learned):
-    codes, s = codes_and_scale(start, learned)
-    return (codes * s[..., None]).reshape(start[0].shape)
-
-
-def to_int4(start, learned):
-    codes, s = codes_and_scale(start, learned)
-    return Int4(pack(codes.astype(jnp.int8).reshape(start[0].shape)), s.astype(SCALE_DTYPE))
+Roundings = dict[str, Rounding]
 
 
 class AutoRound:
-    def __init__(self, block: Block, iterations=200, batch=8, lr=None, lrs=None, clip=(0.5, 1.5), seed=0, checks=8):
-        self.block, self.iterations, self.batch, self.clip, self.checks = block, iterations, batch, clip, checks
-        lr = lr or 1 / iterations
-        lrs = lrs or lr
-        sched = lambda l: optax.sign_sgd(optax.linear_schedule(l, 0, iterations))
-        self.opt = optax.multi_transform({"v": sched(lr), "s": sched(lrs)}, lambda p: {n: ("v", "s") for n in p})
-        self.step = jax.jit(self._step)
-        self.loss = jax.jit(self._loss)
-        self.seed = seed
+    """Quantises a layer: `iterations` steps of sign descent on `batch` sequences each, with a falling step size."""
 
-    def _loss(self, learned, starts, weights, x, y):
-        w = weights | {n: dense(starts[n], learned[n]) for n in starts}
-        return jnp.mean(jnp.square(self.block.output(w, x) - y))
+    needs_targets = True
 
-    def _step(self, learned, state, starts, weights, x, y):
-        loss, grad = jax.value_and_grad(self._loss)(learned, starts, weights, x, y)
-        upd, state = self.opt.update(grad, state)
-        new = optax.apply_updates(learned, upd)
-        return {n: (jnp.clip(v, -0.5, 0.5), jnp.clip(f, *self.clip)) for n, (v, f) in new.items()}, state, loss
+    def __init__(self, layers: Layers, group_size: int, iterations: int = ITERATIONS, batch: int = BATCH):
+        self._layers, self._group_size = layers, group_size
+        self._iterations, self._batch = iterations, batch
+        # The steps add up to _LIMIT: every offset can just reach it.
+        schedule = optax.linear_schedule(1 / iterations, 0, iterations)
+        self._optimizer = optax.chain(optax.ema(_MOMENTUM), optax.sign_sgd(schedule))
+        self._step, self._loss = jax.jit(self._descend), jax.jit(self._error)
 
-    def whole(self, learned, starts, weights, X, Y):
-        return float(
-            np.mean([self.loss(learned, starts, weights, X[i : i + 16], Y[i : i + 16]) for i in range(0, len(X), 16)])
-        )
+    def __call__(self, weights: Weights, hidden: Hidden, targets: Hidden) -> dict[str, Int4]:
+        """The int4 weights with which a layer makes of `hidden` about `targets`: what the exact model has there.
 
-    def run(self, weights, starts, X, Y, log=None):
-        learned = {
-            n: (jnp.zeros((*s.shape, w.shape[1] // s.shape[1])), jnp.ones(s.shape)) for n, (w, s) in starts.items()
-        }
-        state = self.opt.init(learned)
-        rng = np.random.default_rng(self.seed)
-        best = (self.whole(learned, starts, weights, X, Y), learned)
-        hist = [best[0]]
-        for i in range(self.iterations):
-            rows = rng.choice(len(X), self.batch, replace=False)
-            learned, state, loss = self.step(learned, state, starts, weights, X[rows], Y[rows])
-            if (i + 1) % (self.iterations // self.checks) == 0:
-                l = self.whole(learned, starts, weights, X, Y)
-                hist.append(l)
-                if l < best[0]:
-                    best = (l, learned)
-        self.hist = hist
-        return {n: to_int4(starts[n], best[1][n]) for n in starts}
+        Starts from rounding to nearest with searched scales, and is never worse than that on the calibration text.
+        """
+        scales = {name: quantize(weights[name], self._group_size, name=name).scale for name in linear_names(weights)}
+        roundings = {name: _nearest(weights[name], scale) for name, scale in scales.items()}
+        state = self._optimizer.init(roundings)
+        best, least = roundings, self._loss_on_all(roundings, scales, weights, hidden, targets)
+        rng = np.random.default_rng(0)  # for each layer anew: an interrupted run goes on as it would have
+        for iteration in range(1, self._iterations + 1):
+            rows = rng.choice(len(hidden), min(self._batch, len(hidden)), replace=False)
+            roundings, state = self._step(roundings, state, scales, weights, hidden[rows], targets[rows])
+            if iteration * _CHECKS % self._iterations < _CHECKS:
+                loss = self._loss_on_all(roundings, scales, weights, hidden, targets)
+                if loss < least:
+                    best, least = roundings, loss
+        return {name: _int4(weights[name], scale, best[name]) for name, scale in scales.items()}
+
+    def _loss_on_all(
+        self, roundings: Roundings, scales: Weights, weights: Weights, hidden: Hidden, targets: Hidden
+    ) -> float:
+        losses = [(self._loss(roundings, scales, weights, x, y), len(x)) for x, y in batches(hidden, targets)]
+        return sum(float(loss) * rows for loss, rows in losses) / len(hidden)
+
+    def _descend(
+        self, roundings: Roundings, state: PyTree, scales: Weights, weights: Weights, x: Array, y: Array
+    ) -> tuple[Roundings, PyTree]:
+        gradient = jax.grad(self._error)(roundings, scales, weights, x, y)
+        updates, state = self._optimizer.update(gradient, state)
+        stepped = optax.apply_updates(roundings, updates)
+        return jax.tree.map(lambda offset: jnp.clip(offset, -_LIMIT, _LIMIT), stepped), state
+
+    def _error(
+        self, roundings: Roundings, scales: Weights, weights: Weights, x: Array, y: Array
+    ) -> Float[Array, ""]:
+        """Mean squared error of the layer's output."""
+        quantized = {name: _dequantized(weights[name], scale, roundings[name]) for name, scale in scales.items()}
+        return jnp.square(self._layers.output(weights | quantized, x) - y).mean()
+
+
+def _nearest(weight: Float[Array, "O I"], scale: Float[Array, "O G"]) -> Rounding:
+    return Rounding(jnp.zeros((*scale.shape, weight.shape[1] // scale.shape[1])), jnp.zeros(scale.shape))
+
+
+def _codes(
+    weight: Float[Array, "O I"], scale: Float[Array, "O G"], rounding: Rounding
+) -> tuple[Float[Array, "O G g"], Float[Array, "O G"]]:
+    """Codes and scales, rounded, with the gradients of the exact ones."""
+    scale = _straight_through(rounded, scale.astype(jnp.float32) * (1 + _SCALE_SHARE * rounding.scale))
+    inverse = jnp.where(scale == 0, 0, 1 / jnp.where(scale == 0, 1, scale))
+    exact = weight.reshape(rounding.codes.shape) * inverse[..., None] + rounding.codes
+    return jnp.clip(_straight_through(jnp.round, exact), -8, 7), scale
+
+
+def _dequantized(weight: Float[Array, "O I"], scale: Float[Array, "O G"], rounding: Rounding) -> Float[Array, "O I"]:
+    codes, scale = _codes(weight, scale, rounding)
+    return (codes * scale[..., None]).reshape(weight.shape)
+
+
+@jax.jit
+def _int4(weight: Float[Array, "O I"], scale: Float[Array, "O G"], rounding: Rounding) -> Int4:
+    codes, scale = _codes(weight, scale, rounding)
+    return Int4(pack(codes.astype(jnp.int8).reshape(weight.shape)), scale.astype(SCALE_DTYPE))
+
+
+def _straight_through(rounding: Callable[[Array], Array], x: Array) -> Array:
+    return x + jax.lax.stop_gradient(rounding(x) - x)

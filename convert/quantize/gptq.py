@@ -1,11 +1,16 @@
-"""GPTQ: columns are rounded one after the other, and those still to come make up for the error of each."""
+"""GPTQ: columns are rounded one after the other, and those still to come make up for each one's error.
+
+Source: Frantar et al. 2022 (arXiv 2210.17323). Columns are taken in the order of their inputs' energy, but only
+within their group, and groups as wholes (as in arXiv 2505.14638): the scales stay where a plain group has them.
+"""
 
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, Int8
 
 from jaxgen.errors import JaxgenError
 from jaxgen.linear import product
@@ -13,70 +18,102 @@ from jaxgen.quant import Int4
 from jaxgen.quant.config import check_group
 from jaxgen.quant.int4 import SCALE_DTYPE, pack, round_to, search_scale
 
-_COLUMNS_AT_ONCE = 128
+from .layers import Hidden, Layers, Weights, linear_names
+
+_COLUMNS_AT_ONCE = 128  # rounded before the columns beyond them hear of their errors
+_DAMPING = 0.01  # of the inputs' mean energy; doubled until the factorisation works
 
 
-def gptq(weight, gram, group_size, name="weight", imp="U", order="gar", percent=0.01, full=False):
+class Gptq:
+    """Quantises a layer, each linear one with the inputs it gets from those already quantised before it."""
+
+    needs_targets = False
+
+    def __init__(self, layers: Layers, group_size: int):
+        self._layers, self._group_size = layers, group_size
+
+    def __call__(self, weights: Weights, hidden: Hidden, targets: None = None) -> dict[str, Int4]:
+        """The int4 weights of a layer whose inputs are `hidden`."""
+        weights, quantized = dict(weights), {}
+        for name in linear_names(weights):
+            gram = self._layers.gram(weights, hidden, name)
+            quantized[name] = gptq(weights[name], gram, self._group_size, name)
+            weights[name] = quantized[name].dequantize()
+        return quantized
+
+
+def gptq(
+    weight: Float[Array | np.ndarray, "O I"], gram: Float[Array | np.ndarray, "I I"], group_size: int, name: str
+) -> Int4:
+    """The int4 weight Q that makes `||(weight - Q) X||²` small; `gram` is `X Xᵀ`, up to a factor.
+
+    Raises `JaxgenError`, which calls the weight `name`, where rows do not come out even, and for inputs that are not
+    finite.
+    """
     size = check_group(weight.shape, group_size, name)
-    diagonal = jnp.diagonal(gram)
-    order = (
-        group_order(diagonal, size)
-        if order == "gar"
-        else (jnp.arange(len(diagonal)) if order == "none" else jnp.argsort(-diagonal))
-    )
-    gram = gram[order][:, order]
-    factor = inverse_factor(gram, percent)
-    cols, codes, scale = _sweep(weight[:, order].T, factor, jnp.diagonal(gram), size, imp)
-    back = jnp.argsort(order)
+    order = column_order(jnp.diagonal(gram), size)
+    errors = _inverse_factor(jnp.asarray(gram)[order][:, order], name)
+    codes, scale = _round(jnp.asarray(weight)[:, order].T, errors, size)
     groups = order[::size] // size
-    Q = Int4(pack(codes.T[:, back]), scale.T[:, jnp.argsort(groups)].astype(SCALE_DTYPE))
-    if full:
-        return Q, cols.T[:, back]
-    return Q
+    return Int4(pack(codes.T[:, jnp.argsort(order)]), scale.T[:, jnp.argsort(groups)].astype(SCALE_DTYPE))
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def group_order(diagonal, size):
-    groups = diagonal.reshape(-1, size)
+def column_order(energy: Float[Array | np.ndarray, " I"], size: int) -> Int[Array, " I"]:
+    """Columns by falling energy of their inputs within each group of `size`, and groups by theirs."""
+    groups = jnp.asarray(energy).reshape(-1, size)
     within = jnp.argsort(-groups, axis=1) + size * jnp.arange(len(groups))[:, None]
     return within[jnp.argsort(-groups.sum(axis=1))].reshape(-1)
 
 
+def _inverse_factor(gram: Float[Array, "I I"], name: str) -> Float[Array, "I I"]:
+    """Upper triangular U with `inverse(gram) = Uᵀ U`: row i is how the columns after i answer an error of column i."""
+    damping = _DAMPING
+    while damping < 1:
+        factor = _damped_inverse_factor(gram, damping)
+        if jnp.isfinite(factor).all():
+            return factor
+        damping *= 2
+    raise JaxgenError(f"{name}: the calibration text leads to inputs that are not finite; check the checkpoint")
+
+
 @jax.jit
-def inverse_factor(gram, percent):
-    damped = gram + percent * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram))
-    lower = jnp.linalg.cholesky(damped[::-1, ::-1])
-    upper = lower[::-1, ::-1]
-    return jax.scipy.linalg.solve_triangular(upper, jnp.eye(len(gram)), lower=False)
+def _damped_inverse_factor(gram: Float[Array, "I I"], damping: float) -> Float[Array, "I I"]:
+    one = jnp.eye(len(gram))
+    mean = jnp.diagonal(gram).mean()
+    damped = gram / jnp.where(mean == 0, 1, mean) + damping * one
+    # Cholesky from the last column to the first gives damped = R Rᵀ with R upper triangular: U is its inverse.
+    upper = jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    return jax.scipy.linalg.solve_triangular(upper, one)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "imp"))
-def _sweep(columns, factor, diagonal, size, imp):
+@functools.partial(jax.jit, static_argnames="size")
+def _round(
+    columns: Float[Array, "I O"], factor: Float[Array, "I I"], size: int
+) -> tuple[Int8[Array, "I O"], Float[Array, "G O"]]:
+    """Codes, and the scale of each group: searched when its first column's turn comes, for what it is by then."""
     step = math.gcd(size, _COLUMNS_AT_ONCE)
-    importance = {"U": 1 / jnp.square(jnp.diagonal(factor)), "H": diagonal, "1": jnp.ones_like(diagonal)}[imp]
+    importance = 1 / jnp.square(jnp.diagonal(factor))  # of a column's error, after the others have made up for it
 
-    def block(carry, start):
+    def block(carry: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         columns, scale = carry
 
-        def search():
-            group = jax.lax.dynamic_slice_in_dim(columns, start, size).T
-            return search_scale(group, jax.lax.dynamic_slice_in_dim(importance, start, size))
+        def search() -> Float[Array, " O"]:
+            group = jax.lax.dynamic_slice_in_dim(columns, start, size)
+            return search_scale(group.T, jax.lax.dynamic_slice_in_dim(importance, start, size))
 
         scale = jax.lax.cond(start % size == 0, search, lambda: scale)
         rows = jax.lax.dynamic_slice_in_dim(factor, start, step)
-        local = jax.lax.dynamic_slice_in_dim(rows, start, step, axis=1)
+        answers = jax.lax.dynamic_slice_in_dim(rows, start, step, axis=1)
 
-        def column(part, i):
-            code = round_to(part[i][:, None], scale)[:, 0]
-            error = (part[i] - code * scale) / local[i, i]
-            return part - local[i][:, None] * error, (part[i], code.astype(jnp.int8), error)
+        def column(own: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
+            code = round_to(own[i][:, None], scale)[:, 0]
+            error = (own[i] - code * scale) / answers[i, i]
+            return own - answers[i][:, None] * error, (code.astype(jnp.int8), error)
 
-        part = jax.lax.dynamic_slice_in_dim(columns, start, step)
-        _, (final, codes, errors) = jax.lax.scan(column, part, jnp.arange(step))
-        columns = columns - product("bi,bo->io", rows, errors)
-        return (columns, scale), (final, codes, scale)
+        own = jax.lax.dynamic_slice_in_dim(columns, start, step)
+        _, (codes, errors) = jax.lax.scan(column, own, jnp.arange(step))
+        return (columns - product("bi,bo->io", rows, errors), scale), (codes, scale)
 
-    starts = jnp.arange(0, len(columns), step)
-    start = columns, jnp.zeros(columns.shape[1])
-    _, (final, codes, scales) = jax.lax.scan(block, start, starts)
-    return final.reshape(columns.shape), codes.reshape(columns.shape), scales[:: size // step]
+    nothing = columns, jnp.zeros(columns.shape[1])
+    _, (codes, scales) = jax.lax.scan(block, nothing, jnp.arange(0, len(columns), step))
+    return codes.reshape(columns.shape), scales[:: size // step]

@@ -1,0 +1,51 @@
+"""Quantisation layer by layer: each sees the inputs that the layers before it, already quantised, give it."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxgen.config import MistralConfig
+from jaxgen.errors import JaxgenError
+from jaxgen.quant import Int4
+
+from ..checkpoint import Checkpoint
+from ..names import EMBEDDING
+from .autoround import AutoRound
+from .gptq import Gptq
+from .layers import Layers
+
+_METHODS = {"gptq": Gptq, "autoround": AutoRound}
+
+
+def quantized_blocks(
+    checkpoint: Checkpoint,
+    config: MistralConfig,
+    calibration: Int[np.ndarray, "N T"],
+    *,
+    group_size: int,
+    method: str,
+    finished: Callable[[int], dict[str, Int4] | None] = lambda layer: None,
+) -> Iterator[tuple[int, dict[str, Int4]]]:
+    """Each layer's int4 weights by HF tensor name, as numpy arrays, in order; one layer in memory at a time.
+
+    `calibration`: ids of N sequences without padding, whose hidden states stay in host memory (float32 `[N, T, D]`,
+    twice for "autoround"). `method`: "gptq" or "autoround". `finished`: the weights of a layer that an interrupted
+    run has made already; they are yielded and built upon as they are. Raises `JaxgenError` for another method, and
+    for groups that do not divide the rows; `CheckpointError` for weights that are not finite.
+    """
+    if method not in _METHODS:
+        raise JaxgenError(f"method={method!r} must be one of {', '.join(map(repr, _METHODS))}")
+    layers = Layers(checkpoint, config)
+    quantize = _METHODS[method](layers, group_size)
+    hidden = checkpoint.read(EMBEDDING)[calibration].astype(np.float32)
+    exact = hidden.copy() if quantize.needs_targets else None
+    for layer in range(config.num_hidden_layers):
+        weights = layers.read(layer)
+        if exact is not None:
+            layers.advance(weights, exact)
+        quantized = finished(layer)
+        if quantized is None:
+            quantized = layers.split(layer, quantize(weights, hidden, exact))
+        yield layer, quantized
+        layers.advance(layers.join(layer, weights, quantized), hidden)
