@@ -48,6 +48,7 @@ def main() -> int:
         result = {
             "layers": config.num_hidden_layers,
             "group_size": arguments.group_size,
+            "source_files": arguments.shards,
             "source_bytes": size(source),
             "target_bytes": size(target),
             "target_files": len(list(target.glob("*.safetensors"))),
@@ -62,7 +63,7 @@ def main() -> int:
         print(f"{name:22} {value:,}" if isinstance(value, int) else f"{name:22} {value}")
     print("pass" if passed else "FAIL")
     if arguments.json:
-        text = json.dumps({"machine": machine(), "command": " ".join(sys.argv), **result}, indent=1)
+        text = json.dumps({"machine": machine(), **result}, indent=1)
         arguments.json.write_text(text + "\n", encoding="utf-8")
     return 0 if passed else 1
 

@@ -1,5 +1,6 @@
 """Offline conversion: what is in the files, and that they appear complete or not at all, whatever interrupts it."""
 
+import importlib
 import json
 import math
 import os
@@ -482,6 +483,41 @@ def test_methods_that_go_layer_by_layer(tmp_path, monkeypatch, method):
     assert seen["given"] + seen["made"] == [0, 1, 2, 3]
     assert seen["given"]
     assert 2 in seen["made"]
+
+
+def test_gptq_goes_on_to_the_same_bytes(source, tmp_path, monkeypatch):
+    """The method itself, resumed on a layer that is read back from a finished file."""
+    ids = np.random.default_rng(0).integers(0, 40, (4, 12)).astype(np.int32)
+    monkeypatch.setattr(convert, "_calibration", lambda directory, path, config: ids)
+    options = {"group_size": 32, "method": "gptq", "calibration": "any", "max_shard_size": "30KB"}
+    expected = files_in(convert_checkpoint(source, tmp_path / "reference", **options))
+    appended, last = convert.ShardWriter.append, "model.layers.1.mlp.down_proj.weight_packed"
+
+    def stop(self: Any, name: str, piece: np.ndarray) -> None:
+        if name == last:
+            raise Interrupted
+        appended(self, name, piece)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(convert.ShardWriter, "append", stop)
+        convert_checkpoint(source, tmp_path / "out", **options)
+    given = []
+    blocks = importlib.import_module("jaxgen.convert.quantize.blocks")
+    real = blocks.quantized_blocks
+
+    def spy(*arguments: Any, finished: Any, **keywords: Any) -> Any:
+        def noting(layer: int) -> Any:
+            given.append(finished(layer) is not None)
+            return finished(layer)
+
+        return real(*arguments, finished=noting, **keywords)
+
+    monkeypatch.setattr(blocks, "quantized_blocks", spy)
+    assert files_in(convert_checkpoint(source, tmp_path / "out", **options)) == expected
+    assert given == [True, False]
+    rounded = files_in(convert_checkpoint(source, tmp_path / "rtn", group_size=32, max_shard_size="30KB"))
+    assert rounded.keys() == expected.keys()
+    assert rounded != expected
 
 
 def test_calibration_is_cut_from_the_text(tmp_path):

@@ -57,7 +57,7 @@ class AutoRound:
         Starts from rounding to nearest with searched scales, and is never worse than that on the calibration text.
         """
         scales = {name: quantize(weights[name], self._group_size, name=name).scale for name in linear_names(weights)}
-        roundings = {name: _nearest(weights[name], scale) for name, scale in scales.items()}
+        roundings: PyTree = {name: _nearest(weights[name], scale) for name, scale in scales.items()}
         state = self._optimizer.init(roundings)
         best, least = roundings, self._loss_on_all(roundings, scales, weights, hidden, targets)
         rng = np.random.default_rng(0)  # for each layer anew: an interrupted run goes on as it would have
@@ -81,12 +81,9 @@ class AutoRound:
     ) -> tuple[Roundings, PyTree]:
         gradient = jax.grad(self._error)(roundings, scales, weights, x, y)
         updates, state = self._optimizer.update(gradient, state)
-        stepped = optax.apply_updates(roundings, updates)
-        return jax.tree.map(lambda offset: jnp.clip(offset, -_LIMIT, _LIMIT), stepped), state
+        return jax.tree.map(lambda old, update: jnp.clip(old + update, -_LIMIT, _LIMIT), roundings, updates), state
 
-    def _error(
-        self, roundings: Roundings, scales: Weights, weights: Weights, x: Array, y: Array
-    ) -> Float[Array, ""]:
+    def _error(self, roundings: Roundings, scales: Weights, weights: Weights, x: Array, y: Array) -> Float[Array, ""]:
         """Mean squared error of the layer's output."""
         quantized = {name: _dequantized(weights[name], scale, roundings[name]) for name, scale in scales.items()}
         return jnp.square(self._layers.output(weights | quantized, x) - y).mean()

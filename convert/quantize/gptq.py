@@ -77,7 +77,7 @@ def _inverse_factor(gram: Float[Array, "I I"], name: str) -> Float[Array, "I I"]
 
 
 @jax.jit
-def _damped_inverse_factor(gram: Float[Array, "I I"], damping: float) -> Float[Array, "I I"]:
+def _damped_inverse_factor(gram: Float[Array, "I I"], damping: float | Float[Array, ""]) -> Float[Array, "I I"]:
     one = jnp.eye(len(gram))
     mean = jnp.diagonal(gram).mean()
     damped = gram / jnp.where(mean == 0, 1, mean) + damping * one

@@ -1,6 +1,7 @@
 """The layers of a checkpoint, one in memory at a time: their weights, and the model's own forward pass."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ class Layers:
     def __init__(self, checkpoint: Checkpoint, config: MistralConfig):
         self._assembler, self._config = Assembler(checkpoint, np.dtype(np.float32)), config
         self._parameters = parameter_parts(config)
-        abstract = nnx.eval_shape(lambda: MistralDecoderLayer(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+        abstract = nnx.eval_shape(lambda: MistralDecoderLayer(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
         self._graph, _ = nnx.split(abstract)
         self._output = jax.jit(self.output)
         self._products = jax.jit(self._products_of_inputs, static_argnames="name")
@@ -57,7 +58,9 @@ class Layers:
             assert isinstance(weight, np.ndarray)  # this assembler was not told to quantise
             if not np.isfinite(weight).all():
                 names = " or ".join(repr(part.name) for part in parts)
-                raise CheckpointError(str(self._assembler.checkpoint.directory), [f"{names} has weights beyond float32"])
+                raise CheckpointError(
+                    str(self._assembler.checkpoint.directory), [f"{names} has weights beyond float32"]
+                )
             weights[name] = jnp.asarray(weight)
         return weights
 
@@ -115,7 +118,7 @@ class Layers:
         return seen[0]
 
     def _module(self, weights: Weights) -> MistralDecoderLayer:
-        variables = {tuple(name.split(".")): nnx.Param(value) for name, value in weights.items()}
+        variables: dict[Any, Any] = {tuple(name.split(".")): nnx.Param(value) for name, value in weights.items()}
         return nnx.merge(self._graph, nnx.from_flat_state(variables))
 
     def _run(self, module: MistralDecoderLayer, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -19,7 +19,8 @@ Row = dict[str, Any]
 
 @cache  # every test looks at the same compilations
 def rows(*options: str) -> list[Row]:
-    done = subprocess.run([sys.executable, str(SCRIPT), "--json", *options], capture_output=True, text=True, check=False)
+    command = [sys.executable, str(SCRIPT), "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
