@@ -181,16 +181,18 @@ def demo_ids() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pack(source: Iterator[Document], wanted: Callable[[str], bool]) -> tuple[np.ndarray, set[str]]:
-    """Sequences of whole documents one after the other, cut wherever they end, and the documents' texts."""
-    tokenizer = load_tokenizer(demo.path())
-    ids: list[int] = []
-    used = set()
-    while len(ids) < DEMO_SEQUENCES * DEMO_TOKENS:
-        text, complete = next(source)
-        if wanted(text):
-            used.add(text)
-            ids += tokenizer(text, add_special_tokens=not text.startswith("<|"))["input_ids"] + complete * [EOS_ID]
-    return np.array(ids[: DEMO_SEQUENCES * DEMO_TOKENS], np.int32).reshape(DEMO_SEQUENCES, DEMO_TOKENS), used
+    """Sequences of documents, each beginning with a new one, as prompts do; and the documents' texts."""
+    tokenizer, used = load_tokenizer(demo.path()), set()
+    rows = np.empty((DEMO_SEQUENCES, DEMO_TOKENS), np.int32)
+    for row in rows:
+        ids: list[int] = []
+        while len(ids) < DEMO_TOKENS:
+            text, complete = next(source)
+            if wanted(text):
+                used.add(text)
+                ids += tokenizer(text, add_special_tokens=not text.startswith("<|"))["input_ids"] + complete * [EOS_ID]
+        row[:] = ids[:DEMO_TOKENS]
+    return rows, used
 
 
 def _versions() -> dict[str, str]:
@@ -228,11 +230,11 @@ def main() -> None:
         "rows": [],
     }
     print(json.dumps({name: value for name, value in report.items() if name != "rows"}), flush=True)
-    print(f"{'weights':8} {'method':13} group  bits/weight     KL (nats)           perplexity  same top  seconds")
+    print(f"{'weights':8} {'method':13} group  bits/weight         KL (nats)            perplexity  same top  seconds")
     for row in measure(options.model, text, calibration, options.groups):
         print(
             f"{row.weights:8} {row.method:13} {row.group_size or '':>5}  {row.bits_per_weight:11.3f}  "
-            f"{row.kl:9.6f} ± {row.kl_error:8.6f}  {row.perplexity:12.5f}  {row.agreement:8.2%}  {row.seconds:7.1f}",
+            f"{row.kl:11.8f} ± {row.kl_error:10.8f}  {row.perplexity:12.5f}  {row.agreement:8.2%}  {row.seconds:7.1f}",
             flush=True,
         )
         values = {name: None if value != value else value for name, value in row._asdict().items()}

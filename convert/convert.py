@@ -21,7 +21,7 @@ from .atomic import resumable_directory
 from .calibration import read_calibration
 from .checkpoint import DTYPES, INDEX, Checkpoint, read_json
 from .formats import FIELDS, detect
-from .load import _check
+from .load import check_tensors
 from .names import HEAD, Part, parameter_parts
 from .progress import progress_bar
 from .writer import Layout, Planned, ShardWriter, index_of, json_bytes, plan_shards, shard_bytes
@@ -87,7 +87,7 @@ class _Conversion:
         self.config = MistralConfig.from_hf(fields)
         if int4.lm_head and self.config.tie_word_embeddings:
             raise JaxgenError("convert: lm_head=True, but this model's head is its embedding, which stays as it is")
-        _check(self.checkpoint, self.config, None, None)
+        check_tensors(self.checkpoint, self.config, None)
         parts = [part for group in parameter_parts(self.config).values() for part in group]
         self.planned = {part.name: self._planned(part) for part in parts}
         self.calibration = None if calibration is None else _calibration(directory, calibration, self.config)
@@ -226,7 +226,7 @@ def _calibration(directory: Path, path: Any, config: MistralConfig) -> np.ndarra
 
 def _companions(directory: Path) -> dict[str, bytes]:
     """The files beside config.json and the weights: the tokenizer's, and the defaults for generating."""
-    wanted = {path for pattern in hub._WANTED for path in directory.glob(pattern) if ".safetensors" not in path.name}
+    wanted = {path for pattern in hub.WANTED for path in directory.glob(pattern) if ".safetensors" not in path.name}
     try:
         return {path.name: path.read_bytes() for path in sorted(wanted) if path.is_file()}
     except OSError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxgen.errors import JaxgenError
 
 # Only what jaxgen reads: many repositories hold the same weights once more in other formats.
-_WANTED = (
+WANTED = (
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -27,7 +27,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def locate(
     name_or_path: str | os.PathLike[str],
     *,
-    files: Sequence[str] = _WANTED,
+    files: Sequence[str] = WANTED,
     revision: str | None = None,
     local_files_only: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,

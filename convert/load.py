@@ -29,6 +29,7 @@ from .formats.bitsandbytes import BitsAndBytes
 from .hub import locate
 from .names import EMBEDDING, HEAD, is_legacy_buffer, parameter_parts
 from .placement import Device, as_device, as_dtype, auto_dtype
+from .progress import progress_bar
 
 logger = logging.getLogger("jaxgen")
 
@@ -126,7 +127,7 @@ def load(
     config, checkpoint, stored_as = open_checkpoint(place)
     path = checkpoint.directory / "generation_config.json"
     generation = GenerationConfig.from_hf(read_json(path)) if path.is_file() else None
-    _check(checkpoint, config, stored_as, lora)
+    check_tensors(checkpoint, config, stored_as, lora)
     low_cpu_memory = quantization is not None and quantization.low_cpu_memory
     if quantization is not None and _has_four_bits(config, stored_as):
         quantization = _requantization(quantization, stored_as) if requantize else None
@@ -193,7 +194,9 @@ def _requantization(config: Int4Config, stored_as: Format | None) -> Int4Config 
     return config
 
 
-def _check(checkpoint: Checkpoint, config: MistralConfig, stored_as: Format | None, adapter: Adapter | None) -> None:
+def check_tensors(
+    checkpoint: Checkpoint, config: MistralConfig, stored_as: Format | None, adapter: Adapter | None = None
+) -> None:
     """Raise one `CheckpointError` with everything that is wrong with checkpoint and adapter, if anything is."""
     problems = list(checkpoint.problems)
     names = checkpoint.tensors.keys() | checkpoint.unreadable
@@ -235,20 +238,10 @@ def _tied_head_problems(checkpoint: Checkpoint) -> list[str]:
 
 
 def _stream(assembler: Assembler, config: MistralConfig, device: Device) -> MistralForCausalLM:
-    from huggingface_hub.utils import are_progress_bars_disabled
-    from tqdm.auto import tqdm
-
     model = nnx.eval_shape(lambda: MistralForCausalLM(config, rngs=nnx.Rngs(0), dtype=assembler.dtype))
     variables = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model))}
     table = parameter_parts(config)
-    with tqdm(
-        total=assembler.checkpoint.total_bytes,
-        desc="Loading weights",
-        unit="B",
-        unit_scale=True,
-        delay=1,
-        disable=are_progress_bars_disabled(),
-    ) as bar:
+    with progress_bar(assembler.checkpoint.total_bytes, "Loading weights") as bar:
         for name, parts in table.items():
             value = assembler.parameter(parts, variables[name].shape)
             on_device = jax.block_until_ready(jax.tree.map(lambda array: jax.device_put(array, device), value))

@@ -485,11 +485,14 @@ def test_methods_that_go_layer_by_layer(tmp_path, monkeypatch, method):
     assert 2 in seen["made"]
 
 
-def test_gptq_goes_on_to_the_same_bytes(source, tmp_path, monkeypatch):
+def test_gptq_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     """The method itself, resumed on a layer that is read back from a finished file."""
+    square = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 4, "vocab_size": 40}
+    source = tmp_path / "source"
+    write_hf(source, CONFIG | square, hf_tensors(CONFIG | square, "BF16"))  # few shapes: little to compile
     ids = np.random.default_rng(0).integers(0, 40, (4, 12)).astype(np.int32)
     monkeypatch.setattr(convert, "_calibration", lambda directory, path, config: ids)
-    options = {"group_size": 32, "method": "gptq", "calibration": "any", "max_shard_size": "30KB"}
+    options = {"group_size": 32, "method": "gptq", "calibration": "any", "max_shard_size": "8KB"}
     expected = files_in(convert_checkpoint(source, tmp_path / "reference", **options))
     appended, last = convert.ShardWriter.append, "model.layers.1.mlp.down_proj.weight_packed"
 
@@ -515,7 +518,7 @@ def test_gptq_goes_on_to_the_same_bytes(source, tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "quantized_blocks", spy)
     assert files_in(convert_checkpoint(source, tmp_path / "out", **options)) == expected
     assert given == [True, False]
-    rounded = files_in(convert_checkpoint(source, tmp_path / "rtn", group_size=32, max_shard_size="30KB"))
+    rounded = files_in(convert_checkpoint(source, tmp_path / "rtn", group_size=32, max_shard_size="8KB"))
     assert rounded.keys() == expected.keys()
     assert rounded != expected
 

@@ -53,7 +53,7 @@ def gptq(
     size = check_group(weight.shape, group_size, name)
     order = column_order(jnp.diagonal(gram), size)
     errors = _inverse_factor(jnp.asarray(gram)[order][:, order], name)
-    codes, scale = _round(jnp.asarray(weight)[:, order].T, errors, size)
+    codes, scale = _round(jnp.asarray(weight, jnp.float32)[:, order].T, errors, size)
     groups = order[::size] // size
     return Int4(pack(codes.T[:, jnp.argsort(order)]), scale.T[:, jnp.argsort(groups)].astype(SCALE_DTYPE))
 

@@ -158,7 +158,7 @@ def search_scale(groups: Float[Array, "N g"], importance: Float[Array, "..."]) -
     return scale
 
 
-def rounded(scale: Float[Array, " N"]) -> Float[Array, " N"]:
+def rounded(scale: Float[Array, "*groups"]) -> Float[Array, "*groups"]:
     """To what SCALE_DTYPE can hold, as float32; `reduce_precision` because XLA may drop a cast there and back."""
     information = jnp.finfo(SCALE_DTYPE)
     return jax.lax.reduce_precision(scale, information.nexp, information.nmant)
