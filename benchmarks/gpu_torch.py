@@ -90,9 +90,9 @@ def int4_row(shape: tuple[int, int], rows: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--until", type=float, default=time.monotonic() + 150, help="by time.monotonic()")
     options = parser.parse_args()
-    deadline = time.monotonic() + options.seconds
+    deadline = options.until
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = {"sliding_window": None, "max_position_embeddings": 32768}
     if options.tiny:

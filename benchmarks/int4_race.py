@@ -121,23 +121,21 @@ def run(entrant: Entrant, seconds_of: Callable[[Callable[[], Any]], float]) -> d
         exact.append(weight)
         weights.append(jax.jit(lambda w: w.dequantize(jnp.bfloat16))(weight) if entrant.name == "bf16" else weight)
 
-    def chain(x: jax.Array, weights: list[Any]) -> jax.Array:
-        def turn(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            i, total = carry
-            for weight in weights:
-                total = total + entrant.form(x, weight)
-            return i + 1, total
+    # The number of rounds is an argument: XLA removes a loop that it knows to run once, and its fusion of int4
+    # outside of loops has aborted the process (jaxlib 0.10.2).
+    def chain(x: jax.Array, weights: list[Any], rounds: jax.Array) -> jax.Array:
+        def turn(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            i, x, total = carry
+            for weight in weights:  # products of one x would be merged into one, or moved out of the loop
+                x, total = jax.lax.optimization_barrier((x, total + entrant.form(x, weight)))
+            return i + 1, x, total
 
-        start = (jnp.int32(0), jnp.zeros((entrant.rows, columns), x.dtype))
-        return jax.lax.while_loop(lambda carry: carry[0] < ROUNDS, turn, start)[1]
+        start = (jnp.int32(0), x, jnp.zeros((entrant.rows, columns), x.dtype))
+        return jax.lax.while_loop(lambda carry: carry[0] < rounds, turn, start)[2]
 
     compiled = jax.jit(chain, compiler_options=entrant.options)
-    seconds = seconds_of(lambda: compiled(x, weights)) / (COPIES * ROUNDS)
-    # In a loop, as decode has it: XLA's fusion of int4 outside of one has aborted the process (jaxlib 0.10.2).
-    once = jax.jit(lambda x, w: jax.lax.while_loop(
-        lambda c: c[0] < 1, lambda c: (c[0] + 1, entrant.form(x, w)), (0, jnp.zeros((entrant.rows, columns), x.dtype))
-    )[1], compiler_options=entrant.options)  # fmt: skip
-    result = np.asarray(once(x, weights[0]), np.float32)
+    seconds = seconds_of(lambda: compiled(x, weights, jnp.int32(ROUNDS))) / (COPIES * ROUNDS)
+    result = np.asarray(compiled(x, weights[:1], jnp.int32(1)), np.float32)
     with jax.default_matmul_precision("highest"):
         reference = np.asarray(x.astype(jnp.float32) @ exact[0].dequantize().T)
     read = jax.tree.leaves(weights[0])

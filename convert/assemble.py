@@ -17,6 +17,8 @@ from .names import EMBEDDING, Part
 
 logger = logging.getLogger("jaxgen")
 
+_ROWS_AT_ONCE = 256  # that are looked at for NaN and infinity
+
 _WEIGHTS_AT_ONCE = 1 << 22
 _ALIGNMENT = 64  # XLA:CPU takes host memory with this alignment as its own, without a copy
 
@@ -33,9 +35,12 @@ class Assembler:
         stored_as: Format | None = None,
         quantization: Int4Config | None = None,
         adapter: Adapter | None = None,
+        *,
+        requantize: bool = False,
         low_cpu_memory: bool = False,
     ):
-        self.checkpoint, self.dtype, self.low_cpu_memory = checkpoint, dtype, low_cpu_memory
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self.requantize, self.low_cpu_memory = requantize, low_cpu_memory
         self.stored_as, self.quantization, self.adapter = stored_as, quantization, adapter
 
     def parameter(self, parts: Sequence[Part], shape: tuple[int, ...]) -> np.ndarray | Quantized | Adapted:
@@ -67,8 +72,8 @@ class Assembler:
         return self.stored_as is not None and self.stored_as.stored(part) is not None
 
     def _stays(self, part: Part) -> bool:
-        """Whether the file has four bits that are kept; with `quantization`, they are quantised again."""
-        return self._is_stored_quantized(part) and self.quantization is None
+        """Whether the file has four bits that are kept."""
+        return self._is_stored_quantized(part) and not self.requantize
 
     def _stored(self, part: Part) -> Quantized:
         assert self.stored_as is not None
@@ -78,7 +83,7 @@ class Assembler:
         if self._stays(part):
             return self._stored(part)
         assert self.quantization is not None
-        return quantize(self._exact(part), self.quantization.group_size, name=repr(part.name))
+        return rounded(self.checkpoint, part, self._exact(part), self.quantization.group_size)
 
     def _exact(self, part: Part) -> np.ndarray:
         """A tensor in the file's own dtype; in float32 if it is quantised there, or with the adapter's change."""
@@ -118,6 +123,17 @@ class Assembler:
         return buffer
 
 
+def rounded(checkpoint: Checkpoint, part: Part, weight: np.ndarray, group_size: int) -> Int4:
+    """`quantize`, of all or some rows of a part; raises `CheckpointError` where a weight is not finite.
+
+    No scale is near to such a weight: its group would become zeros.
+    """
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        if not np.isfinite(weight[start : start + _ROWS_AT_ONCE]).all():
+            raise CheckpointError(str(checkpoint.directory), [f"{part.name!r} has weights that are not finite"])
+    return quantize(weight, group_size, name=repr(part.name))
+
+
 def _dequantized(weight: Quantized) -> np.ndarray:
     """The values in float32; some rows at a time, because unpacking takes several times their memory."""
     values = np.empty(weight.shape, np.float32)
@@ -135,6 +151,8 @@ def _alike(pieces: Sequence[Quantized]) -> bool:
     first = pieces[0]
     for piece in pieces[1:]:
         if type(piece) is not type(first) or piece.group_size != first.group_size:
+            return False
+        if piece.scale.dtype != first.scale.dtype:
             return False
         if isinstance(piece, Lookup4) and isinstance(first, Lookup4) and not np.array_equal(piece.table, first.table):
             return False

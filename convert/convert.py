@@ -14,9 +14,10 @@ import numpy as np
 import jaxgen
 from jaxgen.config import MistralConfig
 from jaxgen.errors import CheckpointError, JaxgenError
-from jaxgen.quant import Int4, Int4Config, quantize
+from jaxgen.quant import Int4, Int4Config
 
 from . import hub, packed
+from .assemble import rounded
 from .atomic import resumable_directory
 from .calibration import read_calibration
 from .checkpoint import DTYPES, INDEX, Checkpoint, read_json
@@ -159,17 +160,13 @@ class _Conversion:
             yield from ((part.name, rows) for rows in _rows(self.checkpoint, part.name))
             return
         if self.method == "rtn" or part.name == HEAD:
-            weights = (self._rounded(part, rows) for rows in _rows(self.checkpoint, part.name))
+            size = self.int4.group_size
+            weights = (rounded(self.checkpoint, part, rows, size) for rows in _rows(self.checkpoint, part.name))
         else:
             weights = iter([blocks[part.name]])
         for weight in weights:
             yield from packed.encode(part.name, weight).items()
         yield from packed.shape_of(part).items()
-
-    def _rounded(self, part: Part, rows: np.ndarray) -> Int4:
-        if not np.isfinite(rows.astype(np.float32)).all():
-            raise CheckpointError(str(self.checkpoint.directory), [f"{part.name!r} has weights that are not finite"])
-        return quantize(rows, self.int4.group_size, name=repr(part.name))
 
     def _blocks(self, place: Path, missing: list[str]) -> "_Blocks":
         """The weights of methods that go layer by layer; layers in finished files are read, not made again."""

@@ -39,7 +39,8 @@ def describe(name_or_path: "str | os.PathLike[str]", dtype: str = "auto") -> str
         "parameters": f"{count:,}",
         "files": _files(checkpoint),
         **({"format": f"{stored_as.name}: {_size(packed_bytes)}"} if stored_as else {}),
-        f"as {chosen.name}": _size(loaded),
+        f"as {chosen.name}": _size(loaded)
+        + (", about: weights of four bits as large as in the files" if stored_as else ""),
         "cache": f"{_size(per_token)} per token and row, {_size(per_token * config.cache_slots(_longest(config)))} "
         f"for a row of {_longest(config):,} tokens",
         "device": f"{device.device_kind}: {_fits(config, device, loaded, per_token)}",

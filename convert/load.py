@@ -19,6 +19,7 @@ from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.model import MistralForCausalLM, QuantizedWeight
 from jaxgen.quant import Int4Config
+from jaxgen.quant.config import check_group
 
 from .adapter import FILES as ADAPTER_FILES
 from .adapter import Adapter
@@ -121,7 +122,7 @@ def load(
 ) -> MistralForCausalLM:
     """The model in a local directory or .gguf file, with its generation config; raises as `from_pretrained`.
 
-    A checkpoint that has four bits already is quantised again only on `requantize`.
+    Weights that have four bits already are quantised again only on `requantize`.
     """
     lora = None if adapter is None else Adapter(adapter)
     config, checkpoint, stored_as = open_checkpoint(place)
@@ -129,9 +130,14 @@ def load(
     generation = GenerationConfig.from_hf(read_json(path)) if path.is_file() else None
     check_tensors(checkpoint, config, stored_as, lora)
     low_cpu_memory = quantization is not None and quantization.low_cpu_memory
-    if quantization is not None and _has_four_bits(config, stored_as):
-        quantization = _requantization(quantization, stored_as) if requantize else None
-    assembler = Assembler(checkpoint, dtype, stored_as, quantization, lora, low_cpu_memory=low_cpu_memory)
+    if quantization is not None and requantize and _has_four_bits(config, stored_as):
+        quantization = _requantization(quantization, stored_as)
+        requantize = quantization is not None
+    if quantization is not None:
+        _check_quantization(quantization, config, checkpoint)
+    assembler = Assembler(
+        checkpoint, dtype, stored_as, quantization, lora, requantize=requantize, low_cpu_memory=low_cpu_memory
+    )
     model = _stream(assembler, config, device)
     if generation is not None:  # else the special tokens of config.json, as in transformers
         model.generation_config = generation
@@ -192,6 +198,20 @@ def _requantization(config: Int4Config, stored_as: Format | None) -> Int4Config 
         )
     logger.warning("Quantising again what is %s: errors add up; prefer the original model", stored_as.name)
     return config
+
+
+def _check_quantization(quantization: Int4Config, config: MistralConfig, checkpoint: Checkpoint) -> None:
+    """Raise `JaxgenError` for every weight that is to be quantised and cannot be, before any is read."""
+    if quantization.lm_head and config.tie_word_embeddings:
+        raise JaxgenError("Int4Config: lm_head=True, but this model's head is its embedding, which is not quantised")
+    shapes = {
+        part.shape
+        for parts in parameter_parts(config).values()
+        for part in parts
+        if quantization.quantizes(part.name) and part.name in checkpoint.tensors
+    }
+    for shape in sorted(shapes):
+        check_group(shape, quantization.group_size, f"quantization_config={quantization}: a weight")
 
 
 def check_tensors(

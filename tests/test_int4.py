@@ -1,6 +1,7 @@
 """The int4 weight: packing, quantising, and every form of its product, against numbers not computed by jaxgen."""
 
 import dataclasses
+import json
 import logging
 import re
 from pathlib import Path
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import jaxgen
-from jaxgen import AutoModelForCausalLM, Int4Config, JaxgenError, UnsupportedError, demo
+from jaxgen import AutoModelForCausalLM, CheckpointError, Int4Config, JaxgenError, UnsupportedError, demo
+from jaxgen.convert import convert_checkpoint
 from jaxgen.convert.inspect import describe
 from jaxgen.generation.compiled import Stage
 from jaxgen.lowering import Target, target, tracing_for
@@ -22,6 +25,7 @@ from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
 from jaxgen.quant import matmul as forms
 from jaxgen.quant.int4 import pack, unpack
 from jaxgen.text.tokenizer import load_tokenizer
+from tests.hf_files import CONFIG, hf_tensors, write_hf
 
 FIXTURES = Path(__file__).parent / "formats" / "uniform"
 RANDOM = np.random.default_rng(0)
@@ -46,8 +50,8 @@ def test_every_byte_holds_its_two_numbers():
     ("shape", "group", "message"),
     [
         ((4, 33), 32, "'w' has rows of 33 weights; int4 packs two into a byte"),
-        ((4, 96), 64, "'w' has rows of 96 weights, which groups of 64 do not divide"),
-        ((4, 14), 128, "'w' has rows of 14 weights, which groups of 128 do not divide"),
+        ((4, 96), 64, "'w' has rows of 96 weights, which groups of 64 do not divide; choose group_size=32, or -1"),
+        ((4, 14), 128, "'w' has rows of 14 weights, which groups of 128 do not divide; choose group_size=-1 (whole"),
         ((4, 15), -1, "rows of 15 weights"),
     ],
 )
@@ -293,3 +297,48 @@ def test_inspect_shows_format_group_and_bytes():
         packed = [file.get_tensor(name) for name in file.keys() if "_proj." in name]  # noqa: SIM118
     assert f"{sum(tensor.nbytes for tensor in packed) / 1000:.4g} kB" in line
     assert "format" not in describe(demo.path())
+
+
+SMALL = CONFIG | {"hidden_size": 96, "intermediate_size": 64, "head_dim": 24}
+
+
+def test_groups_are_checked_before_anything_is_read(tmp_path):
+    write_hf(tmp_path, SMALL, hf_tensors(SMALL))
+    with pytest.raises(JaxgenError, match=r"group_size=128.*rows of 96 weights.*choose group_size=32, or -1"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, load_in_4bit=True)
+
+
+def test_weights_that_are_not_finite_do_not_become_zeros(tmp_path):
+    tensors = hf_tensors(SMALL)
+    tensors["model.layers.1.mlp.down_proj.weight"][95, 63] = np.nan
+    write_hf(tmp_path, SMALL, tensors)
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.1\.mlp\.down_proj\.weight' has weights that are not"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Int4Config(group_size=32))
+
+
+def test_a_tied_head_is_not_quantised_silently(tmp_path):
+    config = SMALL | {"tie_word_embeddings": True}
+    write_hf(tmp_path, config, hf_tensors(config))
+    with pytest.raises(JaxgenError, match="lm_head=True, but this model's head is its embedding"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Int4Config(group_size=32, lm_head=True))
+
+
+def test_what_a_checkpoint_left_as_floats_is_quantised_if_asked(tmp_path):
+    """A packed layer stays bit for bit; its neighbours, floats in the file, follow load_in_4bit."""
+    convert_checkpoint(demo.path(), tmp_path / "int4", group_size=64)
+    fields = json.loads((tmp_path / "int4" / "config.json").read_text())
+    name = "model.layers.0.mlp.down_proj"
+    fields["quantization_config"]["ignore"].append(name)
+    (tmp_path / "int4" / "config.json").write_text(json.dumps(fields))
+    with safe_open(tmp_path / "int4" / "model.safetensors", "numpy") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys() if not key.startswith(name)}  # noqa: SIM118
+    with safe_open(demo.path() / "model.safetensors", "numpy") as file:
+        tensors[f"{name}.weight"] = file.get_tensor(f"{name}.weight")
+    save_file(tensors, tmp_path / "int4" / "model.safetensors")
+    weights = {
+        asked: AutoModelForCausalLM.from_pretrained(tmp_path / "int4", load_in_4bit=asked).model.layers[0].mlp
+        for asked in (False, True)
+    }
+    assert isinstance(weights[False].down_proj.weight, nnx.Param)
+    assert weights[True].down_proj.weight[...].group_size == 128
+    assert weights[True].gate_up_proj.weight[...].group_size == 64

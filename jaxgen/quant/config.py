@@ -58,8 +58,9 @@ def check_group(shape: tuple[int, ...], group_size: int, name: str = "weight") -
     if width % 2:
         raise JaxgenError(f"{name} has rows of {width} weights; int4 packs two into a byte, so they must be even")
     if size < 2 or size % 2 or width % size:
+        fitting = "".join(f"{size}, or " for size in GROUP_SIZES if width % size == 0)
         raise JaxgenError(
-            f"{name} has rows of {width} weights, which groups of {group_size} do not divide into even parts; "
-            "choose a smaller group_size, or -1 for whole rows"
+            f"{name} has rows of {width} weights, which groups of {group_size} do not divide; "
+            f"choose group_size={fitting}-1 (whole rows)"
         )
     return size

@@ -101,7 +101,7 @@ def _in_chunks(
 ) -> Float[Array, "*rows O"]:
     """A few output rows at a time, unpacked inside a loop: XLA:CPU cannot move that out of the decode loop."""
     rows_at_once = max(1, _CPU_CHUNK_BYTES // (4 * x.shape[-1]))
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
     def chunk(part: tuple[Array, Array]) -> Float[Array, "*rows"]:
         packed, scale = part
@@ -109,4 +109,4 @@ def _in_chunks(
         return product("i,ri->r", (groups * scale[..., None].astype(x.dtype)).reshape(-1), flat)
 
     transposed = jax.lax.map(chunk, (packed, scale), batch_size=min(rows_at_once, len(packed)))
-    return transposed.T.reshape(*x.shape[:-1], -1)
+    return transposed.T.reshape(*x.shape[:-1], len(packed))
