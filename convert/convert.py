@@ -1,4 +1,4 @@
-"""`jaxgen convert`: a plain checkpoint rewritten with int4 weights, for jaxgen, transformers and vLLM."""
+"""`jaxgen convert`: a plain checkpoint rewritten with int4 weights, in the format of compressed-tensors."""
 
 import dataclasses
 import hashlib

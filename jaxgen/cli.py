@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert",
         help="write a checkpoint with int4 weights",
-        description="Write a checkpoint with int4 weights, which jaxgen, transformers and vLLM load. Interrupted, it "
+        description="Write a checkpoint with int4 weights, in compressed-tensors' format. Interrupted, it "
         "goes on where it was when it is started again.",
     )
     convert.set_defaults(run=_convert)
