@@ -15,8 +15,9 @@ from jaxgen.convert.names import parameter_parts
 from jaxgen.convert.quantize import blocks
 from jaxgen.convert.quantize.autoround import AutoRound
 from jaxgen.convert.quantize.blocks import quantized_blocks
+from jaxgen.convert.quantize.forward import advance, gram_of_inputs, linear_names, output
 from jaxgen.convert.quantize.gptq import column_order, gptq
-from jaxgen.convert.quantize.layers import Layers, linear_names
+from jaxgen.convert.quantize.layers import Layers
 from jaxgen.demo.train import batches
 from jaxgen.quant import Int4, quantize
 from jaxgen.quant.int4 import unpack
@@ -134,7 +135,7 @@ def test_layers_compute_what_the_model_does(small):
     model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype="float32")
     layers, hidden = Layers(checkpoint, config), embedded(checkpoint)
     for layer in range(config.num_hidden_layers):
-        layers.advance(layers.read(layer), hidden)
+        advance(config, layers.read(layer), hidden)
     expected = model(ids())
     np.testing.assert_allclose(model.lm_head(model.model.norm(jnp.asarray(hidden))), expected, rtol=1e-4, atol=1e-4)
 
@@ -145,13 +146,13 @@ def test_gram_is_that_of_the_linear_layers_inputs(small):
     weights = layers.read(0)
     normed = hidden / np.sqrt(np.square(hidden).mean(-1, keepdims=True) + config.rms_norm_eps)
     normed = (normed * np.asarray(weights["input_layernorm.weight"])).reshape(-1, 32)
-    gram = layers.gram(weights, hidden, "self_attn.qkv_proj.weight")
+    gram = gram_of_inputs(config, weights, hidden, "self_attn.qkv_proj.weight")
     np.testing.assert_allclose(gram, normed.T @ normed, rtol=1e-4, atol=1e-3)
     # The last linear layer's inputs x, seen from outside: its output x wᵀ is what the layer adds at the end.
     without = weights | {"mlp.down_proj.weight": jnp.zeros_like(weights["mlp.down_proj.weight"])}
-    added = (layers.output(weights, hidden) - layers.output(without, hidden)).reshape(-1, 32)
+    added = (output(config, weights, hidden) - output(config, without, hidden)).reshape(-1, 32)
     down = weights["mlp.down_proj.weight"]
-    gram = layers.gram(weights, hidden, "mlp.down_proj.weight")
+    gram = gram_of_inputs(config, weights, hidden, "mlp.down_proj.weight")
     np.testing.assert_allclose(down @ gram @ down.T, added.T @ added, rtol=1e-3, atol=1e-1)
 
 
@@ -178,12 +179,12 @@ def test_each_linear_layer_sees_the_inputs_of_those_already_quantised(small):
     [first, second] = all_of(small)
     weights = layers.read(0)
     for name in linear_names(weights):
-        expected = layers.split(0, {name: gptq(weights[name], layers.gram(weights, hidden, name), 16, name)})
+        expected = layers.split(0, {name: gptq(weights[name], gram_of_inputs(config, weights, hidden, name), 16, name)})
         assert same(expected, {part: first[part] for part in expected}), name
         weights[name] = layers.join(0, weights, first)[name]
-    layers.advance(weights, hidden)
+    advance(config, weights, hidden)
     weights = layers.read(1)
-    gram = layers.gram(weights, hidden, "self_attn.qkv_proj.weight")
+    gram = gram_of_inputs(config, weights, hidden, "self_attn.qkv_proj.weight")
     name = "model.layers.1.self_attn.q_proj.weight"
     assert same({name: gptq(checkpoint.read(name), gram, 16, name)}, {name: second[name]})
 
@@ -218,14 +219,14 @@ def test_autoround_learns_and_stays_within_its_limits(small):
     checkpoint, config = small
     layers, hidden = Layers(checkpoint, config), embedded(checkpoint)
     weights, targets = layers.read(0), hidden.copy()
-    layers.advance(weights, targets)
+    advance(config, weights, targets)
     plain = {name: quantize(weights[name], 16) for name in linear_names(weights)}
 
     def error(quantized: dict[str, Int4]) -> float:
         dense = {name: int4.dequantize() for name, int4 in quantized.items()}
-        return float(jnp.square(layers.output(weights | dense, hidden) - targets).mean())
+        return float(jnp.square(output(config, weights | dense, hidden) - targets).mean())
 
-    learn = AutoRound(layers, 16, iterations=60, batch=4)
+    learn = AutoRound(config, 16, iterations=60, batch=4)
     learned = learn(weights, hidden, targets)
     assert error(learned) < 0.7 * error(plain)
     moved = 0
@@ -241,7 +242,7 @@ def test_autoround_learns_and_stays_within_its_limits(small):
 
 
 def test_autoround_is_compiled_once_for_all_layers(small):
-    learned = AutoRound(Layers(*small), 16, iterations=2, batch=4)
+    learned = AutoRound(small[1], 16, iterations=2, batch=4)
     hidden = embedded(small[0])
     for layer in range(2):
         learned(Layers(*small).read(layer), hidden, hidden)
@@ -254,8 +255,8 @@ def test_autoround_keeps_its_start_if_nothing_is_better(small, iterations):
     layers, hidden = Layers(checkpoint, config), embedded(checkpoint)
     weights = layers.read(0)
     plain = {name: quantize(weights[name], 16) for name in linear_names(weights)}
-    targets = np.array(layers.output(weights | {name: int4.dequantize() for name, int4 in plain.items()}, hidden))
-    learned = AutoRound(layers, 16, iterations=iterations, batch=4)(weights, hidden, targets)  # the start is perfect
+    targets = np.array(output(config, weights | {name: int4.dequantize() for name, int4 in plain.items()}, hidden))
+    learned = AutoRound(config, 16, iterations=iterations, batch=4)(weights, hidden, targets)  # the start is perfect
     assert same(layers.split(0, learned), layers.split(0, plain))
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from jaxgen.config import MistralConfig
 from jaxgen.quant import Int4, quantize
 from jaxgen.quant.int4 import SCALE_DTYPE, pack, rounded
 
-from .layers import Hidden, Layers, Weights, batches, linear_names
+from .forward import Hidden, Weights, batches, linear_names, output
 
 ITERATIONS, BATCH = 200, 8
 _LIMIT = 0.5  # of what is learned: a weight may go to the next code, not further; a scale changes by a tenth
@@ -43,8 +44,8 @@ class AutoRound:
 
     needs_targets = True
 
-    def __init__(self, layers: Layers, group_size: int, iterations: int = ITERATIONS, batch: int = BATCH):
-        self._layers, self._group_size = layers, group_size
+    def __init__(self, config: MistralConfig, group_size: int, iterations: int = ITERATIONS, batch: int = BATCH):
+        self._config, self._group_size = config, group_size
         self._iterations, self._batch = iterations, batch
         # The steps add up to _LIMIT: every offset can just reach it.
         schedule = optax.linear_schedule(1 / iterations, 0, iterations)
@@ -86,7 +87,7 @@ class AutoRound:
     def _error(self, roundings: Roundings, scales: Weights, weights: Weights, x: Array, y: Array) -> Float[Array, ""]:
         """Mean squared error of the layer's output."""
         quantized = {name: _dequantized(weights[name], scale, roundings[name]) for name, scale in scales.items()}
-        return jnp.square(self._layers.output(weights | quantized, x) - y).mean()
+        return jnp.square(output(self._config, weights | quantized, x) - y).mean()
 
 
 def _nearest(weight: Float[Array, "O I"], scale: Float[Array, "O G"]) -> Rounding:

@@ -12,6 +12,7 @@ from jaxgen.quant import Int4
 from ..checkpoint import Checkpoint
 from ..names import EMBEDDING
 from .autoround import AutoRound
+from .forward import advance
 from .gptq import Gptq
 from .layers import Layers
 
@@ -37,15 +38,15 @@ def quantized_blocks(
     if method not in _METHODS:
         raise JaxgenError(f"method={method!r} must be one of {', '.join(map(repr, _METHODS))}")
     layers = Layers(checkpoint, config)
-    quantize = _METHODS[method](layers, group_size)
+    quantize = _METHODS[method](config, group_size)
     hidden = checkpoint.read(EMBEDDING)[calibration].astype(np.float32)
     exact = hidden.copy() if quantize.needs_targets else None
     for layer in range(config.num_hidden_layers):
         weights = layers.read(layer)
         if exact is not None:
-            layers.advance(weights, exact)
+            advance(config, weights, exact)
         quantized = finished(layer)
         if quantized is None:
             quantized = layers.split(layer, quantize(weights, hidden, exact))
         yield layer, quantized
-        layers.advance(layers.join(layer, weights, quantized), hidden)
+        advance(config, layers.join(layer, weights, quantized), hidden)

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int8
 
+from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError
 from jaxgen.linear import product
 from jaxgen.quant import Int4
 from jaxgen.quant.config import check_group
 from jaxgen.quant.int4 import SCALE_DTYPE, pack, round_to, search_scale
 
-from .layers import Hidden, Layers, Weights, linear_names
+from .forward import Hidden, Weights, gram_of_inputs, linear_names
 
 _COLUMNS_AT_ONCE = 128  # rounded before the columns beyond them hear of their errors
 _DAMPING = 0.01  # of the inputs' mean energy; doubled until the factorisation works
@@ -29,14 +30,14 @@ class Gptq:
 
     needs_targets = False
 
-    def __init__(self, layers: Layers, group_size: int):
-        self._layers, self._group_size = layers, group_size
+    def __init__(self, config: MistralConfig, group_size: int):
+        self._config, self._group_size = config, group_size
 
     def __call__(self, weights: Weights, hidden: Hidden, targets: None = None) -> dict[str, Int4]:
         """The int4 weights of a layer whose inputs are `hidden`."""
         weights, quantized = dict(weights), {}
         for name in linear_names(weights):
-            gram = self._layers.gram(weights, hidden, name)
+            gram = gram_of_inputs(self._config, weights, hidden, name)
             quantized[name] = gptq(weights[name], gram, self._group_size, name)
             weights[name] = quantized[name].dequantize()
         return quantized

@@ -1,53 +1,27 @@
-"""The layers of a checkpoint, one in memory at a time: their weights, and the model's own forward pass."""
+"""A checkpoint's layers, one in memory at a time, between HF's tensors and the model's fused weights."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from jaxgen.attention import rope
 from jaxgen.config import MistralConfig
 from jaxgen.errors import CheckpointError
-from jaxgen.linear import product
-from jaxgen.model import MistralDecoderLayer
 from jaxgen.quant import Int4
 
 from ..assemble import Assembler
 from ..checkpoint import Checkpoint
 from ..names import Part, parameter_parts
-
-Weights = dict[str, Array]  # of one layer, in float32, by their names in it: "self_attn.qkv_proj.weight"
-Hidden = Float[np.ndarray, "N T D"]  # hidden states of the calibration text, in host memory
-
-_TOKENS_AT_ONCE = 4096  # bounds the memory of a forward pass
-
-
-def linear_names(weights: Weights) -> list[str]:
-    """The weights that become int4, in the order in which a forward pass meets them."""
-    return [name for name in weights if name.endswith("_proj.weight")]
-
-
-def batches(*hidden: Hidden) -> Iterator[tuple[Hidden, ...]]:
-    """The same few rows of each, as views, until all have been seen."""
-    step = max(1, _TOKENS_AT_ONCE // hidden[0].shape[1])
-    for start in range(0, len(hidden[0]), step):
-        yield tuple(states[start : start + step] for states in hidden)
+from .forward import Weights, linear_names
 
 
 class Layers:
-    """A checkpoint's layers: read one by one, run by functions that are compiled once for all of them."""
+    """The layers of a checkpoint that is stored in floats."""
 
     def __init__(self, checkpoint: Checkpoint, config: MistralConfig):
-        self._assembler, self._config = Assembler(checkpoint, np.dtype(np.float32)), config
+        self._assembler = Assembler(checkpoint, np.dtype(np.float32))
         self._parameters = parameter_parts(config)
-        abstract = nnx.eval_shape(lambda: MistralDecoderLayer(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
-        self._graph, _ = nnx.split(abstract)
-        self._output = jax.jit(self.output)
-        self._products = jax.jit(self._products_of_inputs, static_argnames="name")
 
     def read(self, layer: int) -> Weights:
         """A layer's weights; raises `CheckpointError` if one of them is not finite."""
@@ -58,9 +32,8 @@ class Layers:
             assert isinstance(weight, np.ndarray)  # this assembler was not told to quantise
             if not np.isfinite(weight).all():
                 names = " or ".join(repr(part.name) for part in parts)
-                raise CheckpointError(
-                    str(self._assembler.checkpoint.directory), [f"{names} has weights beyond float32"]
-                )
+                problem = f"{names} has weights that are not finite"
+                raise CheckpointError(str(self._assembler.checkpoint.directory), [problem])
             weights[name] = jnp.asarray(weight)
         return weights
 
@@ -87,44 +60,6 @@ class Layers:
                 view[...] = np.asarray(quantized[part.name].dequantize()).reshape(view.shape)
             joined[name] = jnp.asarray(buffer)
         return joined
-
-    def output(self, weights: Weights, x: Float[Array | np.ndarray, "B T D"]) -> Float[Array, "B T D"]:
-        """A layer's output for sequences without padding; for use inside a jit."""
-        return self._run(self._module(weights), jnp.asarray(x))
-
-    def advance(self, weights: Weights, hidden: Hidden) -> None:
-        """Replace a layer's inputs, in place, by its outputs."""
-        for (x,) in batches(hidden):
-            x[...] = self._output(weights, x)
-
-    def gram(self, weights: Weights, hidden: Hidden, name: str) -> Float[Array, "I I"]:
-        """The sum of `x xᵀ` over the inputs `x` that the linear layer `name` gets."""
-        return jnp.asarray(sum(self._products(weights, x, name=name) for (x,) in batches(hidden)))
-
-    def _products_of_inputs(
-        self, weights: Weights, x: Float[Array | np.ndarray, "B T D"], *, name: str
-    ) -> Float[Array, "I I"]:
-        module = self._module(weights)
-        part, attribute, _ = name.split(".")
-        owner, seen = getattr(module, part), []
-        linear = getattr(owner, attribute)
-
-        def observed(x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-            seen.append(product("bti,btj->ij", x, x))
-            return linear(x)
-
-        setattr(owner, attribute, observed)
-        self._run(module, jnp.asarray(x))  # whatever follows `observed` is never computed: nothing reads it
-        return seen[0]
-
-    def _module(self, weights: Weights) -> MistralDecoderLayer:
-        variables: dict[Any, Any] = {tuple(name.split(".")): nnx.Param(value) for name, value in weights.items()}
-        return nnx.merge(self._graph, nnx.from_flat_state(variables))
-
-    def _run(self, module: MistralDecoderLayer, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        rotation = rope(positions, self._config.head_size, self._config.rope_theta, x.dtype)
-        return module.prompt(x, rotation, positions, jnp.ones(x.shape[:2], bool))[0]
 
     def _parts(self, layer: int) -> dict[str, tuple[Part, ...]]:
         prefix = f"model.layers.{layer}."
