@@ -134,7 +134,7 @@ def load(
         quantization = _requantization(quantization, stored_as)
         requantize = quantization is not None
     if quantization is not None:
-        _check_quantization(quantization, config, checkpoint)
+        _check_quantization(quantization, config, None if requantize else stored_as)
     assembler = Assembler(
         checkpoint, dtype, stored_as, quantization, lora, requantize=requantize, low_cpu_memory=low_cpu_memory
     )
@@ -200,15 +200,18 @@ def _requantization(config: Int4Config, stored_as: Format | None) -> Int4Config 
     return config
 
 
-def _check_quantization(quantization: Int4Config, config: MistralConfig, checkpoint: Checkpoint) -> None:
-    """Raise `JaxgenError` for every weight that is to be quantised and cannot be, before any is read."""
+def _check_quantization(quantization: Int4Config, config: MistralConfig, kept: Format | None) -> None:
+    """Raise `JaxgenError` for a weight that is to be quantised and cannot be, before any is read.
+
+    What `kept` stores in four bits is not.
+    """
     if quantization.lm_head and config.tie_word_embeddings:
         raise JaxgenError("Int4Config: lm_head=True, but this model's head is its embedding, which is not quantised")
     shapes = {
         part.shape
         for parts in parameter_parts(config).values()
         for part in parts
-        if quantization.quantizes(part.name) and part.name in checkpoint.tensors
+        if quantization.quantizes(part.name) and (kept is None or kept.stored(part) is None)
     }
     for shape in sorted(shapes):
         check_group(shape, quantization.group_size, f"quantization_config={quantization}: a weight")
