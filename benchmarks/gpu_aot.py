@@ -36,10 +36,11 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
-from jaxgen.generation import compiled, loop
+from jaxgen.generation import compiled
 from jaxgen.generation.config import resolve
-from jaxgen.generation.logits import Recipe
-from jaxgen.generation.request import controls_of
+from jaxgen.generation.controls import Plan
+from jaxgen.generation.read import Prompts
+from jaxgen.generation.request import controls_of, recipe_of
 from jaxgen.generation.weights import Structure
 from jaxgen.model import QuantizedWeight
 from jaxgen.quant import Int4
@@ -115,13 +116,17 @@ def lower(
     weights = [abstract(v.get_value() if hasattr(v, "get_value") else v.value) for _, v in variables]
     config = resolve({}, None, GenerationConfig(eos_token_id=2))
     total = prompt + NEW
-    plan = loop.Plan(Recipe.of(config), 1, total, model.config.cache_slots(total))
-    controls = abstract(controls_of(config, NEW))
-    rows = (np.zeros((batch, prompt), np.int32), np.zeros(batch, np.int32), np.zeros((batch, 2), np.uint32))
-    prompts = abstract(loop.Prompts(*rows, np.zeros(batch, bool)))
+    plan = Plan(recipe_of(config), 1, total, model.config.cache_slots(total))
+    controls = abstract(controls_of(config, model.config.vocab_size))
+    numbers = np.zeros(batch, np.int32)
+    rows = (np.zeros((batch, prompt), np.int32), numbers, numbers, np.zeros((batch, 2), np.uint32))
+    prompts = abstract(Prompts(*rows, np.zeros(batch, bool)))
     key = abstract(jax.eval_shape(lambda: jax.random.key(0)))
-    arguments = (structure, weights, prompts, key, controls, plan)
-    begun = jax.eval_shape(lambda w, p, k, c: compiled._run_prefill(structure, w, p, k, c, plan), *arguments[1:5])
+    models = (structure, weights, None, None)
+    arguments = (*models, prompts, key, controls, plan)
+    begun = jax.eval_shape(
+        lambda w, p, k, c: compiled._run_prefill(structure, w, None, None, p, k, c, plan), weights, *arguments[4:7]
+    )
     if stage == "prefill":
         chosen = compiled._prefill
     else:
@@ -129,7 +134,7 @@ def lower(
         chosen = compiled._decode_int4_on_gpu if int4 else compiled._decode_on_gpu
         chosen = chosen.otherwise if fallback and chosen.otherwise else chosen
         until = abstract(np.array(NEW, np.int32))
-        arguments = (structure, weights, abstract(begun), until, controls, plan.recipe)
+        arguments = (*models, abstract(begun), until, controls, plan.recipe)
     # The options go to compile(): lowering for another platform than the process's own drops those of jit.
     return chosen._jitted.trace(*arguments).lower(lowering_platforms=("cuda",)), chosen.compiler_options, begun.cache
 

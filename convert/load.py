@@ -141,6 +141,7 @@ def load(
     model = _stream(assembler, config, device)
     if generation is not None:  # else the special tokens of config.json, as in transformers
         model.generation_config = generation
+    model.name_or_path = str(checkpoint.directory)
     return model
 
 

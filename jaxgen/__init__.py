@@ -21,12 +21,18 @@ if TYPE_CHECKING:
     from jaxgen.generation.config import GenerationConfig as GenerationConfig
     from jaxgen.generation.generate import generate as generate
     from jaxgen.generation.output import GenerateOutput as GenerateOutput
+    from jaxgen.generation.past import PastKeyValues as PastKeyValues
+    from jaxgen.generation.processors.constraint import AllowedTokens as AllowedTokens
+    from jaxgen.generation.processors.detect import WatermarkDetector as WatermarkDetector
+    from jaxgen.generation.processors.watermark import WatermarkingConfig as WatermarkingConfig
     from jaxgen.model import MistralForCausalLM as MistralForCausalLM
     from jaxgen.quant.config import Int4Config as Int4Config
+    from jaxgen.text.pipeline import pipeline as pipeline
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AllowedTokens": "jaxgen.generation.processors.constraint",
     "AutoModelForCausalLM": "jaxgen.convert.load",
     "CheckpointError": "jaxgen.errors",
     "GenerateOutput": "jaxgen.generation.output",
@@ -36,9 +42,13 @@ _HOME = {
     "MistralConfig": "jaxgen.config",
     "MistralForCausalLM": "jaxgen.model",
     "NonFiniteLogitsError": "jaxgen.errors",
+    "PastKeyValues": "jaxgen.generation.past",
     "UnsupportedError": "jaxgen.errors",
+    "WatermarkDetector": "jaxgen.generation.processors.detect",
+    "WatermarkingConfig": "jaxgen.generation.processors.watermark",
     "enable_compile_cache": "jaxgen.generation.compiled",
     "generate": "jaxgen.generation.generate",
+    "pipeline": "jaxgen.text.pipeline",
 }
 __all__ = [*_HOME, "demo"]  # noqa: PLE0604
 

@@ -52,9 +52,16 @@ def attend(
     allowed: Bool[Array, "B #T S"],
 ) -> Float[Array, "B T K G H"]:
     """Softmax attention in float32 where query head (k, g) reads key-value head k and only `allowed` slots."""
-    scores = product("btkgh,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
-    weights = _softmax(scores * queries.shape[-1] ** -0.5, allowed[:, None, None]).astype(values.dtype)
+    weights = attention_weights(queries, keys, allowed).astype(values.dtype)
     return product("bkgts,bksh->btkgh", weights, values)
+
+
+def attention_weights(
+    queries: Float[Array, "B T K G H"], keys: Float[Array, "B K S H"], allowed: Bool[Array, "B #T S"]
+) -> Float[Array, "B K G T S"]:
+    """How much each query reads of each slot, in float32."""
+    scores = product("btkgh,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
+    return _softmax(scores * queries.shape[-1] ** -0.5, allowed[:, None, None])
 
 
 def attend_to_slots(
@@ -99,6 +106,18 @@ def _softmax(scores: Float[Array, "*axes S"], allowed: Bool[Array, "*#axes S"]) 
     return jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
 
 
+def allowed_in_prompt(
+    positions: Int[Array, "B T"], real: Bool[Array, "B T"], window: int | None, start: int | Array, size: int
+) -> Bool[Array, "B t T"]:
+    """Which columns of a prompt its columns `start` to `start + size` may read."""
+    length = positions.shape[1]
+    allowed = real[:, None, :] & (jnp.arange(length) <= (start + jnp.arange(size))[:, None])
+    if window is not None:
+        own = jax.lax.dynamic_slice_in_dim(positions, start, size, axis=1)
+        allowed &= own[:, :, None] - positions[:, None, :] < window
+    return allowed
+
+
 def attend_to_prompt(
     queries: Float[Array, "B T K G H"],
     keys: Float[Array, "B T K H"],
@@ -116,14 +135,8 @@ def attend_to_prompt(
     length = queries.shape[1]
 
     def block(start: int | Array, size: int) -> Float[Array, "B t K G H"]:
-        def rows(x: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
-
-        query_column = start + jnp.arange(size)
-        allowed = real[:, None, :] & (jnp.arange(length) <= query_column[:, None])
-        if window is not None:
-            allowed &= rows(positions)[:, :, None] - positions[:, None, :] < window
-        return attend(rows(queries), keys, values, allowed)
+        part = jax.lax.dynamic_slice_in_dim(queries, start, size, axis=1)
+        return attend(part, keys, values, allowed_in_prompt(positions, real, window, start, size))
 
     if query_block(length) == length:
         return block(0, length)

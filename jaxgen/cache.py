@@ -1,7 +1,12 @@
 """The key-value cache: a fixed number of slots per row, used as a ring once a row outgrows it.
 
-A row's token at position p lives in slot p % C. With a sliding window W, C = min(W, total) slots are enough:
-the token that a write replaces has just left the window. Without a window C = total, and the ring never turns.
+A row's token at position p lives in slot p % C. Without a sliding window C is the largest length of a row, and the
+ring never turns. With a window W, a row that reads one token at a time needs C = W slots: the token that a write
+replaces has just left the window. One that reads up to T tokens at a time, or writes up to T that may be taken
+back, needs C = W + T.
+
+What is in a slot follows from the newest token's position alone: tokens after it, of padding or of rejected
+drafts, are never seen, and are overwritten before they could be.
 """
 
 import dataclasses
@@ -15,18 +20,36 @@ from jaxtyping import Array, Bool, Float, Int
 @jax.tree_util.register_dataclass
 @no_type_check  # JAX rebuilds it around placeholders
 @dataclasses.dataclass
-class LayerCache:
-    """Keys and values of one layer."""
+class Int8Slots:
+    """Keys or values as int8, with one scale per row, head and token: half the memory of 16 bits, and a bit."""
 
-    keys: Float[Array, "B K C H"]
-    values: Float[Array, "B K C H"]
+    values: Int[Array, "B K C H"]
+    scales: Float[Array, "B K C"]
+
+
+@jax.tree_util.register_dataclass
+@no_type_check  # JAX rebuilds it around placeholders
+@dataclasses.dataclass
+class LayerCache:
+    """Keys and values of one layer, `[B, K, C, H]` each, as they are or as `Int8Slots`."""
+
+    keys: "Float[Array, 'B K C H'] | Int8Slots"
+    values: "Float[Array, 'B K C H'] | Int8Slots"
+
+    @property
+    def slots(self) -> int:
+        """C, the slots per row."""
+        return jax.tree.leaves(self.keys)[0].shape[2]
+
+    def read(self, dtype: jnp.dtype) -> tuple[Float[Array, "B K C H"], Float[Array, "B K C H"]]:
+        """Keys and values in `dtype`."""
+        return _read(self.keys, dtype), _read(self.values, dtype)
 
     def write(
         self, keys: Float[Array, "B K H"], values: Float[Array, "B K H"], positions: Int[Array, " B"]
     ) -> "LayerCache":
         """Put one token per row into its slot: one in-place write each for keys and values."""
-        rows = jnp.arange(keys.shape[0])
-        slots = positions % self.keys.shape[2]
+        rows, slots = jnp.arange(keys.shape[0]), positions % self.slots
 
         def put(cache: Array, new: Array) -> Array:
             if len(new) == 1:  # for one row XLA:GPU would lower the scatter below to two kernels
@@ -34,15 +57,59 @@ class LayerCache:
             where = cache.at[rows, :, slots]
             return where.set(new, unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds")
 
-        return LayerCache(put(self.keys, keys), put(self.values, values))
+        return self._map(put, keys, values)
+
+    def write_block(
+        self,
+        keys: Float[Array, "B T K H"],
+        values: Float[Array, "B T K H"],
+        positions: Int[Array, "B T"],
+        real: Bool[Array, "B T"],
+    ) -> "LayerCache":
+        """Put several tokens per row into their slots; those that are not `real` go nowhere. T is at most C."""
+        rows = jnp.arange(keys.shape[0])[:, None]
+        slots = jnp.where(real, positions % self.slots, self.slots)  # past the end: dropped
+
+        def put(cache: Array, new: Array) -> Array:
+            return cache.at[rows, :, slots].set(new, mode="drop")
+
+        return self._map(put, keys, values)
+
+    def _map(self, put, keys: Array, values: Array) -> "LayerCache":
+        def one(cache: "Array | Int8Slots", new: Array) -> "Array | Int8Slots":
+            new = to_int8(new) if isinstance(cache, Int8Slots) else new
+            return jax.tree.map(put, cache, new)
+
+        return LayerCache(one(self.keys, keys), one(self.values, values))
 
 
 KVCache = list[LayerCache]
 
 
-def visible_slots(positions: Int[Array, " B"], slots: int) -> Bool[Array, "B C"]:
-    """Which of `slots` slots the token at each row's position may read, once it has been written itself."""
-    return held_positions(positions, slots) >= 0
+def to_int8(x: Float[Array, "*axes H"]) -> Int8Slots:
+    """Round the last axis to 8 bits under one scale, largest magnitude / 127."""
+    x = x.astype(jnp.float32)
+    scales = jnp.abs(x).max(axis=-1) / 127
+    divisor = jnp.where(scales > 0, scales, 1)[..., None]
+    return Int8Slots(jnp.round(x / divisor).astype(jnp.int8), scales)
+
+
+def _read(slots: "Array | Int8Slots", dtype: jnp.dtype) -> Array:
+    if not isinstance(slots, Int8Slots):
+        return slots
+    # By way of int32: a sum over int8 that is unpacked on the way has been wrong on XLA:CPU.
+    return (slots.values.astype(jnp.int32).astype(jnp.float32) * slots.scales[..., None]).astype(dtype)
+
+
+def visible_slots(
+    positions: Int[Array, "B T"], newest: Int[Array, " B"], slots: int, window: int | None
+) -> Bool[Array, "B T C"]:
+    """Which slots the token at each position may read when `newest` is the last position that was written."""
+    held = held_positions(newest, slots)[:, None]
+    visible = (held >= 0) & (held <= positions[..., None])
+    if window is not None and slots > window:
+        visible &= held > positions[..., None] - window
+    return visible
 
 
 def held_positions(last: Int[Array, " B"], slots: int) -> Int[Array, "B C"]:
@@ -52,7 +119,7 @@ def held_positions(last: Int[Array, " B"], slots: int) -> Int[Array, "B C"]:
 
 
 def layer_cache_from_prompt(
-    keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"], lengths: Int[Array, " B"], slots: int
+    keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"], lengths: Int[Array, " B"], slots: int, int8: bool
 ) -> LayerCache:
     """A layer's cache after a right-padded prompt of `lengths` real tokens per row.
 
@@ -60,12 +127,35 @@ def layer_cache_from_prompt(
     tokens overwrite them one by one.
     """
 
-    def place(x: Float[Array, "B T K H"]) -> Float[Array, "B K C H"]:
+    def place(x: Float[Array, "B T K H"]) -> "Array | Int8Slots":
         by_head = jnp.moveaxis(x, 1, 2)
         tokens = x.shape[1]
         if tokens <= slots:
-            return jnp.pad(by_head, ((0, 0), (0, 0), (0, slots - tokens), (0, 0)))
-        held = jnp.maximum(held_positions(lengths - 1, slots), 0)
-        return jnp.take_along_axis(by_head, held[:, None, :, None], axis=2)
+            by_head = jnp.pad(by_head, ((0, 0), (0, 0), (0, slots - tokens), (0, 0)))
+        else:
+            held = jnp.maximum(held_positions(lengths - 1, slots), 0)
+            by_head = jnp.take_along_axis(by_head, held[:, None, :, None], axis=2)
+        return to_int8(by_head) if int8 else by_head
 
     return LayerCache(place(keys), place(values))
+
+
+def resized(cache: KVCache, lengths: Int[Array, " B"], slots: int) -> KVCache:
+    """The same tokens in another number of slots: rows of `lengths` tokens, of which the last `slots` are kept."""
+    now = cache[0].slots
+    if slots == now:
+        return cache
+    held = jnp.maximum(held_positions(lengths - 1, slots), 0) % now
+
+    def move(x: Array) -> Array:
+        index = held[:, None].reshape(len(x), 1, slots, *(1,) * (x.ndim - 3))
+        return jnp.take_along_axis(x, index, axis=2)
+
+    return jax.tree.map(move, cache)
+
+
+def empty_cache(layers: int, rows: int, heads: int, slots: int, head_dim: int, dtype: jnp.dtype, int8: bool) -> KVCache:
+    """A cache without a token."""
+    zeros = jnp.zeros((rows, heads, slots, head_dim), dtype)
+    one = to_int8(zeros) if int8 else zeros
+    return [LayerCache(one, one) for _ in range(layers)]

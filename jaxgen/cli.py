@@ -1,6 +1,7 @@
-"""The command line: `jaxgen generate`, `jaxgen inspect` and `jaxgen convert`."""
+"""The command line: `jaxgen generate`, `jaxgen chat`, `jaxgen inspect` and `jaxgen convert`."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -55,19 +56,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue; none or '-': lines of stdin")
     generate.add_argument("--file", type=Path, help="read prompts from this file, one per line")
-    generate.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint directory or hub id (default: the demo)")
-    generate.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    generate.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the model's, or 20")
-    generate.add_argument("--do-sample", action=argparse.BooleanOptionalAction, help="sample, or search greedily")
-    generate.add_argument("--temperature", type=float)
-    generate.add_argument("--top-k", type=int)
-    generate.add_argument("--top-p", type=float)
-    generate.add_argument("--min-p", type=float)
-    generate.add_argument("--seed", type=int, help="any int; the same seed gives the same text")
+    _add_sampling(generate)
     generate.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
     output = generate.add_mutually_exclusive_group()
     output.add_argument("--stream", action="store_true", help="print text as it is generated")
     output.add_argument("--json", action="store_true", help="print one JSON object per prompt and line")
+
+    chat = commands.add_parser("chat", help="talk to a model", description="Talk to a model; /help says how.")
+    chat.set_defaults(run=_chat)
+    _add_sampling(chat)
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
 
     inspect = commands.add_parser("inspect", help="describe a checkpoint", description="Describe a checkpoint.")
     inspect.set_defaults(run=_inspect)
@@ -93,7 +91,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _generate(options: argparse.Namespace) -> None:
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that generates: the model, and how to choose tokens."""
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint directory or hub id (default: the demo)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the model's, or 20; 256 in a chat")
+    parser.add_argument("--do-sample", action=argparse.BooleanOptionalAction, help="sample, or search greedily")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--seed", type=int, help="any int; the same seed gives the same text")
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, tokenizer and the options of `generate`; a fresh seed is chosen here, and told, where one is needed."""
     from jaxgen import demo
     from jaxgen.convert.hub import locate
     from jaxgen.convert.load import AutoModelForCausalLM
@@ -101,18 +113,23 @@ def _generate(options: argparse.Namespace) -> None:
     from jaxgen.generation.sample import random_key
     from jaxgen.text.tokenizer import load_tokenizer
 
-    if options.batch_size < 1:
-        raise JaxgenError(f"--batch-size {options.batch_size} must be at least 1")
-    prompts = _prompts(options)
     directory = locate(options.model) if options.model else demo.path()
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=options.dtype)
     tokenizer = load_tokenizer(directory)
     names = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p")
     settings = {name: value for name in names if (value := getattr(options, name)) is not None}
-    settings["num_return_sequences"] = 1  # one line per prompt, whatever the checkpoint's own defaults say
+    settings["num_return_sequences"] = 1  # one text per prompt, whatever the checkpoint's own defaults say
     if options.seed is None and resolve(settings, None, model.generation_config).do_sample:
         options.seed = random_key(None, None)[1]
         sys.stderr.write(f"jaxgen: --seed {options.seed} gives this text again\n")
+    return model, tokenizer, settings
+
+
+def _generate(options: argparse.Namespace) -> None:
+    if options.batch_size < 1:
+        raise JaxgenError(f"--batch-size {options.batch_size} must be at least 1")
+    prompts = _prompts(options)
+    model, tokenizer, settings = _load(options)
     if options.stream:
         _stream(model, tokenizer, prompts, settings, options.seed)
         return
@@ -185,14 +202,31 @@ def _complete(
 
 
 def _stream(model: Any, tokenizer: Any, prompts: list[str], settings: dict[str, Any], seed: int | None) -> None:
-    from jaxgen.text.stream import stream_text
+    from jaxgen.text.stream import stream
 
     for row, prompt in enumerate(prompts):
+        pieces = stream(model, prompt, tokenizer=tokenizer, seed=seed, row_ids=[row], **settings)
         sys.stdout.write(prompt)
-        for piece in stream_text(model, tokenizer, prompt, seed=seed, row_id=row, **settings):
+        for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from jaxgen.text.chat import Session, converse, lines_of
+
+    system = None if options.system is None else _utf8(options.system)
+    model, tokenizer, settings = _load(options)
+    session = Session(model, tokenizer, system=system, seed=options.seed, **settings)
+    if not sys.stdin.isatty():
+        converse(session, lines_of(sys.stdin), sys.stdout)
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() its line editing)
+    sys.stdout.write("(/help says what there is besides asking)\n")
+    converse(session, input, sys.stdout)
+    sys.stdout.write("\n")
 
 
 def _inspect(options: argparse.Namespace) -> None:

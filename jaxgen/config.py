@@ -100,9 +100,12 @@ class MistralConfig:
         """Query heads per key-value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
-    def cache_slots(self, total_length: int) -> int:
-        """Key-value slots that a row of at most `total_length` tokens needs in each layer."""
-        return total_length if self.sliding_window is None else min(self.sliding_window, total_length)
+    def cache_slots(self, total_length: int, ahead: int = 0) -> int:
+        """Key-value slots that a row of at most `total_length` tokens needs in each layer.
+
+        `ahead`: how many tokens it reads at a time, if more than one (`jaxgen.cache`).
+        """
+        return total_length if self.sliding_window is None else min(self.sliding_window + ahead, total_length)
 
     @classmethod
     def from_hf(cls, source: "str | os.PathLike[str] | Mapping[str, Any]") -> "MistralConfig":

@@ -19,8 +19,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgen.attention import Rotation, attend_to_prompt, attend_to_slots, rope, rotate
-from jaxgen.cache import KVCache, LayerCache, layer_cache_from_prompt, visible_slots
+from jaxgen.attention import (
+    Rotation,
+    allowed_in_prompt,
+    attend,
+    attend_to_prompt,
+    attend_to_slots,
+    attention_weights,
+    rope,
+    rotate,
+)
+from jaxgen.cache import KVCache, LayerCache, empty_cache, layer_cache_from_prompt, visible_slots
 from jaxgen.config import MistralConfig
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.generate import GenerationMixin
@@ -170,11 +179,29 @@ class MistralDecoderLayer(nnx.Module):
             x, normed = add_and_norm(x, delta, self.input_layernorm)
             queries, keys, values = (heads[:rows, 0] for heads in self.self_attn.project(normed, rotation))
             cache = cache.write(keys, values, positions)
-            delta = self.self_attn.output(attend_to_slots(queries, cache.keys, cache.values, visible)[:, None])
+            mixed = attend_to_slots(queries, *cache.read(x.dtype), visible)
+            delta = self.self_attn.output(mixed[:, None])
         with jax.named_scope("mlp"):
             x, normed = add_and_norm(x, delta, self.post_attention_layernorm)
             gate_up = self.mlp.gate_up_proj(normed)[:rows]
             return x, self.mlp.down(gate_up), cache
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        rotation: Rotation,
+        positions: Int[Array, "B T"],
+        real: Bool[Array, "B T"],
+        cache: LayerCache,
+        visible: Bool[Array, "B T C"],
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """Several tokens per row, against the cache that they are first written to."""
+        with jax.named_scope("attention"):
+            queries, keys, values = self.self_attn.project(self.input_layernorm(x), rotation)
+            cache = cache.write_block(keys, values, positions, real)
+            x = x + self.self_attn.output(attend(queries, *cache.read(x.dtype), visible))
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
 class MistralModel(nnx.Module):
@@ -232,22 +259,44 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
         `attention_mask` is 1 on real tokens, in any arrangement; positions count real tokens only, and the logits
         of masked columns mean nothing.
         """
-        ids = jnp.asarray(input_ids)
-        real = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
-        positions = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
-        hidden, _ = self._prompt(ids, positions, real)
-        return self._logits(hidden)
+        return self.logits(self.hidden(input_ids, attention_mask))
+
+    def hidden(
+        self,
+        input_ids: Int[Array | np.ndarray, "B T"],
+        attention_mask: "Int[Array | np.ndarray, 'B T'] | Bool[Array | np.ndarray, 'B T'] | None" = None,
+    ) -> Float[Array, "B T D"]:
+        """The hidden states from which `logits` computes what `__call__` returns."""
+        return self._prompt(*_read_mask(input_ids, attention_mask))[0]
+
+    def activations(
+        self,
+        input_ids: Int[Array | np.ndarray, "B T"],
+        attention_mask: "Int[Array | np.ndarray, 'B T'] | Bool[Array | np.ndarray, 'B T'] | None" = None,
+    ) -> tuple[list[Float[Array, "B T D"]], list[Float[Array, "B N T T"]]]:
+        """HF's `hidden_states` (embeddings, then every layer's output, the last one normed) and `attentions`."""
+        ids, positions, real = _read_mask(input_ids, attention_mask)
+        x, rotation = self.model.embed_tokens(ids), self._rotation(positions)
+        allowed = allowed_in_prompt(positions, real, self.config.sliding_window, 0, ids.shape[1])
+        hidden_states, attentions = [x], []
+        for layer in self.model.layers:
+            queries, keys, _ = layer.self_attn.project(layer.input_layernorm(x), rotation)
+            weights = attention_weights(queries, jnp.moveaxis(keys, 1, 2), allowed)
+            attentions.append(weights.reshape(len(ids), -1, *weights.shape[3:]))
+            x, _ = layer.prompt(x, rotation, positions, real)
+            hidden_states.append(x)
+        return [*hidden_states[:-1], self.model.norm(x)], attentions
 
     def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], slots: int
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], slots: int, int8: bool = False
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Read right-padded prompts: float32 logits after each row's last token, and a cache of `slots` slots."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         hidden, fresh = self._prompt(tokens, positions, positions < lengths[:, None])
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
         with jax.named_scope("cache"):
-            cache = [layer_cache_from_prompt(keys, values, lengths, slots) for keys, values in fresh]
-        return self._logits(last)[:, 0], cache
+            cache = [layer_cache_from_prompt(keys, values, lengths, slots, int8) for keys, values in fresh]
+        return self.logits(last)[:, 0], cache
 
     def step(
         self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
@@ -255,13 +304,44 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
         """Read one token per row at `positions`: float32 logits for the next one, and the cache that holds it."""
         x = self.model.embed_tokens(tokens[:, None])
         rotation = self._rotation(positions[:, None])
-        visible = visible_slots(positions, cache[0].keys.shape[2])
+        visible = visible_slots(positions[:, None], positions, cache[0].slots, self.config.sliding_window)[:, 0]
         caches, delta = [], jnp.zeros_like(x)
         for layer, before in zip(self.model.layers, cache, strict=True):
             x, delta, after = layer.step(x, delta, rotation, positions, before, visible)
             caches.append(after)
         _, hidden = add_and_norm(x, delta, self.model.norm)
-        return self._logits(hidden)[: len(x), 0], caches
+        return self.logits(hidden)[: len(x), 0], caches
+
+    def extend(
+        self, tokens: Int[Array, "B T"], starts: Int[Array, " B"], counts: Int[Array, " B"], cache: KVCache
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Read up to T tokens per row from position `starts` on, after what the cache holds.
+
+        Only the first `counts` tokens of a row are real. Returns the last layer's hidden states, which `logits` turns
+        into logits, and the cache. Beside a sliding window W the cache must have W + T slots (`cache`).
+        """
+        column = jnp.arange(tokens.shape[1])
+        positions, real = starts[:, None] + column, column < counts[:, None]
+        x, rotation = self.model.embed_tokens(tokens), self._rotation(positions)
+        newest = starts + counts - 1
+        visible = visible_slots(positions, newest, cache[0].slots, self.config.sliding_window)
+        caches = []
+        for layer, before in zip(self.model.layers, cache, strict=True):
+            x, after = layer.extend(x, rotation, positions, real, before, visible)
+            caches.append(after)
+        return self.model.norm(x), caches
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """What the head makes of hidden states: float32 logits."""
+        with jax.named_scope("lm_head"):
+            tied = self.config.tie_word_embeddings
+            logits = self.model.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)
+            return logits.astype(jnp.float32)
+
+    def empty_cache(self, rows: int, slots: int, int8: bool = False) -> KVCache:
+        """A cache that holds nothing yet."""
+        c = self.config
+        return empty_cache(c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_size, self.dtype, int8)
 
     def _prompt(
         self, ids: Int[Array, "B T"], positions: Int[Array, "B T"], real: Bool[Array, "B T"]
@@ -277,8 +357,9 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
     def _rotation(self, positions: Int[Array, "B T"]) -> Rotation:
         return rope(positions, self.config.head_size, self.config.rope_theta, self.dtype)
 
-    def _logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        with jax.named_scope("lm_head"):
-            tied = self.config.tie_word_embeddings
-            logits = self.model.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)
-            return logits.astype(jnp.float32)
+
+def _read_mask(input_ids: Any, attention_mask: Any) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]]:
+    """Ids, the position of each (real tokens before it), and which are real."""
+    ids = jnp.asarray(input_ids)
+    real = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
+    return ids, jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0), real

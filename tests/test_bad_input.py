@@ -15,6 +15,16 @@ from tests.test_compile import counted
 IDS = np.array([[1, 2, 3], [4, 5, 6]])
 
 
+class _OfTransformers:
+    """What one of transformers' own processors looks like; the real ones want torch."""
+
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+_OfTransformers.__module__ = "transformers.generation.logits_process"
+
+
 @pytest.fixture(scope="module")
 def model() -> MistralForCausalLM:
     config = MistralConfig(
@@ -78,9 +88,28 @@ BAD_OPTIONS = {
     "a string as row ids": ({"row_ids": "ab"}, "row_ids must hold"),
     "a typo": ({"temprature": 0.5}, "'temprature' is not a generation option; did you mean 'temperature'"),
     "nonsense": ({"zzz": 1}, "'zzz' is not a generation option"),
-    "beams": ({"num_beams": 4}, "num_beams=4 is not supported yet"),
-    "a streamer": ({"streamer": object()}, "streamer=.* is not supported yet"),
-    "stop strings": ({"stop_strings": ["x"]}, "stop_strings=.* not supported yet"),
+    "more sequences than beams": ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 .* num_beams=2"),
+    "beams and a streamer": ({"num_beams": 2, "streamer": object()}, "streamer.*num_beams=1"),
+    "beams and speculation": ({"num_beams": 2, "prompt_lookup_num_tokens": 3}, "exclude each other"),
+    "beams and hidden states": (
+        {"num_beams": 2, "return_dict_in_generate": True, "output_hidden_states": True},
+        "output_hidden_states with num_beams",
+    ),
+    "scores that nobody sees": ({"output_scores": True}, "output_scores=True needs return_dict_in_generate=True"),
+    "stop strings without a tokenizer": ({"stop_strings": ["x"]}, "stop_strings needs tokenizer="),
+    "an empty stop string": ({"stop_strings": ""}, "stop_strings='' must be a non-empty string"),
+    "min_length above the limit": ({"min_length": 24}, "min_length=24 asks more of row 0 than the 20 tokens"),
+    "a processor of transformers": (
+        {"logits_processor": [_OfTransformers()]},
+        "_OfTransformers of transformers works on torch tensors",
+    ),
+    "a processor that is none": ({"logits_processor": [3]}, "logits_processor=.* must be a function"),
+    "negative prompt without guidance": ({"negative_prompt_ids": [[1]]}, "negative_prompt_ids needs guidance_scale"),
+    "negative prompt of another batch": (
+        {"negative_prompt_ids": [[1]] * 3, "guidance_scale": 2.0},
+        "negative_prompt_ids has 3 rows; expected 2",
+    ),
+    "a cache that is none": ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded' is not supported"),
     "another config object": ({"generation_config": 3}, "cannot read int"),
 }
 
@@ -113,7 +142,7 @@ def test_every_unsupported_field_raises_by_name(model):
     for name in vars(transformers.GenerationConfig()):
         if name in supported or name in ("transformers_version", "_from_model_config"):
             continue
-        with pytest.raises(UnsupportedError, match=f"{name}=.*not supported yet"):
+        with pytest.raises(UnsupportedError, match=f"{name}=.*not supported by jaxgen"):
             GenerationConfig(**{name: "something"})
 
 
@@ -146,7 +175,7 @@ def test_a_long_prompt_needs_memory_too(model, monkeypatch: pytest.MonkeyPatch):
     assert big.generate(np.ones((1, 500), int), max_new_tokens=1).shape == (1, 501)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"temperature": 0}', '{"num_beams": 3}', "\x00"])
+@pytest.mark.parametrize("text", ["{", "[1]", '{"temperature": 0}', '{"num_beams": 0}', "\x00"])
 def test_bad_generation_config_file(text: str, tmp_path):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(JaxgenError):

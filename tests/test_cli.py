@@ -70,42 +70,6 @@ def test_streaming_prints_the_same_text(capsys):
         assert run(capsys, "generate", *prompts, *options, "--stream") == run(capsys, "generate", *prompts, *options)
 
 
-def test_streaming_goes_piece_by_piece():
-    from jaxgen import AutoModelForCausalLM
-    from jaxgen.text.stream import stream_text
-    from jaxgen.text.tokenizer import load_tokenizer
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(demo.path()), load_tokenizer(demo.path())
-    for chunk_size in (1, 3, 100):
-        pieces = list(stream_text(model, tokenizer, COLORS, chunk_size=chunk_size))
-        assert "".join(pieces) == COLORS_CONTINUED
-        assert (len(pieces) > 5) == (chunk_size < 4)
-
-
-def test_half_a_character_waits_for_its_rest():
-    """Streaming a model whose tokens are bytes never shows a broken character."""
-    from jaxgen import AutoModelForCausalLM
-    from jaxgen.text.stream import stream_text
-    from jaxgen.text.tokenizer import load_tokenizer
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(demo.path()), load_tokenizer(demo.path())
-    options = {
-        "do_sample": True,
-        "temperature": 50.0,
-        "top_k": 0,
-        "seed": 1,
-        "max_new_tokens": 200,
-        "eos_token_id": None,
-    }
-    pieces = list(stream_text(model, tokenizer, COLORS, **options))
-    inputs = tokenizer([COLORS], return_tensors="np")
-    ids = model.generate(**inputs, **options)
-    text = tokenizer.batch_decode(ids, skip_special_tokens=True)[0]
-    assert COLORS + "".join(pieces) == text
-    assert "\ufffd" in text  # bytes at random: some are never completed
-    assert len(pieces) > 50
-
-
 def test_the_space_after_the_prompt_is_kept(tmp_path):
     """Llama's tokenizers strip the first space of what they decode; a continuation must not lose it."""
     from tokenizers import Tokenizer, decoders, models, normalizers

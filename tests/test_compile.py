@@ -153,13 +153,12 @@ def test_weights_are_arguments_and_the_cache_is_donated(model):
     from jaxgen.generation import compiled
     from jaxgen.generation.config import resolve
     from jaxgen.generation.request import Request
-    from jaxgen.generation.weights import split
 
     request = Request.read(model, prompt(9), None, resolve({"max_new_tokens": 20}, None, model.generation_config))
-    structure, weights = split(model)
     run = compiled.Run(model, request)
+    weights = run._models[1]
     lowered = compiled._decode._jitted.lower(
-        structure, weights, run.state, request.controls.max_new_tokens, request.controls, request.plan.recipe
+        *run._models, run.state, np.int32(20), request.controls, request.plan.recipe
     )
     executable = lowered.compile()
     memory, compiled_text = executable.memory_analysis(), executable.as_text() or ""

@@ -163,9 +163,9 @@ def test_num_return_sequences_prefills_once(model: MistralForCausalLM):
     seen = []
 
     class Spy(type(model)):
-        def prefill(self, tokens, lengths, slots):
+        def prefill(self, tokens, *sizes):
             seen.append(tokens.shape)
-            return super().prefill(tokens, lengths, slots)
+            return super().prefill(tokens, *sizes)
 
     spy = Spy(model.config, rngs=nnx.Rngs(0))
     spy.generate(PROMPTS, MASK, num_return_sequences=4, **options)

@@ -104,7 +104,7 @@ def test_chunking(model, rows, stops):
     run = Run(model, request)
     for until in sorted(stops):
         run.advance(until)
-    output = collect(run.advance(), request)
+    output = collect(model, run.advance(), request)
     assert isinstance(output, GenerateOutput)
     for row in range(BATCH):
         count = output.lengths[row]

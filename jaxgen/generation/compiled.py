@@ -1,24 +1,30 @@
 """Running a request on the device: the two executables, which say when they compile, and the cache of them."""
 
+import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation import loop
+from jaxgen.generation import beam, loop, speculate
+from jaxgen.generation.controls import Recipe
+from jaxgen.generation.processors.constraint import host_errors
 from jaxgen.generation.request import Request
+from jaxgen.generation.stop import RUNNING, TIME, raise_if_broken
 from jaxgen.generation.weights import split
 from jaxgen.lowering import Target, tracing_for
 from jaxgen.quant.int4 import Int4
 from jaxgen.quant.matmul import FUSION_OPTIONS
 
 logger = logging.getLogger("jaxgen")
+_MOST_BETWEEN_LOOKS = 64
 
 
 class Stage:
@@ -78,26 +84,48 @@ def _used_up(args: tuple[Any, ...]) -> bool:
     return any(leaf.is_deleted() for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.Array))
 
 
-def _run_prefill(structure: Any, weights: Any, prompts: Any, key: Any, controls: Any, plan: Any) -> Any:
-    return loop.prefill(structure.module(weights), prompts, key, controls, plan)
+def _run_prefill(
+    structure: Any, weights: Any, drafter: Any, drafter_weights: Any, prompts: Any, key: Any, controls: Any, plan: Any
+) -> Any:
+    models = _models(structure, weights, drafter, drafter_weights)
+    return search_of(plan.recipe).prefill(models, prompts, key, controls, plan)
 
 
-def _run_decode(structure: Any, weights: Any, state: Any, until: Any, controls: Any, recipe: Any) -> Any:
-    return loop.decode(structure.module(weights), state, until, controls, recipe)
+def _run_decode(
+    structure: Any, weights: Any, drafter: Any, drafter_weights: Any, state: Any, until: Any, controls: Any, recipe: Any
+) -> Any:
+    return search_of(recipe).decode(
+        _models(structure, weights, drafter, drafter_weights), state, until, controls, recipe
+    )
 
 
-def _describe_prefill(structure: Any, weights: Any, prompts: Any, key: Any, controls: Any, plan: Any) -> str:
-    (rows, length), total = prompts.tokens.shape, plan.total
-    return f"prefill[batch={rows}, prompt={length}, total={total}]"
+def _models(structure: Any, weights: Any, drafter: Any, drafter_weights: Any) -> Any:
+    """The model, and with an assistant both."""
+    model = structure.module(weights)
+    return model if drafter is None else speculate.Pair(model, drafter.module(drafter_weights))
 
 
-def _describe_decode(structure: Any, weights: Any, state: Any, until: Any, controls: Any, recipe: Any) -> str:
+def search_of(recipe: Recipe) -> Any:
+    """The module whose `prefill` and `decode` carry a recipe out."""
+    if recipe.num_beams > 1:
+        return beam
+    return speculate if recipe.drafts else loop
+
+
+def _describe_prefill(*args: Any) -> str:
+    *_, prompts, _, _, plan = args
+    rows, length = prompts.tokens.shape
+    return f"prefill[batch={rows}, prompt={plan.fresh or length}, total={plan.total}]"
+
+
+def _describe_decode(*args: Any) -> str:
+    state = args[4]
     return f"decode[batch={state.tokens.shape[0]}, total={state.tokens.shape[1]}]"
 
 
 # Weights are arguments, never constants of the executable; the state is donated, so the cache is updated in place.
-_DECODE: dict[str, Any] = {"static_argnums": (0, 5), "donate_argnums": 2}
-_prefill = Stage(_run_prefill, _describe_prefill, static_argnums=(0, 5))
+_DECODE: dict[str, Any] = {"static_argnums": (0, 2, 7), "donate_argnums": 4}
+_prefill = Stage(_run_prefill, _describe_prefill, static_argnums=(0, 2, 7))
 _decode = Stage(_run_decode, _describe_decode, **_DECODE)
 _decode_on_gpu = Stage(_run_decode, _describe_decode, compiled_for=Target(gpu_decode=True), **_DECODE)
 _decode_int4_on_gpu = Stage(
@@ -126,19 +154,79 @@ class Run:
     """
 
     def __init__(self, model: Any, request: Request):
+        self._started = time.monotonic()
         self._request = request
-        self._structure, self._weights = split(model)
-        self._decode = _decode_for(self._weights)
-        self.state: loop.DecodeState = _prefill(
-            self._structure, self._weights, request.prompts, request.key, request.controls, request.plan
-        )
+        drafter, drafter_weights = (None, None) if request.assistant is None else split(request.assistant)
+        structure, weights = split(model)
+        self._models = (structure, weights, drafter, drafter_weights)
+        self._decode = _decode_for(weights)
+        self.state: Any = self._run(_prefill, request.prompts, request.key, request.controls, request.plan)
 
-    def advance(self, until: int | None = None) -> loop.DecodeState:
+    def advance(self, until: int | None = None) -> Any:
         """Decode until every row has ended, or has `until` new tokens."""
         controls, recipe = self._request.controls, self._request.plan.recipe
-        stop = controls.max_new_tokens if until is None else np.array(until, np.int32)
-        self.state = self._decode(self._structure, self._weights, self.state, stop, controls, recipe)
+        stop = np.array(np.iinfo(np.int32).max if until is None else until, np.int32)
+        self.state = self._run(self._decode, self.state, stop, controls, recipe)
         return self.state
+
+    def _run(self, stage: Stage, *args: Any) -> Any:
+        """Start a stage. If the user's Python is asked on the way, wait: what it raises is raised here."""
+        if not self._request.asks_host:
+            return stage(*self._models, *args)
+        with host_errors():
+            return jax.block_until_ready(stage(*self._models, *args))
+
+    def finish(self) -> Any:
+        """Decode to the end, which with `max_time` may be a matter of time: then look at the clock now and then."""
+        limit = self._request.config.max_time
+        if limit is None:
+            return self.advance()
+        until = step = 1
+        while True:
+            before = time.monotonic()
+            if not bool(jax.device_get(self.advance(until).running.any())):
+                return self.state
+            now = time.monotonic()
+            left = self._started + limit - now
+            if left <= 0:
+                return self.out_of_time()
+            # As many steps as surely fit, judged by the last ones; the first ones may have been compiled.
+            step = int(min(max(1, step * left / max(now - before, 1e-6) / 2), 2 * step, _MOST_BETWEEN_LOOKS))
+            until += step
+
+    def out_of_time(self) -> Any:
+        """End every row that is still running."""
+        status = self.state.status
+        self.state = dataclasses.replace(self.state, status=jnp.where(status == RUNNING, jnp.int8(TIME), status))
+        return self.state
+
+    def chunks(self, chunk_size: int) -> Iterator["Chunk"]:
+        """Decode to the end, looking at what there is every `chunk_size` tokens.
+
+        Raises `NonFiniteLogitsError` as soon as a row meets them.
+        """
+        rows, limit = len(self._request.input_ids) * self._request.plan.samples, self._request.config.max_time
+        shown, until, ended = None, 1, False
+        while not ended:
+            state = self.advance(until)
+            if limit is not None and time.monotonic() - self._started >= limit:
+                state = self.out_of_time()
+            names = ("tokens", "lengths", "prompt_lengths", "status")
+            tokens, lengths, prompts, status = (x[:rows] for x in jax.device_get([getattr(state, n) for n in names]))
+            raise_if_broken(status, lengths - prompts)
+            shown = prompts if shown is None else shown
+            new = [tokens[row, shown[row] : lengths[row]] for row in range(rows)]
+            shown, done = lengths, status != RUNNING
+            ended, until = bool(done.all()), until + chunk_size
+            yield Chunk(new, done)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """What has come since the last look."""
+
+    new: list[np.ndarray]  # token ids per row
+    done: np.ndarray  # bool [R]: the row has ended
 
 
 def enable_compile_cache(directory: str | os.PathLike[str] | None = None) -> Path:

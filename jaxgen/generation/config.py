@@ -3,145 +3,112 @@
 import dataclasses
 import difflib
 import json
-import math
-import numbers
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError, UnsupportedError
+from jaxgen.generation.fields import CHECKS, METADATA, REFUSED, plain
 
-# transformers' defaults of last resort (GenerationConfig._get_default_generation_params). max_length is not
-# here: when nobody sets a length, it is the prompt's width plus DEFAULT_NEW_TOKENS.
+# transformers' defaults of last resort (GenerationConfig._get_default_generation_params), where they are not the
+# value at which an option does nothing. max_length is not here: when nobody sets a length, it is the prompt's
+# width plus DEFAULT_NEW_TOKENS.
 DEFAULTS: dict[str, Any] = {
     "do_sample": False,
     "temperature": 1.0,
     "top_k": 50,
     "top_p": 1.0,
     "repetition_penalty": 1.0,
+    "num_beams": 1,
+    "length_penalty": 1.0,
+    "early_stopping": False,
     "num_return_sequences": 1,
     "return_dict_in_generate": False,
+    "num_assistant_tokens": 20,
+    "assistant_confidence_threshold": 0.4,
+    "max_matching_ngram_size": 2,
 }
 DEFAULT_NEW_TOKENS = 20
-_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-_INT32_MAX = np.iinfo(np.int32).max
-
-# Fields of transformers 5.23 that jaxgen does not act on yet, with the values at which they do nothing.
-_INERT: dict[str, tuple[Any, ...]] = {
-    "assistant_confidence_threshold": (0.4,),
-    "assistant_early_exit": (),
-    "assistant_ensemble_weight": (),
-    "assistant_lookbehind": (10,),
-    "bad_words_ids": ([],),
-    "begin_suppress_tokens": ([],),
-    "cache_config": ({},),
-    "cache_implementation": ("static",),
-    "compile_config": (),
-    "constraints": ([],),
-    "continuous_batching_config": (),
-    "decoder_start_token_id": (),
-    "disable_compile": (False,),
-    "diversity_penalty": (0.0,),
-    "dola_layers": (),
-    "early_stopping": (False,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "exponential_decay_length_penalty": (),
-    "force_words_ids": ([],),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "guidance_scale": (1.0,),
-    "is_assistant": (False,),
-    "length_penalty": (1.0,),
-    "low_memory": (False,),
-    "max_cache_len": (),
-    "max_matching_ngram_size": (),
-    "max_time": (),
-    "min_length": (0,),
-    "no_repeat_ngram_size": (0,),
-    "num_assistant_tokens": (20,),
-    "num_assistant_tokens_schedule": ("constant",),
-    "num_beam_groups": (1,),
-    "num_beams": (1,),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "output_logits": (False,),
-    "output_scores": (False,),
-    "penalty_alpha": (),
-    "prefill_chunk_size": (),
-    "prompt_lookup_num_tokens": (),
-    "remove_invalid_values": (False,),
-    "renormalize_logits": (False,),
-    "sequence_bias": ({}, []),
-    "speculation_type": (),
-    "stop_strings": ([],),
-    "suppress_tokens": ([],),
-    "target_lookbehind": (10,),
-    "token_healing": (False,),
-    "top_h": (),
-    "typical_p": (1.0,),
-    "use_cache": (True,),
-    "use_mtp": (False,),
-    "watermarking_config": (),
-    # Arguments of HF's generate() that are not fields of its GenerationConfig.
-    "assistant_model": (),
-    "assistant_tokenizer": (),
-    "custom_generate": (),
-    "inputs_embeds": (),
-    "logits_processor": (),
-    "negative_prompt_attention_mask": (),
-    "negative_prompt_ids": (),
-    "past_key_values": (),
-    "position_ids": (),
-    "prefix_allowed_tokens_fn": (),
-    "stopping_criteria": (),
-    "streamer": (),
-    "synced_gpus": (False,),
-    "tokenizer": (),
-    "trust_remote_code": (False,),
-}
-_METADATA = frozenset({"transformers_version", "_from_model_config"})
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class GenerationConfig:
     """How to generate: HF's field names; `None` means that a less specific source decides.
 
-    Values are checked here: counts are positive, `temperature` > 0, `top_p` in (0, 1], `min_p` in [0, 1],
-    `repetition_penalty` > 0. Raises `JaxgenError` for a bad value or a misspelt name, and `UnsupportedError` for a
-    field of transformers that jaxgen does not act on yet. Source: transformers `GenerationConfig`.
+    Values are checked here: counts are positive, `temperature` > 0, `top_p` in (0, 1], and so on (`fields.CHECKS`).
+    Raises `JaxgenError` for a bad value or a misspelt name, and `UnsupportedError` for a field of transformers that
+    jaxgen refuses. Source: transformers `GenerationConfig`.
 
     >>> GenerationConfig(max_new_tokens=5, do_sample=True, top_p=0.9).top_p
     0.9
     """
 
+    # Length
     max_length: int | None = None
     max_new_tokens: int | None = None
+    min_length: int | None = None
     min_new_tokens: int | None = None
+    max_time: float | None = None
+    stop_strings: tuple[str, ...] | None = None
+    # Strategy
     do_sample: bool | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
+    num_return_sequences: int | None = None
+    # Processors
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] | None = None
+    repetition_penalty: float | None = None
+    encoder_repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    encoder_no_repeat_ngram_size: int | None = None
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | tuple[int, ...] | None = None
+    remove_invalid_values: bool | None = None
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    begin_suppress_tokens: tuple[int, ...] | None = None
     temperature: float | None = None
+    top_h: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
-    repetition_penalty: float | None = None
+    typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
+    watermarking_config: Any = None
+    renormalize_logits: bool | None = None
+    guidance_scale: float | None = None
+    # Special tokens
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
-    num_return_sequences: int | None = None
+    # Output
     return_dict_in_generate: bool | None = None
+    output_scores: bool | None = None
+    output_logits: bool | None = None
+    output_attentions: bool | None = None
+    output_hidden_states: bool | None = None
+    top_logprobs: int | None = None  # jaxgen's own: the model's n best tokens and their log-probabilities, per step
+    # Cache
+    cache_implementation: str | None = None
+    max_cache_len: int | None = None
+    prefill_chunk_size: int | None = None
+    # Speculation
+    num_assistant_tokens: int | None = None
+    assistant_confidence_threshold: float | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int | None = None
 
     def __init__(self, **options: Any):
         """Take options by HF's names; written by hand so that a wrong name says what it should have been."""
         check_names(options)
         for field in dataclasses.fields(self):
             value = options.get(field.name)
-            checked = None if value is None else _CHECKS[field.name](field.name, _plain(value))
+            checked = None if value is None else CHECKS[field.name](field.name, plain(value))
             object.__setattr__(self, field.name, checked)
 
     @property
@@ -167,8 +134,7 @@ class GenerationConfig:
         else:
             raise JaxgenError(f"generation_config: cannot read {type(source).__name__}; pass a GenerationConfig")
         check_names(fields)
-        supported = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in fields.items() if name in supported})
+        return cls(**{name: value for name, value in fields.items() if name in CHECKS})
 
     @classmethod
     def from_model_config(cls, config: MistralConfig) -> "GenerationConfig":
@@ -178,8 +144,7 @@ class GenerationConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The generation_config.json that transformers reads back: the fields that are set."""
-        set_fields = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in set_fields.items()}
+        return {k: _listed(v) for k, v in dataclasses.asdict(self).items() if v is not None and k != "top_logprobs"}
 
 
 def resolve(
@@ -199,94 +164,48 @@ def resolve(
     for source in (checkpoint, generation_config):
         if source is not None:
             fields |= {k: v for k, v in vars(source).items() if v is not None}
-    supported = {field.name for field in dataclasses.fields(GenerationConfig)}
-    fields |= {k: v for k, v in options.items() if k in supported}
+    fields |= {k: v for k, v in options.items() if k in CHECKS}
     config = GenerationConfig(**fields)
-    if not config.do_sample and (config.num_return_sequences or 1) > 1:
-        raise JaxgenError(
-            f"num_return_sequences={config.num_return_sequences} needs do_sample=True: "
-            "greedy search would return the same sequence every time"
-        )
+    _check_together(config)
     return config
 
 
+def _check_together(config: GenerationConfig) -> None:
+    """Raise for options that contradict each other."""
+    samples, beams = config.num_return_sequences or 1, config.num_beams or 1
+    if beams > 1 and samples > beams:
+        raise JaxgenError(f"num_return_sequences={samples} is more than num_beams={beams}: beams are what is returned")
+    if beams == 1 and samples > 1 and not config.do_sample:
+        raise JaxgenError(
+            f"num_return_sequences={samples} needs do_sample=True: "
+            "greedy search would return the same sequence every time"
+        )
+    if not config.return_dict_in_generate:
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "top_logprobs"):
+            if getattr(config, name):
+                raise JaxgenError(f"{name}={getattr(config, name)} needs return_dict_in_generate=True")
+
+
 def check_names(fields: Mapping[str, Any]) -> None:
-    """Raise for a name that HF does not have (with the nearest one) or that jaxgen does not act on yet."""
-    supported = {field.name for field in dataclasses.fields(GenerationConfig)}
+    """Raise for a name that HF does not have (with the nearest one) or that jaxgen refuses."""
     for name, value in fields.items():
-        if name in supported or name in _METADATA:
+        if name in CHECKS or name in METADATA:
             continue
-        if name not in _INERT:
-            nearest = difflib.get_close_matches(name, [*supported, *_INERT], n=1, cutoff=0.6)
+        if name not in REFUSED:
+            nearest = difflib.get_close_matches(name, [*CHECKS, *REFUSED], n=1, cutoff=0.6)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise JaxgenError(f"{name!r} is not a generation option{hint}")
-        if value is not None and not any(_same(value, inert) for inert in _INERT[name]):
-            raise UnsupportedError(f"{name}={value!r} is not supported yet by jaxgen")
+        inert, reason = REFUSED[name]
+        if value is not None and not any(_same(value, harmless) for harmless in inert):
+            raise UnsupportedError(f"{name}={value!r} is not supported by jaxgen: {reason}")
 
 
 def _same(value: object, inert: object) -> bool:
     return type(value) in (bool, int, float, str, list, dict) and value == inert
 
 
-def _plain(value: Any) -> Any:
-    """Python's own numbers for numpy and jax scalars and lists."""
-    if getattr(value, "ndim", None) is not None and not isinstance(value, list | tuple):
-        value = value.tolist()
-    return tuple(_plain(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def _integer(minimum: int):
-    def check(name: str, value: Any) -> int:
-        if isinstance(value, int | np.integer) and value > _INT32_MAX:
-            raise JaxgenError(f"{name}={value!r} must be an int of at most {_INT32_MAX}")
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < minimum:
-            raise JaxgenError(f"{name}={value!r} must be an int of at least {minimum}")
-        return int(value)
-
-    return check
-
-
-def _number(low: float, high: float, interval: str):
-    """A finite number inside an interval written as in mathematics, such as '(0, 1]'."""
-
-    def check(name: str, value: Any) -> float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        fits = fits and (value == 0 or _SMALLEST <= abs(value) <= _LARGEST)
-        if not fits or not low <= value <= high or (value == low and interval.startswith("(")):
-            hint = "; use do_sample=False for greedy search" if name == "temperature" and value == 0 else ""
-            raise JaxgenError(f"{name}={value!r} must be a number in {interval}{hint}")
-        return float(value)
-
-    return check
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise JaxgenError(f"{name}={value!r} must be True or False")
-    return value
-
-
-def _token_ids(name: str, value: Any) -> int | tuple[int, ...]:
-    one = _integer(0)
-    return tuple(one(name, item) for item in value) if isinstance(value, tuple) else one(name, value)
-
-
-_CHECKS = {
-    "max_length": _integer(1),
-    "max_new_tokens": _integer(1),
-    "min_new_tokens": _integer(0),
-    "do_sample": _flag,
-    "temperature": _number(0.0, math.inf, "(0, inf)"),
-    "top_k": _integer(0),
-    "top_p": _number(0.0, 1.0, "(0, 1]"),
-    "min_p": _number(0.0, 1.0, "[0, 1]"),
-    "repetition_penalty": _number(0.0, math.inf, "(0, inf)"),
-    "eos_token_id": _token_ids,
-    "pad_token_id": _integer(0),
-    "bos_token_id": _integer(0),
-    "num_return_sequences": _integer(1),
-    "return_dict_in_generate": _flag,
-}
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _read_file(path: Path) -> dict[str, Any]:

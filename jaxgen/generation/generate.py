@@ -13,21 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgen.errors import JaxgenError
+from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation import loop
 from jaxgen.generation.compiled import Run
 from jaxgen.generation.config import GenerationConfig, resolve
-from jaxgen.generation.limits import new_token_budget
-from jaxgen.generation.logits import Recipe
+from jaxgen.generation.controls import Plan, Recipe
+from jaxgen.generation.limits import row_limits
 from jaxgen.generation.output import collect
 from jaxgen.generation.prompt import generated, pack
-from jaxgen.generation.request import Request, check_eos, controls_of
+from jaxgen.generation.read import Prompts
+from jaxgen.generation.replay import replayed
+from jaxgen.generation.request import Extras, Request, controls_of, recipe_of
 from jaxgen.generation.sample import random_key, row_id_words
+from jaxgen.generation.score import TextScore, score, transition_scores
+from jaxgen.generation.stop import BROKEN
 from jaxgen.generation.weights import Untracked
 
 
 class GenerationMixin:
-    """`generate` and `warmup` for a causal language model."""
+    """`generate` and what goes with it, for a causal language model."""
 
     def generate(
         self,
@@ -38,15 +42,21 @@ class GenerationMixin:
         key: Any = None,
         seed: Any = None,
         row_ids: Any = None,
+        streamer: Any = None,
+        chunk_size: int = 1,
         **options: Any,
     ) -> Any:
         """Generate text ids as transformers' `generate` does: same names, same defaults, same layout.
 
         `input_ids` [B, T] are lists, numpy or jax arrays; `attention_mask` [B, T] is 1 on real tokens, in any
-        arrangement (None: all are real). `options` are fields of `GenerationConfig` and win over
-        `generation_config`, which wins over the checkpoint's own. Sampling takes its randomness from `key` (a
-        jax.random key) or `seed` (any int); with neither, from a fresh seed. `row_ids` (ints or strings) name the
-        rows: a row's draws depend on its id, its position and the key, and on nothing else.
+        arrangement (None: all are real). `options` are fields of `GenerationConfig`, which win over
+        `generation_config`, which wins over the checkpoint's own; and HF's other arguments (`Extras`):
+        `logits_processor` and `stopping_criteria` (jittable functions of tokens [R, S], lengths [R] and logits [R, V]),
+        `prefix_allowed_tokens_fn`, `negative_prompt_ids` with its mask, `tokenizer` (for `stop_strings`),
+        `assistant_model`, `past_key_values`. Sampling takes its randomness from `key` (a jax.random key) or `seed` (any
+        int); with neither, from a fresh seed. `row_ids` (ints or strings) name the rows: a row's draws depend on its
+        id, its position and the key, and on nothing else. A `streamer` gets the ids as transformers' streamers do,
+        `chunk_size` tokens at a time.
 
         Returns int32 ids [B * num_return_sequences, T + new]: the input's columns, the new tokens, then pad.
         With `return_dict_in_generate=True` returns a `GenerateOutput`. Raises `JaxgenError` for bad input before
@@ -57,10 +67,86 @@ class GenerationMixin:
         >>> tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0]
         'A list of colors: red, blue, green, yellow, orange, purple, pink,'
         """
-        config = resolve(options, generation_config, self.generation_config)
-        request = Request.read(self, input_ids, attention_mask, config, key, seed, row_ids)
-        state = Run(self, request).advance()
-        return collect(state, request)
+        request = self._request(input_ids, attention_mask, generation_config, key, seed, row_ids, options)
+        state = Run(self, request).finish() if streamer is None else self._feed(streamer, request, chunk_size)
+        return replayed(self, collect(self, state, request), request)
+
+    def stream(
+        self,
+        texts: "str | list[str]",
+        *,
+        tokenizer: Any = None,
+        chunk_size: int = 1,
+        **options: Any,
+    ) -> Any:
+        """The text that `generate` gives, piece by piece: an iterator, or in a notebook a display that grows.
+
+        For one text it yields strings; for a list of texts `(row, piece)`. `chunk_size` says how many tokens pass
+        between two looks, and changes nothing else. `tokenizer` defaults to the checkpoint's. `options` are those
+        of `generate`, and those of `jaxgen.text.stream.stream`.
+
+        >>> model, _ = getfixture("demo")
+        >>> list(model.stream("A list of colors: red, blue", max_new_tokens=5))
+        [', ', 'green, ', 'yellow,']
+        """
+        from jaxgen.text.stream import stream
+
+        return stream(self, texts, tokenizer=tokenizer, chunk_size=chunk_size, **options)
+
+    def score(self, texts: "str | list[str]", *, tokenizer: Any = None, batch_size: int = 8) -> "list[TextScore]":
+        """The log-probability of every token of some texts, each given the tokens before it.
+
+        `tokenizer` defaults to the checkpoint's. Raises `JaxgenError` for a text of fewer than two tokens, or longer
+        than the model's context.
+
+        >>> model, _ = getfixture("demo")
+        >>> [scored] = model.score(["Portugal is a country"])
+        >>> float(scored.logprobs.sum()) > -20
+        True
+        """
+        return score(self, texts, tokenizer, batch_size)
+
+    def compute_transition_scores(
+        self, sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False
+    ) -> Float[np.ndarray, "R N"]:
+        """The score of each generated token, from `output_scores=True`: as transformers' method of this name.
+
+        `normalize_logits` makes log-probabilities of raw scores. With beams pass the output's `beam_indices`; entries
+        past a beam's end are 0.
+
+        >>> model, tokenizer = getfixture("demo")
+        >>> ids = tokenizer(["1, 2, 3"], return_tensors="np")["input_ids"]
+        >>> out = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True, output_scores=True)
+        >>> given = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+        >>> bool(np.allclose(given, out.logprobs, atol=1e-5))
+        True
+        """
+        return transition_scores(sequences, scores, beam_indices, normalize_logits)
+
+    def _request(
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        generation_config: Any,
+        key: Any,
+        seed: Any,
+        row_ids: Any,
+        options: dict[str, Any],
+    ) -> Request:
+        extras, fields = Extras.take(options)
+        config = resolve(fields, generation_config, self.generation_config)
+        return Request.read(self, input_ids, attention_mask, config, key, seed, row_ids, extras)
+
+    def _feed(self, streamer: Any, request: Request, chunk_size: int) -> Any:
+        """Generate under the eyes of a streamer; the state at the end."""
+        from jaxgen.text.streamers import feed
+
+        if (request.config.num_beams or 1) > 1:
+            raise JaxgenError("streamer: beam search has no text to show before it ends; use num_beams=1")
+        run = Run(self, request)
+        prompt = np.repeat(request.input_ids, request.plan.samples, axis=0)
+        feed(streamer, prompt, run.chunks(chunk_size), request.config.filler_id)
+        return run.state
 
     def warmup(self, batch: int, prompt_length: int, max_new_tokens: int, **options: Any) -> None:
         """Compile what a `generate` call of this size needs, so that the first real one is already fast.
@@ -70,8 +156,8 @@ class GenerationMixin:
         >>> model, _ = getfixture("demo")
         >>> model.warmup(batch=1, prompt_length=10, max_new_tokens=20)
         """
-        config = resolve(options | {"max_new_tokens": max_new_tokens}, None, self.generation_config)
-        request = Request.read(self, np.zeros((batch, prompt_length), np.int32), None, config)
+        ids = np.zeros((batch, prompt_length), np.int32)
+        request = self._request(ids, None, None, None, None, None, options | {"max_new_tokens": max_new_tokens})
         state = Run(self, request).advance(until=1)  # prefill has drawn one: the loop is compiled, not entered
         jax.block_until_ready(state.lengths)
 
@@ -85,6 +171,17 @@ class GenerationMixin:
         known = isinstance(config, GenerationConfig)
         self._generation_defaults = Untracked(config if known else GenerationConfig.from_hf(config))
 
+    @property
+    def name_or_path(self) -> str | None:
+        """The directory that the model was loaded from, where its tokenizer is; None if it was not."""
+        return self._loaded_from.value
+
+    @name_or_path.setter
+    def name_or_path(self, name: str | None) -> None:
+        self._loaded_from = Untracked(name)
+
+    _loaded_from = Untracked(None)
+
 
 def generate(
     model: Any,
@@ -93,13 +190,16 @@ def generate(
     key: Any = None,
     config: GenerationConfig | None = None,
     row_ids: Any = None,
+    **extras: Any,
 ) -> "Int[Array, 'R total'] | dict[str, Array]":
     """Generate as a pure function: no buckets, no checks of values, usable inside jit and under vmap over keys.
 
     As `model.generate`, with arrays in and arrays out: ids [B * num_return_sequences, T + max_new_tokens], always
     full width. With `return_dict_in_generate` a dict with `sequences`, `logprobs` and `model_logprobs` [R, N],
     `lengths` [R] (new tokens per row) and `broken` [R] (the row met NaN logits). `key` is needed for sampling;
-    `row_ids` are as in `model.generate`, and static. Raises `JaxgenError` for a bad configuration.
+    `row_ids` are as in `model.generate`, and static. `extras` are its arguments that are no numbers
+    (`logits_processor`, `stopping_criteria`, `tokenizer`, ...). Raises `JaxgenError` for a bad configuration, and
+    `UnsupportedError` for what needs the host or a second model.
 
     >>> model, _ = getfixture("demo")
     >>> config = GenerationConfig(max_new_tokens=4, do_sample=True)
@@ -108,22 +208,38 @@ def generate(
     (3, 1, 6)
     """
     effective = resolve({}, config, model.generation_config)
-    check_eos(effective, model.config.vocab_size)
+    given, unknown = Extras.take(extras)
+    if unknown:
+        raise JaxgenError(f"{next(iter(unknown))!r} is no argument of jaxgen.generate; options belong in config=")
+    recipe, controls = recipe_of(effective, given), controls_of(effective, model.config.vocab_size, given)
+    _check_pure(effective, given, recipe)
     if effective.do_sample and key is None:
         raise JaxgenError("do_sample=True needs key=: jax.random.key(seed)")
-    (batch, width), samples = input_ids.shape, effective.num_return_sequences or 1
-    budget = new_token_budget(effective, width, width, model.config.max_position_embeddings)
+    batch, width = input_ids.shape
+    # As if every column were real: how many are is known to the device only.
+    room = np.full(batch, width, np.int32)
+    limits = row_limits(effective, room, model.config.max_position_embeddings)
+    budget, total = int((limits - room).max()), int(limits.max())
     random, _ = random_key(key, 0 if key is None else None)
     ids = jnp.asarray(input_ids)
     real = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
     tokens, lengths = pack(ids, real, jnp)
-    total = width + budget
-    plan = loop.Plan(Recipe.of(effective), samples, total, model.config.cache_slots(total))
-    controls = jax.tree.map(jnp.asarray, controls_of(effective, budget))
-    words = jnp.asarray(row_id_words(row_ids, batch))
-    prompts = loop.Prompts(tokens, lengths, words, idle=jnp.zeros(batch, bool))
+    by_length = effective.max_new_tokens is None and effective.max_length is not None
+    prompts = Prompts(
+        tokens=tokens,
+        lengths=lengths,
+        limits=jnp.full(batch, total) if by_length else lengths + budget,
+        row_ids=jnp.asarray(row_id_words(row_ids, batch)),
+        idle=jnp.zeros(batch, bool),
+    )
+    chunk = effective.prefill_chunk_size or 0
+    samples = effective.num_return_sequences or 1
+    slots, int8 = model.config.cache_slots(total, ahead=chunk), effective.cache_implementation == "quantized"
+    plan = Plan(recipe, samples, total, slots, int8, chunk)
+    controls = jax.tree.map(jnp.asarray, controls)
     state = loop.prefill(model, prompts, random, controls, plan)
-    state = loop.decode(model, state, controls.max_new_tokens, controls, plan.recipe)
+    state = loop.decode(model, state, jnp.int32(total), controls, recipe)
+    budget = total if by_length else budget
 
     def new(table: Float[Array, "R S"] | Int[Array, "R S"], fill: float) -> Array:
         return generated(table, state.prompt_lengths, state.lengths, budget, fill, jnp)
@@ -137,5 +253,25 @@ def generate(
         "logprobs": new(state.logprobs, 0.0),
         "model_logprobs": new(state.model_logprobs, 0.0),
         "lengths": state.lengths - state.prompt_lengths,
-        "broken": state.broken,
+        "broken": state.status == BROKEN,
     }
+
+
+def _check_pure(config: GenerationConfig, extras: Extras, recipe: Recipe) -> None:
+    """Raise for what only `model.generate` can do."""
+    refused = {
+        "max_time": config.max_time,
+        "num_beams": recipe.num_beams > 1,
+        "assistant_model": extras.assistant_model,
+        "prompt_lookup_num_tokens": recipe.prompt_lookup,
+        "past_key_values": extras.past_key_values,
+        "guidance_scale": config.guidance_scale not in (None, 1.0),
+        "output_scores": recipe.record_scores,
+        "output_logits": recipe.record_logits,
+        "output_attentions": config.output_attentions,
+        "output_hidden_states": config.output_hidden_states,
+        "top_logprobs": recipe.top_logprobs,
+    }
+    for name, given in refused.items():
+        if given:
+            raise UnsupportedError(f"{name}: not in the pure function jaxgen.generate; use model.generate")

@@ -2,71 +2,88 @@
 
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from jaxgen.attention import query_block
 from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig
+from jaxgen.generation.controls import Plan
 from jaxgen.generation.prompt import largest_bucket
+from jaxgen.generation.read import Prompts
 
 _SHOWN = 1_000_000_000
 
 
-def new_token_budget(config: GenerationConfig, width: int, longest: int, context: int) -> int:
-    """How many new tokens each row may get.
+def row_limits(config: GenerationConfig, lengths: Int[np.ndarray, " B"], context: int) -> Int[np.ndarray, " B"]:
+    """The length, prompt and new tokens, at which each row ends.
 
-    `max_new_tokens` wins over `max_length`, which counts the prompt's `width` with its padding, as in HF; with
-    neither, DEFAULT_NEW_TOKENS within the context. `longest` is the longest prompt in real tokens. Raises
-    `JaxgenError` where nothing would be left to generate, and where prompt and new tokens exceed the model's
-    `context` (max_position_embeddings). Source: transformers `GenerationMixin._prepare_generated_length`.
+    `max_new_tokens` wins over `max_length`, as in HF; with neither, DEFAULT_NEW_TOKENS within the context. Padding
+    counts nowhere: a row may be as long as if it were alone. Raises `JaxgenError` where nothing would be left to
+    generate, and where a row would exceed the model's `context` (max_position_embeddings). Source: transformers
+    `GenerationMixin._prepare_generated_length`.
     """
+    row = int(lengths.argmax())
+    longest = int(lengths[row])
     if longest >= context:
         raise JaxgenError(f"the prompt has {longest} tokens; the model's context of {context} leaves no room for more")
     if config.max_new_tokens is not None:
-        budget = config.max_new_tokens
-        asked = f"max_new_tokens={budget}"
+        asked, limits = f"max_new_tokens={config.max_new_tokens}", lengths.astype(np.int64) + config.max_new_tokens
     elif config.max_length is not None:
-        budget = config.max_length - width
-        asked = f"max_length={config.max_length}"
-        if budget <= 0:
+        asked, limits = f"max_length={config.max_length}", np.full(lengths.shape, config.max_length, np.int64)
+        if longest >= config.max_length:
             raise JaxgenError(
-                f"{asked} leaves nothing to generate after a prompt of width {width}; set max_new_tokens instead"
+                f"{asked} leaves nothing to generate after the {longest} tokens of row {row}; "
+                "set max_new_tokens instead"
             )
     else:
-        budget = min(DEFAULT_NEW_TOKENS, context - longest)
-        asked = f"the default of {budget} new tokens"
-    if longest + budget > context:
+        limits = np.minimum(lengths + DEFAULT_NEW_TOKENS, context)
+        asked = f"the default of {limits[row] - longest} new tokens"
+    if limits.max() > context:
         raise JaxgenError(
             f"a prompt of {longest} tokens and {asked} exceed the model's context of {context} tokens; "
             f"at most {context - longest} new tokens fit"
         )
-    if config.min_new_tokens and config.min_new_tokens > budget:
+    least = np.maximum(lengths + (config.min_new_tokens or 0), 0 if config.min_new_tokens else config.min_length or 0)
+    if (least > limits).any():
+        row = int((least - limits).argmax())
+        name = "min_new_tokens" if config.min_new_tokens else "min_length"
         raise JaxgenError(
-            f"min_new_tokens={config.min_new_tokens} is more than the {budget} tokens that {asked} allows"
+            f"{name}={getattr(config, name)} asks more of row {row} than the {limits[row] - lengths[row]} tokens that "
+            f"{asked} allows it"
         )
-    return budget
+    return limits.astype(np.int32)
 
 
-def check_memory(
-    config: MistralConfig, itemsize: int, prompts: int, samples: int, length: int, total: int, device: Any
-) -> None:
-    """Raise `JaxgenError`, saying how many new tokens fit, if the key-value cache or the prefill outgrow the device.
+def check_memory(config: MistralConfig, itemsize: int, prompts: Prompts, plan: Plan, device: Any) -> None:
+    """Raise `JaxgenError`, saying how many new tokens fit, if cache, prefill and what is recorded outgrow the device.
 
-    `length` and `total` are the (bucketed) sizes of the prompt and of prompt and new tokens together. What the
-    prefill needs besides the cache is an estimate of its largest arrays.
+    What the prefill needs besides the cache is an estimate of its largest arrays.
     """
     free = free_bytes(device)
     if free is None:
         return
-    rows = prompts * samples
-    per_slot = rows * kv_bytes_per_token(config, itemsize)
-    working = prefill_bytes(config, itemsize, prompts, length)
-    needed = per_slot * config.cache_slots(total) + working
+    batch, length = prompts.tokens.shape
+    batch = 2 * batch if prompts.negative is not None else batch
+    rows = batch * plan.samples
+    per_slot = rows * kv_bytes_per_token(config, itemsize, plan.int8_cache)
+    recipe = plan.recipe
+    tables = recipe.record_scores + recipe.record_logits
+    recorded = 4 * prompts.tokens.shape[0] * plan.samples * recipe.recorded * config.vocab_size * tables
+    working = prefill_bytes(config, itemsize, batch, plan.chunk or length) + recorded
+    needed = per_slot * plan.slots + working
     if needed <= free:
         return
+    if recorded > free // 2:
+        raise JaxgenError(
+            f"output_scores and output_logits of {recipe.recorded} steps need {recorded / _SHOWN:.2f} GB, and "
+            f"{free / _SHOWN:.2f} GB are free on {device}; top_logprobs=n keeps the n best tokens of every step"
+        )
     room = largest_bucket(max(free - working, 0) // per_slot) - length
     advice = f"at most {room} new tokens fit" if room > 0 else "use fewer rows or a shorter prompt"
     raise JaxgenError(
-        f"{rows} rows of {total} tokens (prompt and new tokens, rounded up) need {needed / _SHOWN:.2f} GB for "
+        f"{rows} rows of {plan.total} tokens (prompt and new tokens, rounded up) need {needed / _SHOWN:.2f} GB for "
         f"the key-value cache and the prefill, and {free / _SHOWN:.2f} GB are free on {device}; {advice}"
     )
 
@@ -79,9 +96,10 @@ def prefill_bytes(config: MistralConfig, itemsize: int, prompts: int, length: in
     return prompts * (scores + activations + logits)
 
 
-def kv_bytes_per_token(config: MistralConfig, itemsize: int) -> int:
+def kv_bytes_per_token(config: MistralConfig, itemsize: int, int8: bool = False) -> int:
     """Bytes of keys and values that one token of one row takes in all layers."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size * itemsize
+    per_head = config.head_size + 4 if int8 else config.head_size * itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * per_head
 
 
 def free_bytes(device: Any) -> int | None:

@@ -4,55 +4,20 @@ Both are pure functions of a model, arrays and a static recipe. Everything the l
 """
 
 import dataclasses
-from typing import Protocol, no_type_check, runtime_checkable
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgen.cache import KVCache
-from jaxgen.generation.logits import Controls, Count, Recipe, process
+from jaxgen.generation.controls import Controls, Plan, Recipe
+from jaxgen.generation.guidance import guided, with_negatives
+from jaxgen.generation.read import CausalLM, Count, Prompts, read_prompts
+from jaxgen.generation.record import Record
+from jaxgen.generation.rows import Rows
 from jaxgen.generation.sample import draw, row_keys
-
-
-@runtime_checkable
-class CausalLM(Protocol):
-    """What the loop needs of a model."""
-
-    def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], slots: int
-    ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Logits after each row's last token, and the cache."""
-        ...
-
-    def step(
-        self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
-    ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Logits after one more token per row, and the cache that holds it."""
-        ...
-
-
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
-@dataclasses.dataclass
-class Prompts:
-    """A batch of prompts as the device reads them: right-padded, possibly with idle rows that fill up a bucket."""
-
-    tokens: Int[Array | np.ndarray, "B T"]
-    lengths: Int[Array | np.ndarray, " B"]  # real tokens per row, at least 1
-    row_ids: UInt32[Array | np.ndarray, "B 2"]  # two words per row, see `sample.row_id_words`
-    idle: Bool[Array | np.ndarray, " B"]  # nobody asked for this row
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is static in a generation, besides the shapes of its arrays."""
-
-    recipe: Recipe
-    samples: int  # rows per prompt
-    total: int  # the largest length of a row, prompt and new tokens
-    slots: int  # cache slots per row
+from jaxgen.generation.stop import BROKEN, IDLE, RUNNING, meets_any, status_after
 
 
 @jax.tree_util.register_dataclass
@@ -64,47 +29,70 @@ class DecodeState:
     tokens: Int[Array, "R S"]  # slot p holds the row's token p: the packed prompt, then the new tokens
     lengths: Int[Array, " R"]  # tokens the row holds; the position of the next one
     prompt_lengths: Int[Array, " R"]  # how many of them came with the prompt
-    done: Bool[Array, " R"]  # the row has ended (end-of-sequence, length, or broken)
-    broken: Bool[Array, " R"]  # the row's logits were not finite; it stopped before drawing from them
+    prompts: Int[Array, " R"]  # the index of that prompt in the call
+    limits: Int[Array, " R"]  # the length at which the row ends
+    status: Int[Array, " R"]  # RUNNING, or why it ended (`stop`)
     logprobs: Float[Array, "R S"]  # of the token in each slot, under the distribution it was drawn from
     model_logprobs: Float[Array, "R S"]  # the same under the model's own distribution, before any processor
     row_keys: Key[Array, " R"]  # never advanced: a draw folds in its position
-    steps: Int[Array, ""]  # tokens drawn so far in the rows that are still running
     cache: KVCache  # keys and values of tokens 0 .. lengths - 2; the newest token has not been read yet
+    matched: Int[Array, " R"] | None  # how far each row is into a stop string
+    negative_shift: Int[Array, " R"] | None  # with guidance: a negative row's length minus that of its row
+    record: Record  # scores and logits, if asked for
+
+    @property
+    def running(self) -> Bool[Array, " R"]:
+        """Which rows have not ended."""
+        return self.status == RUNNING
+
+    def rows(self, active: Bool[Array, " R"] | None = None) -> Rows:
+        """What processors may know; `active`, if given, narrows down the running rows."""
+        running = self.running if active is None else self.running & active
+        return Rows(self.tokens, self.lengths, self.prompt_lengths, self.limits, self.prompts, running)
 
 
 def prefill(model: CausalLM, prompts: Prompts, key: Key[Array, ""], controls: Controls, plan: Plan) -> DecodeState:
     """Read the prompts once, spread each over `plan.samples` rows, and draw every row's first token."""
-    tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
-    logits, cache = model.prefill(tokens, lengths, plan.slots)
+    state, logits = begin(model, prompts, key, controls, plan)
+    return append_token(state, logits, controls, plan.recipe)
 
-    def spread(x: Array) -> Array:
-        return jnp.repeat(x, plan.samples, axis=0) if plan.samples > 1 else x
 
-    rows = tokens.shape[0] * plan.samples
-    lengths = spread(lengths)
+def begin(
+    model: CausalLM, prompts: Prompts, key: Key[Array, ""], controls: Controls, plan: Plan
+) -> tuple[DecodeState, Float[Array, "logit_rows V"]]:
+    """The state before the first token, and the logits it will be drawn from."""
+    logits, cache = read_prompts(model, prompts, plan)
+
+    def spread(x: Any) -> Array:
+        return jnp.repeat(jnp.asarray(x), plan.samples, axis=0) if plan.samples > 1 else jnp.asarray(x)
+
+    tokens, lengths, idle = spread(prompts.tokens), spread(prompts.lengths), spread(prompts.idle)
+    rows, stop_strings = len(tokens), controls.stop_strings
+    tokens = jnp.pad(tokens, ((0, 0), (0, plan.total - tokens.shape[1])))
     state = DecodeState(
-        tokens=jnp.pad(spread(tokens), ((0, 0), (0, plan.total - tokens.shape[1]))),
+        tokens=tokens,
         lengths=lengths,
         prompt_lengths=lengths,
-        done=spread(jnp.asarray(prompts.idle)),
-        broken=jnp.zeros(rows, bool),
+        prompts=spread(jnp.arange(len(prompts.tokens))),
+        limits=spread(prompts.limits),
+        status=jnp.where(idle, jnp.int8(IDLE), jnp.int8(RUNNING)),
         logprobs=jnp.zeros((rows, plan.total), jnp.float32),
         model_logprobs=jnp.zeros((rows, plan.total), jnp.float32),
         row_keys=row_keys(key, jnp.asarray(prompts.row_ids), plan.samples),
-        steps=jnp.zeros((), jnp.int32),
         cache=jax.tree.map(spread, cache),
+        matched=None if stop_strings is None else stop_strings.start(tokens, lengths),
+        negative_shift=None if prompts.negative is None else spread(prompts.negative.lengths) - lengths,
+        record=Record.empty(plan.recipe, rows, logits.shape[1]),
     )
-    return append_token(state, spread(logits), controls, plan.recipe)
+    return state, spread(logits)
 
 
 def decode(model: CausalLM, state: DecodeState, until: Count, controls: Controls, recipe: Recipe) -> DecodeState:
-    """Decode until every row is done, or `until` tokens have been drawn; calling again goes on from there."""
+    """Decode until every row has ended or has `until` new tokens; calling again goes on from there."""
 
     def unfinished(state: DecodeState) -> Bool[Array, ""]:
-        some_row_runs = ~state.done.all()
-        caller_wants_more = state.steps < until
-        return some_row_runs & caller_wants_more
+        wanted = state.lengths - state.prompt_lengths < until
+        return (state.running & wanted).any()
 
     return jax.lax.while_loop(unfinished, lambda state: decode_step(model, state, controls, recipe), state)
 
@@ -112,44 +100,72 @@ def decode(model: CausalLM, state: DecodeState, until: Count, controls: Controls
 def decode_step(model: CausalLM, state: DecodeState, controls: Controls, recipe: Recipe) -> DecodeState:
     """Read each row's newest token and draw the next one.
 
-    Rows that are done read their last token again: it lands in the slot that already holds it.
+    Rows that have ended read their last token again: it lands in the slot that already holds it.
     """
     newest = state.lengths - 1
     tokens = jnp.take_along_axis(state.tokens, newest[:, None], axis=1)[:, 0]
-    logits, cache = model.step(tokens, newest, state.cache)
+    logits, cache = model.step(*with_negatives(tokens, newest, state.negative_shift), state.cache)
     return append_token(dataclasses.replace(state, cache=cache), logits, controls, recipe)
 
 
-def append_token(state: DecodeState, logits: Float[Array, "R V"], controls: Controls, recipe: Recipe) -> DecodeState:
-    """Choose each running row's next token from its logits, write it down, and see who is done."""
+def append_token(
+    state: DecodeState,
+    logits: Float[Array, "logit_rows V"],
+    controls: Controls,
+    recipe: Recipe,
+    active: Bool[Array, " R"] | None = None,
+) -> DecodeState:
+    """Choose each running row's next token from its logits, write it down, and see who ends.
+
+    With guidance, the logits of the negative rows follow those of the rows. Rows that are not `active` stay as
+    they are.
+    """
     with jax.named_scope("sample"):
-        new_tokens = state.lengths - state.prompt_lengths
-        seen = seen_tokens(state, logits.shape[1]) if recipe.repetition_penalty else None
-        scores = process(logits, seen, new_tokens, controls, recipe)
+        logits = guided(logits, controls.guidance_scale)
+        rows = state.rows(active)
+        scores = process(logits, rows, controls)
         chosen = draw(scores, state.row_keys, state.lengths) if recipe.do_sample else greedy(scores)
 
     with jax.named_scope("record"):
         logprobs, model_logprobs = log_prob(scores, chosen), log_prob(logits, chosen)
         # One NaN or +inf anywhere in a row, or nothing left to choose from, shows here.
-        broken = ~state.done & ~(jnp.isfinite(logprobs) & jnp.isfinite(model_logprobs))
-        runs = ~(state.done | broken)
-        rows = jnp.arange(chosen.shape[0])
+        finite = jnp.isfinite(logprobs) & (jnp.isfinite(model_logprobs) | recipe.allow_invalid)
+        runs = rows.running & finite
+        index = jnp.arange(len(chosen))
         slot = jnp.where(runs, state.lengths, state.tokens.shape[1])  # past the end: dropped
 
         def put(table: Array, value: Array) -> Array:
-            return table.at[rows, slot].set(value, mode="drop", unique_indices=True, indices_are_sorted=True)
+            return table.at[index, slot].set(value, mode="drop", unique_indices=True, indices_are_sorted=True)
 
-        ends = (chosen[:, None] == controls.eos_ids).any(axis=1) | (new_tokens + 1 >= controls.max_new_tokens)
+        tokens, lengths = put(state.tokens, chosen), state.lengths + runs
+        matched, hits = state.matched, jnp.zeros_like(runs)
+        if controls.stop_strings is not None and matched is not None:
+            after, hits = controls.stop_strings.advance(matched, chosen)
+            matched = jnp.where(runs, after, matched)
+        status = status_after(
+            is_eos=(chosen[:, None] == controls.eos_ids).any(axis=1),
+            hits_stop_string=hits,
+            meets_criterion=meets_any(controls.criteria, tokens, lengths, scores),
+            reaches_limit=lengths >= state.limits,
+        )
+        status = jnp.where(runs, status, jnp.where(rows.running, jnp.int8(BROKEN), state.status))
         return dataclasses.replace(
             state,
-            tokens=put(state.tokens, chosen),
-            lengths=state.lengths + runs.astype(jnp.int32),
-            done=~runs | ends,
-            broken=state.broken | broken,
+            tokens=tokens,
+            lengths=lengths,
+            status=status,
             logprobs=put(state.logprobs, logprobs),
             model_logprobs=put(state.model_logprobs, model_logprobs),
-            steps=state.steps + 1,
+            matched=matched,
+            record=state.record.put(rows.new_tokens, runs, scores, logits),
         )
+
+
+def process(logits: Float[Array, "R V"], rows: Rows, controls: Controls) -> Float[Array, "R V"]:
+    """The logits to draw from: every processor of the call, in HF's order."""
+    for processor in controls.processors:
+        logits = processor(logits, rows)
+    return logits
 
 
 def greedy(scores: Float[Array, "R V"]) -> Int[Array, " R"]:
@@ -160,10 +176,3 @@ def greedy(scores: Float[Array, "R V"]) -> Int[Array, " R"]:
 def log_prob(scores: Float[Array, "R V"], chosen: Int[Array, " R"]) -> Float[Array, " R"]:
     """log softmax(scores) at the chosen token."""
     return jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0] - jax.nn.logsumexp(scores, axis=1)
-
-
-def seen_tokens(state: DecodeState, vocab_size: int) -> Bool[Array, "R V"]:
-    """Which tokens each row holds, prompt included."""
-    rows = jnp.arange(state.tokens.shape[0])[:, None]
-    real = jnp.arange(state.tokens.shape[1]) < state.lengths[:, None]
-    return jnp.zeros((state.tokens.shape[0], vocab_size), bool).at[rows, state.tokens].max(real)

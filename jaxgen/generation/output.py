@@ -1,67 +1,117 @@
 """What `generate` returns: ids laid out as HF does, and the optional details."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxgen.errors import NonFiniteLogitsError
+from jaxgen.generation.beam import best_sequences
 from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.loop import DecodeState
+from jaxgen.generation.past import PastKeyValues
 from jaxgen.generation.prompt import generated
 from jaxgen.generation.request import Request
+from jaxgen.generation.stop import FINISH_REASON, raise_if_broken
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOutput:
-    """The result of `generate(..., return_dict_in_generate=True)`. R rows, N new tokens in the longest row."""
+    """The result of `generate(..., return_dict_in_generate=True)`. R rows, N new tokens in the longest row.
+
+    What was not asked for is None. With beams, `scores` and `logits` are those of num_beams rows per prompt.
+    Source: transformers `GenerateDecoderOnlyOutput`, `GenerateBeamDecoderOnlyOutput`.
+    """
 
     sequences: Int[np.ndarray, "R total"]  # the input's columns, then the new tokens, then pad
     logprobs: Float[np.ndarray, "R N"]  # of each new token where it was drawn, after processors; 0 after the end
     model_logprobs: Float[np.ndarray, "R N"]  # the model's own, before processors; 0 after the end
     lengths: Int[np.ndarray, " R"]  # new tokens per row
-    finish_reason: list[str]  # "eos" or "length", per row
+    finish_reason: list[str]  # "eos", "stop_string", "criterion", "length" or "time", per row
     generation_config: GenerationConfig  # the values in effect
     seed: int | None  # the seed in effect; None when a key was given
+    past_key_values: PastKeyValues | None = None  # for a call that goes on; None with beams
+    scores: tuple[Float[np.ndarray, "rows V"], ...] | None = None  # per step, after processors; 0 after a row's end
+    logits: tuple[Float[np.ndarray, "rows V"], ...] | None = None  # per step, the model's own
+    top_logprobs: Float[np.ndarray, "R N n"] | None = None  # per token, the model's n best log-probabilities ...
+    top_ids: Int[np.ndarray, "R N n"] | None = None  # ... and whose they are
+    attentions: tuple[tuple[Float[np.ndarray, "R heads _ _"], ...], ...] | None = None  # per step and layer
+    hidden_states: tuple[tuple[Float[np.ndarray, "R _ D"], ...], ...] | None = None  # per step and layer
+    sequences_scores: Float[np.ndarray, " R"] | None = None  # beams: log-probability / length**length_penalty
+    beam_indices: Int[np.ndarray, "R N"] | None = None  # beams: the row of `scores` that gave each token; -1: none
 
     def __getitem__(self, name: str):
         """`output["sequences"]`, as HF's outputs allow."""
         return getattr(self, name)
 
 
-def collect(state: DecodeState, request: Request) -> "np.ndarray | GenerateOutput":
+def collect(model: Any, state: Any, request: Request) -> "np.ndarray | GenerateOutput":
     """Fetch a finished state and lay it out; raises `NonFiniteLogitsError` if a row ran into NaN."""
+    if request.plan.recipe.num_beams > 1:
+        return _collect_beams(state, request)
     config, samples = request.config, request.plan.samples
     rows = request.input_ids.shape[0] * samples
-    wanted = {"tokens", "lengths", "prompt_lengths", "broken"}
+    names = ["tokens", "lengths", "prompt_lengths", "status"]
     if config.return_dict_in_generate:
-        wanted |= {"logprobs", "model_logprobs"}
-    arrays = jax.device_get({name: getattr(state, name) for name in wanted})
-    arrays = {name: array[:rows] for name, array in arrays.items()}
+        names += ["logprobs", "model_logprobs"]
+    arrays = {name: x[:rows] for name, x in jax.device_get({name: getattr(state, name) for name in names}).items()}
     lengths, prompt_lengths = arrays["lengths"], arrays["prompt_lengths"]
     counts = lengths - prompt_lengths
-    if arrays["broken"].any():
-        broken = np.flatnonzero(arrays["broken"])
-        raise NonFiniteLogitsError(broken.tolist(), counts[broken].tolist())
-
+    raise_if_broken(arrays["status"], counts)
     width = int(counts.max())
 
     def new(name: str, fill: float) -> np.ndarray:
         return generated(arrays[name], prompt_lengths, lengths, width, arrays[name].dtype.type(fill))
 
-    tokens = new("tokens", config.filler_id)
     prompt = np.repeat(request.input_ids, samples, axis=0)
-    sequences = np.concatenate([prompt, tokens], axis=1)
+    sequences = np.concatenate([prompt, new("tokens", config.filler_id)], axis=1)
     if not config.return_dict_in_generate:
         return sequences
-    last = tokens[np.arange(rows), counts - 1]
     return GenerateOutput(
         sequences=sequences,
         logprobs=new("logprobs", 0.0),
         model_logprobs=new("model_logprobs", 0.0),
         lengths=counts,
-        finish_reason=["eos" if token in config.eos_token_ids else "length" for token in last.tolist()],
+        finish_reason=[FINISH_REASON[int(code)] for code in arrays["status"]],
         generation_config=config,
         seed=request.seed,
+        past_key_values=PastKeyValues(arrays["tokens"], lengths - 1, state.cache),
+        **recorded(state.record, rows, width),
     )
+
+
+def _collect_beams(state: Any, request: Request) -> "np.ndarray | GenerateOutput":
+    """The best sequences of each prompt; what was recorded per step is of the rows, as in HF."""
+    config, samples, prompts = request.config, request.plan.samples, len(request.input_ids)
+    returned = config.num_return_sequences or 1
+    best = best_sequences(state, prompts, samples, returned, float(request.controls.length_penalty))
+    inside = np.arange(best.tokens.shape[1]) < best.lengths[:, None]
+    new = np.where(inside, best.tokens, config.filler_id).astype(np.int32)
+    sequences = np.concatenate([np.repeat(request.input_ids, returned, axis=0), new], axis=1)
+    if not config.return_dict_in_generate:
+        return sequences
+    steps = int(jax.device_get(state.lengths - state.prompt_lengths)[: prompts * samples].max())
+    kept = recorded(state.record, prompts * samples, steps)
+    for name in {"top_logprobs", "top_ids"} & kept.keys():  # per token: those of the row that gave it
+        found = kept[name][best.beam_indices, np.arange(inside.shape[1])]
+        kept[name] = np.where(inside[..., None], found, np.zeros_like(found))
+    return GenerateOutput(
+        sequences=sequences,
+        logprobs=best.logprobs,
+        model_logprobs=best.model_logprobs,
+        lengths=best.lengths,
+        finish_reason=[FINISH_REASON[int(code)] for code in best.status],
+        generation_config=config,
+        seed=request.seed,
+        sequences_scores=best.scores,
+        beam_indices=best.beam_indices,
+        **kept,
+    )
+
+
+def recorded(record: Any, rows: int, width: int) -> dict[str, Any]:
+    """The fields of the output that were recorded step by step, as HF lays them out."""
+    kept: dict[str, Any] = {name: np.asarray(x)[:rows, :width] for name, x in vars(record).items() if x is not None}
+    for name in {"scores", "logits"} & kept.keys():
+        kept[name] = tuple(np.moveaxis(kept[name], 1, 0))
+    return kept

@@ -56,7 +56,7 @@ def pad_to(array: np.ndarray, shape: tuple[int, ...], fill: int = 0) -> np.ndarr
 
 
 def read_prompt(
-    input_ids: Any, attention_mask: Any, vocab_size: int
+    input_ids: Any, attention_mask: Any, vocab_size: int, names: tuple[str, str] = ("input_ids", "attention_mask")
 ) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
     """Ids and mask as numpy arrays, after every check that needs no model.
 
@@ -66,33 +66,35 @@ def read_prompt(
     """
     if isinstance(input_ids, Mapping) or hasattr(input_ids, "input_ids"):
         raise JaxgenError("input_ids is a mapping; unpack the tokenizer's output: model.generate(**inputs)")
-    ids = _table(input_ids, "input_ids")
+    ids_name, mask_name = names
+    ids = _table(input_ids, ids_name)
     if ids.size == 0:
-        raise JaxgenError(f"input_ids has shape {ids.shape}: an empty prompt; pass at least one token (such as BOS)")
-    mask = np.ones(ids.shape, bool) if attention_mask is None else _mask(attention_mask, ids.shape)
+        raise JaxgenError(f"{ids_name} has shape {ids.shape}: an empty prompt; pass at least one token (such as BOS)")
+    mask = np.ones(ids.shape, bool) if attention_mask is None else _mask(attention_mask, ids.shape, names)
     if (ids.astype(np.int32) != ids).any():
         row, column = np.argwhere(ids.astype(np.int32) != ids)[0]
-        raise JaxgenError(f"input_ids[{row}, {column}]={ids[row, column]} is not a 32-bit int (masked or not)")
+        raise JaxgenError(f"{ids_name}[{row}, {column}]={ids[row, column]} is not a 32-bit int (masked or not)")
     outside = mask & ((ids < 0) | (ids >= vocab_size))
     if outside.any():
         row, column = np.argwhere(outside)[0]
         raise JaxgenError(
-            f"input_ids[{row}, {column}]={ids[row, column]} is outside the model's vocabulary of {vocab_size} tokens; "
+            f"{ids_name}[{row}, {column}]={ids[row, column]} is outside the model's vocabulary of {vocab_size} tokens; "
             "is this the tokenizer of this model?"
         )
     empty = np.flatnonzero(~mask.any(axis=1))
     if empty.size:
-        raise JaxgenError(f"attention_mask: row {empty[0]} has no real token; every prompt needs at least one")
+        raise JaxgenError(f"{mask_name}: row {empty[0]} has no real token; every prompt needs at least one")
     return ids.astype(np.int32), mask
 
 
-def _mask(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
-    mask = _table(attention_mask, "attention_mask", allow_bool=True)
+def _mask(attention_mask: Any, shape: tuple[int, ...], names: tuple[str, str]) -> np.ndarray:
+    ids_name, name = names
+    mask = _table(attention_mask, name, allow_bool=True)
     if mask.shape != shape:
-        raise JaxgenError(f"attention_mask has shape {mask.shape}, input_ids has {shape}; they must agree")
+        raise JaxgenError(f"{name} has shape {mask.shape}, {ids_name} has {shape}; they must agree")
     if not np.isin(mask, (0, 1)).all():
         row, column = np.argwhere(~np.isin(mask, (0, 1)))[0]
-        raise JaxgenError(f"attention_mask[{row}, {column}]={mask[row, column]} must be 0 or 1")
+        raise JaxgenError(f"{name}[{row}, {column}]={mask[row, column]} must be 0 or 1")
     return mask.astype(bool)
 
 

@@ -1,20 +1,47 @@
-"""A call of `generate`, checked and laid out in numpy: everything that the two executables will be given."""
+"""A call of `generate`, checked and laid out in numpy: everything that the executables will be given."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
-from jaxgen.errors import JaxgenError
+from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.limits import check_memory, new_token_budget
-from jaxgen.generation.logits import Controls, Recipe
-from jaxgen.generation.loop import Plan, Prompts
+from jaxgen.generation.controls import Controls, Plan, Recipe
+from jaxgen.generation.limits import check_memory, row_limits
+from jaxgen.generation.past import PastKeyValues
+from jaxgen.generation.processors.chain import chain_of
+from jaxgen.generation.processors.constraint import as_pytree
 from jaxgen.generation.prompt import SMALLEST_PROMPT, SMALLEST_TOTAL, bucket, pack, pad_to, read_prompt
+from jaxgen.generation.read import Negative, Prompts
+from jaxgen.generation.replay import check_replay
 from jaxgen.generation.sample import random_key, row_id_words
+from jaxgen.generation.stop_strings import StopStrings
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """The arguments of `generate` that are no fields of a GenerationConfig, by HF's names."""
+
+    logits_processor: Any = None  # `f(tokens, lengths, logits) -> logits`, or several
+    stopping_criteria: Any = None  # `f(tokens, lengths, scores) -> bool [R]`, or several
+    prefix_allowed_tokens_fn: Any = None
+    negative_prompt_ids: Any = None
+    negative_prompt_attention_mask: Any = None
+    tokenizer: Any = None  # for stop_strings
+    assistant_model: Any = None
+    past_key_values: PastKeyValues | None = None
+
+    @classmethod
+    def take(cls, options: Mapping[str, Any]) -> "tuple[Extras, dict[str, Any]]":
+        """Split the keyword arguments of `generate` into these and the fields of a GenerationConfig."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        rest = {name: value for name, value in options.items() if name not in names}
+        return cls(**{name: value for name, value in options.items() if name in names}), rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +49,15 @@ class Request:
     """What one call asks for; numpy throughout, so that nothing is dispatched or compiled to make it."""
 
     input_ids: Int[np.ndarray, "B T"]  # as given, for the layout of the result
+    attention_mask: Bool[np.ndarray, "B T"]
     config: GenerationConfig  # the values in effect
     seed: int | None
     key: Any
     prompts: Prompts
     controls: Controls
     plan: Plan
+    assistant: Any = None  # another model, which drafts
+    asks_host: bool = False  # a processor calls the user's Python
 
     @classmethod
     def read(
@@ -39,6 +69,7 @@ class Request:
         key: Any = None,
         seed: Any = None,
         row_ids: Any = None,
+        extras: Extras = Extras(),
     ) -> "Request":
         """Check all that can be checked on the host, then pack the rows and choose the buckets."""
         try:
@@ -48,44 +79,149 @@ class Request:
         if traced:
             raise JaxgenError("model.generate runs on the host; inside jit or vmap use jaxgen.generate(model, ...)")
         ids, mask = read_prompt(input_ids, attention_mask, model.config.vocab_size)
-        check_eos(config, model.config.vocab_size)
         words = row_id_words(row_ids, len(ids))
         key, seed = random_key(key, seed)
+        recipe = recipe_of(config, extras)
+        controls = controls_of(config, model.config.vocab_size, extras)
         tokens, lengths = pack(ids, mask)
-        longest, samples = int(lengths.max()), config.num_return_sequences or 1
-        budget = new_token_budget(config, ids.shape[1], longest, model.config.max_position_embeddings)
+        limits = row_limits(config, lengths, model.config.max_position_embeddings)
 
-        rows, length = bucket(len(ids)), bucket(longest, SMALLEST_PROMPT)
-        # From the bucketed prompt, not the real one: the prompt's bucket then decides the total's.
-        total = bucket(length + budget, SMALLEST_TOTAL)
-        check_memory(model.config, model.dtype.itemsize, rows, samples, length, total, device)
+        rows = bucket(len(ids))
+        negative = _negative(config, extras, ids, mask, model.config.vocab_size)
+        length = bucket(max(int(x.max()) for _, x in ((tokens, lengths), *negative)), SMALLEST_PROMPT)
+
+        def placed(packed: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            """In the bucket: without the columns that no row reaches, and with idle rows."""
+            return pad_to(packed[:, :length], (rows, length)), pad_to(count, (rows,), fill=1)
+
         prompts = Prompts(
-            tokens=pad_to(tokens[:, :longest], (rows, length)),
-            lengths=pad_to(lengths, (rows,), fill=1),
+            *placed(tokens, lengths),
+            limits=pad_to(limits, (rows,), fill=2),
             row_ids=pad_to(words, (rows, 2)),
             idle=np.arange(rows) >= len(ids),
+            negative=Negative(*placed(*negative[0])) if negative else None,
         )
-        plan = Plan(Recipe.of(config), samples, total, model.config.cache_slots(total))
-        return cls(ids, config, seed, key, prompts, controls_of(config, budget), plan)
+        plan = plan_of(model, config, recipe, length, lengths, limits)
+        if extras.past_key_values is not None:
+            prompts, plan = extras.past_key_values.continue_with(prompts, plan, len(ids), model)
+        check_replay(config, len(ids) * plan.samples, plan.total, model)
+        check_memory(model.config, model.dtype.itemsize, prompts, plan, device)
+        asks_host = extras.prefix_allowed_tokens_fn is not None
+        return cls(ids, mask, config, seed, key, prompts, controls, plan, extras.assistant_model, asks_host)
 
 
-def controls_of(config: GenerationConfig, max_new_tokens: int) -> Controls:
-    """The traced numbers of an effective configuration, as 0-d numpy arrays; unset ones are neutral."""
-    eos = config.eos_token_ids
-    return Controls(
-        temperature=np.array(config.temperature or 1.0, np.float32),
-        top_k=np.array(config.top_k or 0, np.int32),
-        top_p=np.array(1.0 if config.top_p is None else config.top_p, np.float32),
-        min_p=np.array(config.min_p or 0.0, np.float32),
-        repetition_penalty=np.array(config.repetition_penalty or 1.0, np.float32),
-        min_new_tokens=np.array(config.min_new_tokens or 0, np.int32),
-        max_new_tokens=np.array(max_new_tokens, np.int32),
-        eos_ids=pad_to(np.array(eos, np.int32), (bucket(len(eos), 4),), fill=-1),
+def plan_of(
+    model: Any,
+    config: GenerationConfig,
+    recipe: Recipe,
+    length: int,
+    lengths: Int[np.ndarray, " B"],
+    limits: Int[np.ndarray, " B"],
+) -> Plan:
+    """Sizes of rows, caches and records, in buckets."""
+    budget = int((limits - lengths).max())
+    # From the bucketed prompt, not the real one: the prompt's bucket then decides the total's.
+    by_length = config.max_new_tokens is None and config.max_length is not None
+    total = max(int(limits.max()), length) if by_length else length + budget
+    total = bucket(max(total, config.max_cache_len or 0), SMALLEST_TOTAL)
+    chunk = config.prefill_chunk_size or 0
+    beams = config.num_beams or 1
+    recorded = recipe.record_scores or recipe.record_logits or recipe.top_logprobs
+    return Plan(
+        recipe=dataclasses.replace(recipe, recorded=bucket(budget, 16) if recorded else 0),
+        samples=beams if beams > 1 else config.num_return_sequences or 1,
+        total=total,
+        slots=model.config.cache_slots(total, ahead=max(chunk, recipe.drafts + 1 if recipe.drafts else 0)),
+        int8_cache=config.cache_implementation == "quantized",
+        chunk=chunk,
     )
 
 
-def check_eos(config: GenerationConfig, vocab_size: int) -> None:
-    """Raise `JaxgenError` for an end-of-sequence id that the model can never produce."""
-    for token in config.eos_token_ids:
+def recipe_of(config: GenerationConfig, extras: Extras = Extras()) -> Recipe:
+    """The static half of an effective configuration; raises `JaxgenError` for strategies that exclude each other."""
+    beams, lookup = config.num_beams or 1, bool(config.prompt_lookup_num_tokens)
+    if extras.assistant_model is not None or lookup:
+        if extras.assistant_model is not None and lookup:
+            raise JaxgenError("both assistant_model and prompt_lookup_num_tokens were given; choose who drafts")
+        if beams > 1:
+            raise JaxgenError(f"num_beams={beams} and speculation exclude each other, as in transformers")
+    drafts = config.prompt_lookup_num_tokens if lookup else config.num_assistant_tokens if extras.assistant_model else 0
+    return Recipe(
+        do_sample=bool(config.do_sample),
+        record_scores=bool(config.output_scores),
+        record_logits=bool(config.output_logits),
+        top_logprobs=config.top_logprobs or 0,
+        allow_invalid=bool(config.remove_invalid_values),
+        num_beams=beams,
+        early_stopping=config.early_stopping or False,
+        eos_count=len(config.eos_token_ids) if beams > 1 else 0,
+        drafts=drafts or 0,
+        prompt_lookup=lookup,
+    )
+
+
+def controls_of(config: GenerationConfig, vocab_size: int, extras: Extras = Extras()) -> Controls:
+    """The traced half of an effective configuration, as numpy arrays."""
+    eos = config.eos_token_ids
+    for token in eos:
         if token >= vocab_size:
             raise JaxgenError(f"eos_token_id={token} is outside the model's vocabulary of {vocab_size} tokens")
+    if config.stop_strings and extras.tokenizer is None:
+        raise JaxgenError("stop_strings needs tokenizer=, to know what text each token stands for")
+    guidance = config.guidance_scale
+    return Controls(
+        processors=chain_of(
+            config,
+            vocab_size,
+            user=_functions("logits_processor", extras.logits_processor),
+            beams=(config.num_beams or 1) > 1,
+            prefix_allowed_tokens_fn=extras.prefix_allowed_tokens_fn,
+        ),
+        criteria=tuple(
+            as_pytree(f, "stopping_criteria") for f in _functions("stopping_criteria", extras.stopping_criteria)
+        ),
+        eos_ids=pad_to(np.array(eos, np.int32), (bucket(len(eos), 4),), fill=-1),
+        stop_strings=StopStrings.of(extras.tokenizer, config.stop_strings, vocab_size) if config.stop_strings else None,
+        guidance_scale=None if guidance in (None, 1.0) else np.array(guidance, np.float32),
+        length_penalty=np.array(1.0 if config.length_penalty is None else config.length_penalty, np.float32),
+        confidence=np.array(config.assistant_confidence_threshold or 0.0, np.float32),
+        ngram=np.array(config.max_matching_ngram_size or 2, np.int32),
+    )
+
+
+def _functions(name: str, value: Any) -> tuple[Any, ...]:
+    """One function or several; transformers' own classes, which want torch, are refused by name."""
+    functions = () if value is None else (value,) if callable(value) else value
+    if not isinstance(functions, Sequence) or not all(callable(function) for function in functions):
+        raise JaxgenError(f"{name}={value!r} must be a function, or a list of functions, of (tokens, lengths, logits)")
+    for function in functions:
+        if type(function).__module__.split(".")[0] == "transformers":
+            raise UnsupportedError(
+                f"{name}: {type(function).__name__} of transformers works on torch tensors; pass a jittable "
+                "f(tokens, lengths, logits), or the option of generate that it stands for"
+            )
+    return tuple(functions)
+
+
+def _negative(
+    config: GenerationConfig,
+    extras: Extras,
+    ids: Int[np.ndarray, "B T"],
+    mask: Bool[np.ndarray, "B T"],
+    vocab_size: int,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The negative prompts of guidance, packed, if there is guidance: as given, or each row's last token, as in HF."""
+    if config.guidance_scale in (None, 1.0):
+        if extras.negative_prompt_ids is not None:
+            raise JaxgenError("negative_prompt_ids needs guidance_scale, which says how strongly to avoid it")
+        return []
+    if extras.negative_prompt_ids is None:
+        packed, lengths = pack(ids, mask)
+        return [(np.take_along_axis(packed, lengths[:, None] - 1, axis=1), np.ones_like(lengths))]
+    names = ("negative_prompt_ids", "negative_prompt_attention_mask")
+    negative = read_prompt(extras.negative_prompt_ids, extras.negative_prompt_attention_mask, vocab_size, names)
+    if len(negative[0]) not in (1, len(ids)):
+        raise JaxgenError(f"negative_prompt_ids has {len(negative[0])} rows; expected {len(ids)}, or 1 for all of them")
+    packed, lengths = pack(*negative)
+    repeats = len(ids) // len(packed)
+    return [(np.repeat(packed, repeats, axis=0), np.repeat(lengths, repeats))]

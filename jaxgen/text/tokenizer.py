@@ -1,7 +1,11 @@
-"""A checkpoint's tokenizer, set up for generation."""
+"""A checkpoint's tokenizer, set up for generation, and what goes in and out of it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from jaxtyping import Int
 
 from jaxgen.errors import JaxgenError
 
@@ -22,10 +26,31 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
-    """The text that the new tokens add to the prompt's.
+def tokenizer_for(model: Any, tokenizer: Any = None) -> Any:
+    """The tokenizer given, as an object, a directory or a hub id; if none is, the one of the model's checkpoint.
+
+    Raises `JaxgenError` for a model that was not loaded from a checkpoint, or one without a tokenizer.
+    """
+    from jaxgen.convert.hub import locate
+
+    if tokenizer is None:
+        tokenizer = getattr(model, "name_or_path", None)
+        if tokenizer is None:
+            raise JaxgenError("this model was not loaded from a checkpoint, so it has no tokenizer: pass tokenizer=")
+    return load_tokenizer(locate(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
+
+
+def left_pad(rows: Sequence[Sequence[int]], fill: int) -> Int[np.ndarray, "B T"]:
+    """Rows of ids as one int32 array [B, T], shorter ones behind `fill`: what transformers does, on any tokenizer."""
+    width = max(map(len, rows))
+    return np.array([[fill] * (width - len(row)) + list(row) for row in rows], np.int32).reshape(len(rows), width)
+
+
+def continuation(tokenizer: Any, prompt: list[int], new: list[int], **decoding: Any) -> str:
+    """The text that the new tokens add to the prompt's; `decoding` as for the tokenizer's `decode`.
 
     Decoded together: alone, Llama's tokenizers drop the space in front of the first new word.
     """
-    before = tokenizer.decode(prompt, skip_special_tokens=True)
-    return tokenizer.decode(prompt + new, skip_special_tokens=True)[len(before) :]
+    decoding.setdefault("skip_special_tokens", True)
+    before = tokenizer.decode(prompt, **decoding)
+    return tokenizer.decode(prompt + new, **decoding)[len(before) :]

@@ -126,8 +126,6 @@ RUNS: dict[str, Run] = {
     "gqa_8/no_pad": Run("gqa_8", {"eos_token_id": [66, 14], "pad_token_id": None}),
     # Without any length, 20 tokens follow the prompt.
     "gqa_1/no_length": Run("gqa_1", {"max_new_tokens": None}),
-    # max_length counts the prompt's columns, padding included.
-    "window_32/max_length": Run("window_32", {"max_length": 40}),
 }
 
 # Runs whose chosen tokens' log-probabilities (of the processed scores) are kept as well.

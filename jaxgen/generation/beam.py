@@ -1,0 +1,397 @@
+"""Beam search and beam-sample: `num_beams` rows per prompt, which at every step continue the best candidates.
+
+Each prompt is searched as if it were alone: its beams share the batch with others, and nothing else. A beam that
+goes on in another row leaves a trace, `parents` and `picked`, along which the result is read at the end; only its
+tokens (which processors look at) and its part of the cache move with it.
+
+Source: transformers `GenerationMixin._beam_search`.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxgen.cache import KVCache
+from jaxgen.generation.controls import Controls, Plan, Recipe
+from jaxgen.generation.guidance import guided, with_negatives
+from jaxgen.generation.loop import DecodeState, begin, process
+from jaxgen.generation.processors.select import best_of
+from jaxgen.generation.read import CausalLM, Count, Prompts
+from jaxgen.generation.rows import Rows
+from jaxgen.generation.stop import BROKEN, LENGTH, RUNNING, TIME, meets_any, raise_if_broken, status_after
+
+# Added to the score of what must not be chosen while there is anything else. Finite, as in HF: if nothing else is
+# left, such beams are still in order.
+WORSE = -1.0e9
+_BLOCK = 32  # cache slots that are moved at a time
+
+
+@jax.tree_util.register_dataclass
+@no_type_check  # JAX rebuilds it around placeholders
+@dataclasses.dataclass
+class Finished:
+    """The best sequences that have ended, best first: row `b * num_beams + i` holds the i-th of prompt b."""
+
+    scores: Float[Array, " R"]  # log-probability / new tokens ** length_penalty; WORSE where there is none yet
+    done: Bool[Array, " R"]  # there is one
+    lengths: Int[Array, " R"]  # its tokens, prompt included
+    parents: Int[Array, " R"]  # the row that held all of it but the last token
+    picked: Int[Array, " R"]  # that token
+    logprobs: Float[Array, " R"]  # of that token
+    model_logprobs: Float[Array, " R"]
+    reasons: Int[Array, " R"]  # why it ended (`stop`)
+
+    @classmethod
+    def none(cls, prompt_lengths: Int[Array, " R"]) -> "Finished":
+        """Nothing yet: should it come to this, an empty continuation that is worse than any other."""
+        zeros, ids = jnp.zeros(len(prompt_lengths), jnp.float32), jnp.zeros_like(prompt_lengths)
+        reasons = jnp.full(len(zeros), LENGTH, jnp.int8)
+        return cls(zeros + WORSE, ids > 0, prompt_lengths, ids, ids, zeros, zeros, reasons)
+
+
+@jax.tree_util.register_dataclass
+@no_type_check  # JAX rebuilds it around placeholders
+@dataclasses.dataclass
+class BeamState(DecodeState):
+    """A `DecodeState` whose rows are the running beams, best first: beam i of prompt b in row `b * num_beams + i`.
+
+    `tokens` are those of the beam that is in the row now; `logprobs`, `model_logprobs`, `picked` and `parents` say
+    what happened to the row at that length, whoever was in it. `logprobs` are the terms that the scores add up. All
+    rows of a prompt run until its search ends; their `status` is then that of the sequences in `finished`.
+    """
+
+    scores: Float[Array, " R"]  # sum of the log-probabilities, after processors, of the beam's new tokens
+    picked: Int[Array, "R S"]  # the token that the row was given at this length
+    parents: Int[Array, "R S"]  # the row that the beam came from when it was given that token
+    finished: Finished
+
+
+class Candidates(NamedTuple):
+    """The K continuations of each prompt that are looked at, in order; B prompts."""
+
+    scores: Float[Array, "B K"]  # of the beam with that token
+    parents: Int[Array, "B K"]  # the row that it continues
+    picked: Int[Array, "B K"]  # the token
+    logprobs: Float[Array, "B K"]  # what the token adds to the score
+    model_logprobs: Float[Array, "B K"]
+    status: Int[Array, "B K"]  # RUNNING, or why it ends with this token
+
+
+def prefill(model: CausalLM, prompts: Prompts, key: Key[Array, ""], controls: Controls, plan: Plan) -> BeamState:
+    """Read the prompts once, and give every beam its first token: the best ones after the prompt."""
+    start, logits = begin(model, prompts, key, controls, plan)
+    rows, beams = len(start.lengths), plan.recipe.num_beams
+    state = BeamState(
+        **vars(start),
+        # All beams are alike now: the others wait, so that the candidates differ.
+        scores=jnp.where(jnp.arange(rows) % beams == 0, 0.0, WORSE).astype(jnp.float32),
+        picked=jnp.zeros_like(start.tokens),
+        parents=jnp.zeros_like(start.tokens),
+        finished=Finished.none(start.prompt_lengths),
+    )
+    state, _ = append(state, logits, controls, plan.recipe)
+    return state  # the caches of a prompt's beams are alike: there is nothing to move
+
+
+def decode(model: CausalLM, state: BeamState, until: Count, controls: Controls, recipe: Recipe) -> BeamState:
+    """Decode until every search has ended or its beams have `until` new tokens; calling again goes on from there."""
+
+    def unfinished(state: BeamState) -> Bool[Array, ""]:
+        wanted = state.lengths - state.prompt_lengths < until
+        return (state.running & wanted).any()
+
+    return jax.lax.while_loop(unfinished, lambda state: decode_step(model, state, controls, recipe), state)
+
+
+def decode_step(model: CausalLM, state: BeamState, controls: Controls, recipe: Recipe) -> BeamState:
+    """Read each beam's newest token, choose the beams that go on, and move their caches to where they are now."""
+    newest = state.lengths - 1
+    tokens = jnp.take_along_axis(state.tokens, newest[:, None], axis=1)[:, 0]
+    logits, cache = model.step(*with_negatives(tokens, newest, state.negative_shift), state.cache)
+    after, parents = append(dataclasses.replace(state, cache=cache), logits, controls, recipe)
+    with jax.named_scope("reorder"):
+        own = parents == jnp.arange(len(parents))
+        shift = jnp.zeros_like(newest) if state.negative_shift is None else state.negative_shift
+        # A prompt's beams share the slots of the prompt.
+        first = jnp.where(own, jnp.iinfo(jnp.int32).max, state.prompt_lengths + jnp.minimum(shift, 0)).min()
+        last = jnp.where(own, 0, newest + jnp.maximum(shift, 0)).max()
+        if state.negative_shift is not None:
+            parents = jnp.concatenate([parents, parents + len(parents)])
+        return dataclasses.replace(after, cache=reordered(cache, parents, first, last))
+
+
+def append(
+    state: BeamState, logits: Float[Array, "logit_rows V"], controls: Controls, recipe: Recipe
+) -> tuple[BeamState, Int[Array, " R"]]:
+    """Choose the beams that go on and those that end; also the row that each row's beam came from.
+
+    Searches that have ended stay as they are.
+    """
+    rows, beams = state.rows(), recipe.num_beams
+    own = logits[: len(rows.lengths)]  # with guidance, those of the negative rows follow
+    with jax.named_scope("sample"):
+        log_probs = jax.nn.log_softmax(own, axis=1)
+        scores = guided(logits, controls.guidance_scale) if controls.guidance_scale is not None else log_probs
+        scores = process(scores, rows, controls)
+        candidates = propose(state, scores, log_probs, controls, recipe)
+    with jax.named_scope("select"):
+        runs = rows.running & jnp.repeat(_is_finite(candidates, scores, log_probs, recipe), beams)
+        ends = candidates.status != RUNNING
+        onward = _take(candidates._replace(scores=candidates.scores + jnp.where(ends, WORSE, 0.0)), beams)
+        finished = merged(state.finished, candidates, rows, controls)
+        ended = _is_over(onward.scores[:, 0], finished, ends, rows, controls, recipe)
+    with jax.named_scope("record"):
+        index = jnp.arange(len(runs))
+        slot = jnp.where(runs, state.lengths, state.tokens.shape[1])  # past the end: dropped
+
+        def put(table: Array, value: Array) -> Array:
+            where = table.at[index, slot]
+            return where.set(value.reshape(-1), mode="drop", unique_indices=True, indices_are_sorted=True)
+
+        def kept(new: Array, old: Array) -> Array:
+            return jnp.where(runs, new.reshape(-1), old)
+
+        parents = kept(onward.parents, index)
+        matched = state.matched
+        if matched is not None and controls.stop_strings is not None:
+            after, _ = controls.stop_strings.advance(matched[parents], onward.picked.reshape(-1))
+            matched = jnp.where(runs, after, matched)
+        status = jnp.where(jnp.repeat(ended, beams), finished.reasons, jnp.int8(RUNNING))
+        broken = jnp.where(rows.running, jnp.int8(BROKEN), state.status)
+        state = dataclasses.replace(
+            state,
+            tokens=put(state.tokens[parents], onward.picked),
+            lengths=state.lengths + runs,
+            status=jnp.where(runs, status, broken),
+            logprobs=put(state.logprobs, onward.logprobs),
+            model_logprobs=put(state.model_logprobs, onward.model_logprobs),
+            matched=matched,
+            record=state.record.put(rows.new_tokens, runs, scores, own),
+            scores=kept(onward.scores, state.scores),
+            picked=put(state.picked, onward.picked),
+            parents=put(state.parents, onward.parents),
+            finished=jax.tree.map(kept, finished, state.finished),
+        )
+        return state, parents
+
+
+def propose(
+    state: BeamState,
+    scores: Float[Array, "R V"],
+    log_probs: Float[Array, "R V"],
+    controls: Controls,
+    recipe: Recipe,
+) -> Candidates:
+    """The K best continuations of each prompt's beams, or K that are drawn without replacement, in the order drawn.
+
+    K leaves `num_beams` of them to go on even if every end-of-sequence id of every beam is among them. The draw is
+    Gumbel-top-K over `softmax` of the accumulated scores, with each row's own key at its position.
+    """
+    beams, vocab_size = recipe.num_beams, scores.shape[1]
+    total = scores + state.scores[:, None]
+    order = total
+    if recipe.do_sample:
+
+        def noise(row_key: Key[Array, ""], position: Int[Array, ""]) -> Float[Array, " V"]:
+            draw_key = jax.random.fold_in(row_key, position)
+            return jax.random.gumbel(draw_key, (vocab_size,), jnp.float32, mode="low")
+
+        order = total + jax.vmap(noise)(state.row_keys, state.lengths)
+    count = min(max(2, 1 + recipe.eos_count), vocab_size) * beams
+    _, index = best_of(order.reshape(-1, beams * vocab_size), count)
+    parents = index // vocab_size + beams * jnp.arange(len(index))[:, None]
+    picked = index % vocab_size
+
+    def at(table: Float[Array, "R V"]) -> Float[Array, "B K"]:
+        return table[parents, picked]
+
+    flat, token = parents.reshape(-1), picked.reshape(-1)
+    hits = meets = jnp.zeros(flat.shape, bool)
+    lengths = state.lengths[flat] + 1
+    if state.matched is not None and controls.stop_strings is not None:
+        _, hits = controls.stop_strings.advance(state.matched[flat], token)
+    if controls.criteria:
+        tokens = state.tokens[flat].at[jnp.arange(len(flat)), lengths - 1].set(token, mode="drop")
+        meets = meets_any(controls.criteria, tokens, lengths, scores[flat])
+    status = status_after(
+        is_eos=(token[:, None] == controls.eos_ids).any(axis=1),
+        hits_stop_string=hits,
+        meets_criterion=meets,
+        reaches_limit=lengths >= state.limits[flat],
+    )
+    return Candidates(at(total), parents, picked, at(scores), at(log_probs), status.reshape(index.shape))
+
+
+def merged(finished: Finished, candidates: Candidates, rows: Rows, controls: Controls) -> Finished:
+    """The best of what had ended and of what ends now: of the candidates only the first `num_beams` may."""
+    prompts, count = candidates.scores.shape
+    beams = len(finished.scores) // prompts
+    new_tokens = (rows.new_tokens + 1)[::beams, None].astype(jnp.float32)
+    counts = (candidates.status != RUNNING) & (jnp.arange(count) < beams)
+    scores = candidates.scores / new_tokens**controls.length_penalty + jnp.where(counts, 0.0, WORSE)
+    ends = Finished(
+        scores=scores,
+        done=counts,
+        lengths=jnp.repeat(rows.lengths[::beams, None] + 1, count, axis=1),
+        parents=candidates.parents,
+        picked=candidates.picked,
+        logprobs=candidates.logprobs,
+        model_logprobs=candidates.model_logprobs,
+        # What does not end is only here if there is too little else: then it is as empty as `Finished.none`.
+        reasons=jnp.where(counts, candidates.status, jnp.int8(LENGTH)),
+    )
+    ends = dataclasses.replace(ends, lengths=jnp.where(counts, ends.lengths, rows.prompt_lengths[::beams, None]))
+
+    def joined(old: Array, new: Array) -> Array:
+        return jnp.concatenate([old.reshape(prompts, beams), new], axis=1)
+
+    both = jax.tree.map(joined, finished, ends)
+    _, best = jax.lax.top_k(both.scores, beams)
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, best, axis=1).reshape(-1), both)
+
+
+def _take(candidates: Candidates, beams: int) -> Candidates:
+    """The best candidates, best first."""
+    _, best = jax.lax.top_k(candidates.scores, beams)
+    return Candidates(*(jnp.take_along_axis(x, best, axis=1) for x in candidates))
+
+
+def _is_finite(
+    candidates: Candidates, scores: Float[Array, "R V"], log_probs: Float[Array, "R V"], recipe: Recipe
+) -> Bool[Array, " B"]:
+    """Which prompts met no NaN and no +inf, and have something to choose from."""
+    largest = scores.max(axis=1)
+    valid = ~jnp.isnan(largest) & (largest < jnp.inf)
+    if not recipe.allow_invalid:
+        valid &= ~jnp.isnan(log_probs.max(axis=1))
+    return valid.reshape(-1, recipe.num_beams).all(axis=1) & jnp.isfinite(candidates.scores[:, 0])
+
+
+def _is_over(
+    best: Float[Array, " B"],
+    finished: Finished,
+    ends: Bool[Array, "B K"],
+    rows: Rows,
+    controls: Controls,
+    recipe: Recipe,
+) -> Bool[Array, " B"]:
+    """Which searches end: nothing better is to be expected, enough has ended, or nothing can go on.
+
+    `best` is the score of the best beam that goes on.
+    """
+    beams, penalty = recipe.num_beams, controls.length_penalty
+    length = (rows.new_tokens + 1)[::beams]
+    if recipe.early_stopping == "never":
+        longest = (rows.limits - rows.prompt_lengths)[::beams]
+        length = jnp.where(penalty > 0, longest, length)
+    possible = best / length.astype(jnp.float32) ** penalty
+    done = finished.done.reshape(-1, beams)
+    worst = jnp.where(done, finished.scores.reshape(-1, beams)[:, -1:], WORSE)
+    over = ~(possible[:, None] > worst).any(axis=1) | ends.all(axis=1)
+    return over | done.all(axis=1) if recipe.early_stopping is True else over
+
+
+def reordered(cache: KVCache, parents: Int[Array, " M"], first: Int[Array, ""], last: Int[Array, ""]) -> KVCache:
+    """The cache with row `parents[r]` in row r, where rows differ in no other positions than `first` to `last`.
+
+    Works in place, a block of slots at a time. If no row moves, `first` must lie behind `last`. In a ring that has
+    turned, the positions may be anywhere, and all slots are moved.
+    """
+    slots = cache[0].slots
+    size = min(_BLOCK, slots)
+    turned = (last >= slots) & (first <= last)
+    start = jnp.where(turned, 0, first // size)
+    stop = jnp.where(turned, -(-slots // size), last // size + 1)
+
+    def move(block: Int[Array, ""], cache: KVCache) -> KVCache:
+        # The last block may reach back into the one before, whose rows have been moved already.
+        begin = jnp.minimum(block * size, slots - size)
+        fresh = begin + jnp.arange(size) >= block * size
+
+        def one(x: Array) -> Array:
+            here = jax.lax.dynamic_slice_in_dim(x, begin, size, axis=2)
+            there = jnp.take(here, parents, axis=0)
+            if slots % size:
+                there = jnp.where(fresh.reshape(-1, *(1,) * (x.ndim - 3)), there, here)
+            return jax.lax.dynamic_update_slice_in_dim(x, there, begin, axis=2)
+
+        return jax.tree.map(one, cache)
+
+    return jax.lax.fori_loop(start, stop, move, cache)
+
+
+class Sequences(NamedTuple):
+    """What a search returns, on the host: N new tokens in the longest of R sequences, zeros behind a sequence's end."""
+
+    tokens: Int[np.ndarray, "R N"]
+    logprobs: Float[np.ndarray, "R N"]
+    model_logprobs: Float[np.ndarray, "R N"]
+    beam_indices: Int[np.ndarray, "R N"]  # the row whose scores gave the token; -1 behind the end
+    lengths: Int[np.ndarray, " R"]
+    scores: Float[np.ndarray, " R"]
+    status: Int[np.ndarray, " R"]
+
+
+def best_sequences(state: BeamState, prompts: int, beams: int, returned: int, length_penalty: float) -> Sequences:
+    """The `returned` best sequences of each of the first `prompts` prompts, best first, read back along their trace.
+
+    Where time ran out, the running beams count as ended. Raises `NonFiniteLogitsError` if a search met NaN.
+    """
+    tables = ("picked", "parents", "logprobs", "model_logprobs")
+    names = (*tables, "finished", "scores", "lengths", "prompt_lengths", "status")
+    arrays = jax.device_get({name: getattr(state, name) for name in names})
+    arrays = jax.tree.map(lambda x: x[: prompts * beams], arrays)
+    lengths, starts, status = arrays["lengths"], arrays["prompt_lengths"], arrays["status"]
+    raise_if_broken(status[::beams], (lengths - starts)[::beams])
+
+    final = vars(arrays["finished"])
+    if (status == TIME).any():
+        final = _with_running(final, arrays, beams, length_penalty)
+    chosen = (np.arange(prompts)[:, None] * beams + np.arange(returned)).reshape(-1)
+    final, starts = {name: x[chosen] for name, x in final.items()}, starts[chosen]
+    counts = final["lengths"] - starts
+    shape = (len(chosen), int(counts.max()))
+    trace = {name: np.zeros(shape, arrays[name].dtype) for name in tables}
+    trace["parents"] -= 1
+    source = np.zeros(len(chosen), np.int32)
+    for step in reversed(range(shape[1])):
+        slot, newest, inside = starts + step, step == counts - 1, step < counts
+        here = np.minimum(slot, arrays["picked"].shape[1] - 1)
+        values = {name: np.where(newest, final[name], arrays[name][source, here]) for name in tables}
+        for name in tables:
+            trace[name][:, step] = np.where(inside, values[name], trace[name][:, step])
+        source = np.where(inside, values["parents"], source)
+    return Sequences(
+        trace["picked"],
+        trace["logprobs"],
+        trace["model_logprobs"],
+        trace["parents"],
+        counts,
+        final["scores"],
+        final["reasons"],
+    )
+
+
+def _with_running(
+    final: dict[str, np.ndarray], arrays: dict[str, Any], beams: int, length_penalty: float
+) -> dict[str, np.ndarray]:
+    """What had ended and, where time ran out, the beams that had not: the best of both per prompt, best first."""
+    lengths, late = arrays["lengths"], arrays["status"] == TIME
+    row, newest = np.arange(len(lengths)), lengths - 1
+    running = {name: arrays[name][row, newest] for name in ("picked", "parents", "logprobs", "model_logprobs")} | {
+        "scores": arrays["scores"] / (lengths - arrays["prompt_lengths"]).astype(np.float32) ** length_penalty,
+        "done": late,
+        "lengths": lengths,
+        "reasons": np.full(len(lengths), TIME, np.int8),
+    }
+    running["scores"] = np.where(late, running["scores"], -np.inf).astype(np.float32)
+    both = {
+        name: np.concatenate([final[name].reshape(-1, beams), running[name].reshape(-1, beams)], 1) for name in final
+    }
+    # What had not ended gives way to what was still running, however bad.
+    order = np.lexsort((-both["scores"], ~both["done"]))[:, :beams]
+    return {name: np.take_along_axis(x, order, axis=1).reshape(-1) for name, x in both.items()}

@@ -1,0 +1,133 @@
+"""Reading prompts: all at once, in chunks, or only what they add to the keys and values of an earlier call."""
+
+import dataclasses
+from typing import Protocol, no_type_check, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from jaxgen.cache import KVCache, resized
+from jaxgen.generation.controls import Plan
+
+Count = Int[Array | np.ndarray, ""]
+
+
+@runtime_checkable
+class CausalLM(Protocol):
+    """What generation needs of a model."""
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], slots: int, int8: bool = False
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Logits after each row's last token, and the cache."""
+        ...
+
+    def step(
+        self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Logits after one more token per row, and the cache that holds it."""
+        ...
+
+    def extend(
+        self, tokens: Int[Array, "B T"], starts: Int[Array, " B"], counts: Int[Array, " B"], cache: KVCache
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Hidden states of up to T more tokens per row, and the cache that holds them."""
+        ...
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """What the head makes of hidden states."""
+        ...
+
+    def empty_cache(self, rows: int, slots: int, int8: bool = False) -> KVCache:
+        """A cache that holds nothing yet."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@no_type_check  # JAX rebuilds it around placeholders
+@dataclasses.dataclass
+class Past:
+    """Keys and values of an earlier call, and how much of them each prompt begins with."""
+
+    cache: KVCache
+    sources: Int[Array | np.ndarray, " B"]  # the cache row that a prompt continues
+    held: Int[Array | np.ndarray, " B"]  # how many of the prompt's tokens it holds; fewer than the prompt has
+
+
+@jax.tree_util.register_dataclass
+@no_type_check  # JAX rebuilds it around placeholders
+@dataclasses.dataclass
+class Negative:
+    """Negative prompts for guidance, one per prompt."""
+
+    tokens: Int[Array | np.ndarray, "B T"]
+    lengths: Int[Array | np.ndarray, " B"]
+
+
+@jax.tree_util.register_dataclass
+@no_type_check  # JAX rebuilds it around placeholders
+@dataclasses.dataclass
+class Prompts:
+    """A batch of prompts as the device reads them: right-padded, possibly with idle rows that fill up a bucket."""
+
+    tokens: Int[Array | np.ndarray, "B T"]
+    lengths: Int[Array | np.ndarray, " B"]  # real tokens per row, at least 1
+    limits: Int[Array | np.ndarray, " B"]  # the length at which a row ends
+    row_ids: UInt32[Array | np.ndarray, "B 2"]  # two words per row, see `sample.row_id_words`
+    idle: Bool[Array | np.ndarray, " B"]  # nobody asked for this row
+    negative: Negative | None = None
+    past: Past | None = None
+
+
+def read_prompts(model: CausalLM, prompts: Prompts, plan: Plan) -> tuple[Float[Array, "model_rows V"], KVCache]:
+    """Logits after each prompt's last token, and the cache; with guidance, the negative prompts follow as rows."""
+    tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
+    if prompts.negative is not None:
+        tokens = jnp.concatenate([tokens, jnp.asarray(prompts.negative.tokens)])
+        lengths = jnp.concatenate([lengths, jnp.asarray(prompts.negative.lengths)])
+    if prompts.past is not None:
+        cache, held = _continued(prompts.past, plan.slots)
+        column = jnp.minimum(held[:, None] + jnp.arange(plan.fresh), tokens.shape[1] - 1)
+        return _read_on(model, jnp.take_along_axis(tokens, column, axis=1), held, lengths - held, cache, plan.chunk)
+    if plan.chunk:
+        cache = model.empty_cache(len(tokens), plan.slots, plan.int8_cache)
+        return _read_on(model, tokens, jnp.zeros_like(lengths), lengths, cache, plan.chunk)
+    return model.prefill(tokens, lengths, plan.slots, plan.int8_cache)
+
+
+def _continued(past: Past, slots: int) -> tuple[KVCache, Int[Array, " B"]]:
+    """The past as the cache of this call: its rows, its number of slots."""
+    sources, held = jnp.asarray(past.sources), jnp.asarray(past.held)
+    cache = jax.tree.map(lambda x: jnp.take(x, sources, axis=0), past.cache)
+    return resized(cache, held, slots), held
+
+
+def _read_on(
+    model: CausalLM,
+    tokens: Int[Array, "B T"],
+    starts: Int[Array, " B"],
+    counts: Int[Array, " B"],
+    cache: KVCache,
+    chunk: int,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Read `counts` more tokens per row, `chunk` at a time (0: all at once)."""
+    chunk = min(chunk, tokens.shape[1]) or tokens.shape[1]
+    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % chunk)))
+
+    def read(index: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+        last, cache = carry
+        begin = index * chunk
+        piece = jax.lax.dynamic_slice_in_dim(tokens, begin, chunk, axis=1)
+        real = jnp.clip(counts - begin, 0, chunk)
+        hidden, cache = model.extend(piece, starts + jnp.minimum(begin, counts), real, cache)
+        at = counts - 1 - begin
+        here = (at >= 0) & (at < chunk)
+        newest = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)
+        return jnp.where(here[:, None, None], newest, last), cache
+
+    hidden, _ = jax.eval_shape(lambda: model.extend(tokens[:, :chunk], starts, counts, cache))
+    nothing = jnp.zeros((len(tokens), 1, hidden.shape[2]), hidden.dtype)
+    last, cache = jax.lax.fori_loop(0, (counts.max() + chunk - 1) // chunk, read, (nothing, cache))
+    return model.logits(last)[:, 0], cache

@@ -1,0 +1,63 @@
+"""What a call asked to keep of every step: scores, logits, or the model's best tokens. Nothing by default."""
+
+import dataclasses
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxgen.generation.controls import Recipe
+from jaxgen.generation.processors.select import best_of
+
+
+@jax.tree_util.register_dataclass
+@no_type_check  # JAX rebuilds it around placeholders
+@dataclasses.dataclass
+class Record:
+    """One entry per row and new token; None where it was not asked for."""
+
+    scores: Float[Array, "R N V"] | None  # after every processor
+    logits: Float[Array, "R N V"] | None  # the model's own
+    top_logprobs: Float[Array, "R N n"] | None  # the n largest log-probabilities under the model's own distribution
+    top_ids: Int[Array, "R N n"] | None
+
+    @classmethod
+    def empty(cls, recipe: Recipe, rows: int, vocab_size: int) -> "Record":
+        """Room for what the recipe asks."""
+
+        def table(wanted: bool, size: int, dtype: type = jnp.float32) -> Array | None:
+            return jnp.zeros((rows, recipe.recorded, size), dtype) if wanted else None
+
+        best = min(recipe.top_logprobs, vocab_size)
+        return cls(
+            scores=table(recipe.record_scores, vocab_size),
+            logits=table(recipe.record_logits, vocab_size),
+            top_logprobs=table(best > 0, best),
+            top_ids=table(best > 0, best, jnp.int32),
+        )
+
+    def put(
+        self,
+        step: Int[Array, " R"],
+        runs: Bool[Array, " R"],
+        scores: Float[Array, "R V"],
+        logits: Float[Array, "R V"],
+    ) -> "Record":
+        """Write down a step of the rows that run."""
+
+        def write(table: Array | None, value: Array) -> Array | None:
+            if table is None:
+                return None
+            where = table.at[jnp.arange(len(step)), jnp.where(runs, step, table.shape[1])]
+            return where.set(value, mode="drop", unique_indices=True, indices_are_sorted=True)
+
+        best = best_ids = jnp.zeros(())
+        if self.top_logprobs is not None:
+            best, best_ids = best_of(jax.nn.log_softmax(logits, axis=1), self.top_logprobs.shape[2])
+        return Record(
+            scores=write(self.scores, scores),
+            logits=write(self.logits, logits),
+            top_logprobs=write(self.top_logprobs, best),
+            top_ids=write(self.top_ids, best_ids),
+        )

@@ -1,0 +1,104 @@
+"""Attentions and hidden states of a generation: the finished sequences are read once more.
+
+One forward pass over a finished sequence computes what every step of its generation computed. So the loop carries
+none of it, and what is asked for costs memory once, on the host, layer by layer.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgen.errors import JaxgenError, UnsupportedError
+from jaxgen.generation.limits import free_bytes
+from jaxgen.generation.prompt import SMALLEST_PROMPT, bucket, pack, pad_to
+from jaxgen.generation.weights import split
+
+Steps = tuple[tuple[np.ndarray, ...], ...]
+
+
+def replayed(model: Any, output: Any, request: Any) -> Any:
+    """The output of a call with its `attentions` and `hidden_states`, those that were asked for, as HF lays them out.
+
+    Per step and layer: step 0 covers the prompt's T columns, `[R, heads, T, T]` and `[R, T, D]`; each later one the
+    token that was read, `[R, heads, 1, columns so far]` and `[R, 1, D]`. Masked columns, and rows after their end,
+    hold zeros.
+    """
+    config, width = request.config, request.input_ids.shape[1]
+    if not (config.output_attentions or config.output_hidden_states):
+        return output
+    read = output.sequences[:, :-1]  # the newest token never is
+    steps, rows = output.sequences.shape[1] - width, len(read)
+    prompt = np.repeat(request.attention_mask, rows // len(request.attention_mask), axis=0)
+    new = np.arange(steps - 1) < output.lengths[:, None]
+    hidden, attentions = _read(model, read, np.concatenate([prompt, new], axis=1), bool(config.output_attentions))
+
+    def by_step(layers: list[np.ndarray], axis: int) -> Steps:
+        ends = [width, *range(width + 1, width + steps)]
+        starts = [0, *ends[:-1]]
+        return tuple(
+            tuple(_columns(layer, start, end, axis) for layer in layers)
+            for start, end in zip(starts, ends, strict=True)
+        )
+
+    return dataclasses.replace(
+        output,
+        hidden_states=by_step(hidden, 1) if config.output_hidden_states else None,
+        attentions=by_step(attentions, 2) if config.output_attentions else None,
+    )
+
+
+def _columns(layer: np.ndarray, start: int, end: int, axis: int) -> np.ndarray:
+    """What the columns `start` to `end` computed; of attentions, only up to `end`."""
+    return layer[:, start:end] if axis == 1 else layer[:, :, start:end, :end]
+
+
+def check_replay(config: Any, rows: int, total: int, model: Any) -> None:
+    """Raise before generating where the result would not fit, or with beams, whose steps are not their sequences."""
+    if not (config.output_attentions or config.output_hidden_states):
+        return
+    if (config.num_beams or 1) > 1:
+        raise UnsupportedError(
+            "output_attentions and output_hidden_states with num_beams: beams that were given up cannot be read again"
+        )
+    c = model.config
+    per_layer = c.num_attention_heads * total if config.output_attentions else 0
+    needed = 4 * rows * total * (c.num_hidden_layers + 1) * (per_layer + c.hidden_size)
+    free = free_bytes(jax.devices("cpu")[0])
+    if free is not None and 2 * needed > free:
+        raise JaxgenError(
+            f"output_attentions and output_hidden_states of {rows} rows of {total} tokens take {needed / 1e9:.2f} GB, "
+            f"and {free / 1e9:.2f} GB are free on this machine; ask for fewer rows or tokens"
+        )
+
+
+def _read(
+    model: Any, sequences: np.ndarray, real: np.ndarray, with_attentions: bool
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    tokens, lengths = pack(sequences, real)
+    rows, length = bucket(len(tokens)), bucket(tokens.shape[1], SMALLEST_PROMPT)
+    columns = np.arange(length) < pad_to(lengths, (rows,), fill=1)[:, None]
+    hidden, attentions = _activations(*split(model), pad_to(tokens, (rows, length)), columns)
+    row, place = np.nonzero(real)
+    packed = (np.cumsum(real, axis=1) - 1)[row, place]  # where the row's token went
+    back = np.zeros(sequences.shape, np.int64)
+    back[row, place] = packed
+
+    def unpack_hidden(x: jax.Array) -> np.ndarray:
+        moved = np.take_along_axis(np.asarray(x, np.float32)[: len(real)], back[..., None], axis=1)
+        return np.where(real[..., None], moved, 0)
+
+    def unpack_attention(x: jax.Array) -> np.ndarray:
+        moved = np.take_along_axis(np.asarray(x, np.float32)[: len(real)], back[:, None, :, None], axis=2)
+        moved = np.take_along_axis(moved, back[:, None, None, :], axis=3)
+        return np.where((real[:, :, None] & real[:, None, :])[:, None], moved, 0)
+
+    return [unpack_hidden(x) for x in hidden], [unpack_attention(x) for x in attentions] if with_attentions else []
+
+
+def _run(structure: Any, weights: Any, tokens: jax.Array, real: jax.Array) -> Any:
+    return structure.module(weights).activations(tokens, real)
+
+
+_activations = jax.jit(_run, static_argnums=0)
