@@ -1,6 +1,6 @@
 """Speculative decoding on this machine: how many drafts are accepted, and the speed-up over plain decoding.
 
-    python benchmarks/speculate.py [--json FILE] [--repeats 3] [--drafts 4] [--new-tokens 64]
+    python benchmarks/speculate.py [--json FILE] [--repeats 2] [--drafts 4] [--new-tokens 32]
 
 Greedy, float32, batches of 1 and 8; plain and speculative runs take turns, and the ratio is that of the medians.
 
@@ -131,9 +131,9 @@ def random_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--drafts", type=int, default=4)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=32)
     options = parser.parse_args()
     device = jax.devices()[0]
     machine = {"device": device.device_kind, "cores": len(os.sched_getaffinity(0)), "jax": jax.__version__}

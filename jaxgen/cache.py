@@ -10,6 +10,7 @@ drafts, are never seen, and are overwritten before they could be.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import no_type_check
 
 import jax
@@ -75,10 +76,9 @@ class LayerCache:
 
         return self._map(put, keys, values)
 
-    def _map(self, put, keys: Array, values: Array) -> "LayerCache":
+    def _map(self, put: Callable[[Array, Array], Array], keys: Array, values: Array) -> "LayerCache":
         def one(cache: "Array | Int8Slots", new: Array) -> "Array | Int8Slots":
-            new = to_int8(new) if isinstance(cache, Int8Slots) else new
-            return jax.tree.map(put, cache, new)
+            return jax.tree.map(put, cache, to_int8(new) if isinstance(cache, Int8Slots) else new)
 
         return LayerCache(one(self.keys, keys), one(self.values, values))
 

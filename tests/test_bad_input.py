@@ -109,7 +109,10 @@ BAD_OPTIONS = {
         {"negative_prompt_ids": [[1]] * 3, "guidance_scale": 2.0},
         "negative_prompt_ids has 3 rows; expected 2",
     ),
-    "a cache that is none": ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded' is not supported"),
+    "a cache that is none": (
+        {"cache_implementation": "offloaded"},
+        "'offloaded' is not supported; choose from 'static'",
+    ),
     "another config object": ({"generation_config": 3}, "cannot read int"),
 }
 

@@ -23,7 +23,7 @@ from jaxgen.generation import beam
 from jaxgen.generation.compiled import Run
 from jaxgen.generation.config import GenerationConfig, resolve
 from jaxgen.generation.controls import Plan
-from jaxgen.generation.output import collect
+from jaxgen.generation.output import GenerateOutput, collect
 from jaxgen.generation.read import Prompts
 from jaxgen.generation.request import Extras, Request, controls_of, recipe_of
 from jaxgen.generation.sample import row_id_words
@@ -41,7 +41,7 @@ class Table:
     logits_of: Any  # [M, V]
 
     def _logits(self, cache: list[LayerCache], lengths: Any) -> Any:
-        held = cache[0].keys[:, 0, :, 0]
+        held = jnp.asarray(cache[0].keys)[:, 0, :, 0]
         position = jnp.arange(held.shape[1])
         index = (jnp.where(position < lengths[:, None], held, 0) * (position + 1)).sum(axis=1).astype(jnp.int32)
         return jnp.asarray(self.logits_of)[index % len(self.logits_of)]
@@ -101,7 +101,7 @@ def search(
     read = Prompts(
         tokens=tokens,
         lengths=lengths,
-        limits=lengths + np.int32(config.max_new_tokens),
+        limits=lengths + np.int32(config.max_new_tokens or 0),
         row_ids=row_id_words(row_ids, len(prompts)),
         idle=np.zeros(len(prompts), bool),
     )
@@ -201,7 +201,7 @@ def test_no_more_of_the_cache_moves_than_must(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(beam, "_BLOCK", 1)
     rng = np.random.default_rng(6)
     model = Table(np.float32(rng.normal(size=(29, 6))))  # a shape of its own: nothing compiled before fits
-    prompts = [rng.integers(0, 6, size).tolist() for size in rng.integers(1, 5, 12)]
+    prompts = [rng.integers(0, 6, size).tolist() for size in (*[2] * 11, 4)]
     result = search(model, prompts, num_beams=3, max_new_tokens=7)
     assert found(result) == [by_hand(model, prompt, 3, 7, 1.0, False)[0][1] for prompt in prompts]
 
@@ -282,7 +282,7 @@ def drawn(weights: list[float], count: int):
 
 def test_beam_sample_has_the_distribution_of_drawing_without_replacement():
     """The whole search of two steps, enumerated, against 20,000 prompts that differ in their ids only."""
-    temperature, prompts, vocab, beams = 1.5, 20_000, 4, 2
+    temperature, prompts, vocab, beams = 1.5, 20_000, 6, 2
     model = Table(np.float32(np.random.default_rng(9).normal(size=(11, vocab))))
 
     @functools.cache
@@ -404,6 +404,7 @@ def test_when_time_is_up_the_running_beams_are_the_result(model):
     state = run.out_of_time()
     scores = np.asarray(state.scores)[: 4 * 3].reshape(4, 3)
     result = collect(model, state, request)
+    assert isinstance(result, GenerateOutput) and result.sequences_scores is not None
     assert result.finish_reason == ["time"] * 8
     assert (result.lengths == 4).all()
     np.testing.assert_allclose(result.sequences_scores, (scores[:, :2] / 4).reshape(-1), rtol=1e-6)

@@ -423,7 +423,7 @@ class TestCheckAssistant:
 
     def test_another_device(self, model):
         class Elsewhere(MistralForCausalLM):
-            device = "elsewhere"
+            device = property(lambda self: "elsewhere")  # pyright: ignore[reportAssignmentType]
 
         with pytest.raises(JaxgenError, match="assistant_model is on elsewhere"):
             check_assistant(model, Elsewhere(model.config, rngs=nnx.Rngs(0)))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.core import Tracer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -257,7 +258,7 @@ def test_other_strings_compile_nothing():
     state = token = jnp.zeros(2, jnp.int32)
     for strings in ("a", ["stop", "\n\nQ:", "</s>"], "a rather long stop string, longer than one would want"):
         advance(StopStrings.of(byte_level(), strings, VOCAB), state, token)
-    assert advance._cache_size() == 1
+    assert advance._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_builds_are_kept_until_the_tokenizer_changes():
@@ -282,7 +283,7 @@ def test_built_inside_a_jit_it_can_be_used_outside():
 
     assert inside(jnp.array(ids_of(byte_level(), b"stop"))).tolist() == [NO]
     stop = StopStrings.of(byte_level(), strings, VOCAB)
-    assert not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(stop))
+    assert not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(stop))
 
 
 def test_a_model_with_fewer_tokens_than_the_tokenizer():

@@ -4,7 +4,7 @@ Both are pure functions of a model, arrays and a static recipe. Everything the l
 """
 
 import dataclasses
-from typing import Any, no_type_check
+from typing import Any, TypeVar, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,9 @@ class DecodeState:
         """What processors may know; `active`, if given, narrows down the running rows."""
         running = self.running if active is None else self.running & active
         return Rows(self.tokens, self.lengths, self.prompt_lengths, self.limits, self.prompts, running)
+
+
+State = TypeVar("State", bound=DecodeState)  # of this search, or of one that builds on it
 
 
 def prefill(model: CausalLM, prompts: Prompts, key: Key[Array, ""], controls: Controls, plan: Plan) -> DecodeState:
@@ -97,7 +100,7 @@ def decode(model: CausalLM, state: DecodeState, until: Count, controls: Controls
     return jax.lax.while_loop(unfinished, lambda state: decode_step(model, state, controls, recipe), state)
 
 
-def decode_step(model: CausalLM, state: DecodeState, controls: Controls, recipe: Recipe) -> DecodeState:
+def decode_step(model: CausalLM, state: State, controls: Controls, recipe: Recipe) -> State:
     """Read each row's newest token and draw the next one.
 
     Rows that have ended read their last token again: it lands in the slot that already holds it.
@@ -109,21 +112,21 @@ def decode_step(model: CausalLM, state: DecodeState, controls: Controls, recipe:
 
 
 def append_token(
-    state: DecodeState,
+    state: State,
     logits: Float[Array, "logit_rows V"],
     controls: Controls,
     recipe: Recipe,
     active: Bool[Array, " R"] | None = None,
-) -> DecodeState:
+) -> State:
     """Choose each running row's next token from its logits, write it down, and see who ends.
 
     With guidance, the logits of the negative rows follow those of the rows. Rows that are not `active` stay as
     they are.
     """
     with jax.named_scope("sample"):
-        logits = guided(logits, controls.guidance_scale)
         rows = state.rows(active)
-        scores = process(logits, rows, controls)
+        scores = process(guided(logits, controls.guidance_scale), rows, controls)
+        logits = logits[: len(state.lengths)]  # the rows' own
         chosen = draw(scores, state.row_keys, state.lengths) if recipe.do_sample else greedy(scores)
 
     with jax.named_scope("record"):

@@ -40,6 +40,9 @@ class GenerateOutput:
     sequences_scores: Float[np.ndarray, " R"] | None = None  # beams: log-probability / length**length_penalty
     beam_indices: Int[np.ndarray, "R N"] | None = None  # beams: the row of `scores` that gave each token; -1: none
 
+    drafted: Int[np.ndarray, " R"] | None = None  # speculation: tokens drafted per row ...
+    accepted: Int[np.ndarray, " R"] | None = None  # ... and those of them that the model drew too
+
     def __getitem__(self, name: str):
         """`output["sequences"]`, as HF's outputs allow."""
         return getattr(self, name)
@@ -67,6 +70,9 @@ def collect(model: Any, state: Any, request: Request) -> "np.ndarray | GenerateO
     sequences = np.concatenate([prompt, new("tokens", config.filler_id)], axis=1)
     if not config.return_dict_in_generate:
         return sequences
+    drafting: dict[str, Any] = {
+        name: np.asarray(getattr(state, name))[:rows] for name in ("drafted", "accepted") if hasattr(state, name)
+    }
     return GenerateOutput(
         sequences=sequences,
         logprobs=new("logprobs", 0.0),
@@ -77,6 +83,7 @@ def collect(model: Any, state: Any, request: Request) -> "np.ndarray | GenerateO
         seed=request.seed,
         past_key_values=PastKeyValues(arrays["tokens"], lengths - 1, state.cache),
         **recorded(state.record, rows, width),
+        **drafting,
     )
 
 

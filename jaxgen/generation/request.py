@@ -20,6 +20,7 @@ from jaxgen.generation.prompt import SMALLEST_PROMPT, SMALLEST_TOTAL, bucket, pa
 from jaxgen.generation.read import Negative, Prompts
 from jaxgen.generation.replay import check_replay
 from jaxgen.generation.sample import random_key, row_id_words
+from jaxgen.generation.speculate import check_assistant
 from jaxgen.generation.stop_strings import StopStrings
 
 
@@ -81,6 +82,8 @@ class Request:
         ids, mask = read_prompt(input_ids, attention_mask, model.config.vocab_size)
         words = row_id_words(row_ids, len(ids))
         key, seed = random_key(key, seed)
+        if extras.assistant_model is not None:
+            check_assistant(model, extras.assistant_model)
         recipe = recipe_of(config, extras)
         controls = controls_of(config, model.config.vocab_size, extras)
         tokens, lengths = pack(ids, mask)
@@ -122,7 +125,8 @@ def plan_of(
     budget = int((limits - lengths).max())
     # From the bucketed prompt, not the real one: the prompt's bucket then decides the total's.
     by_length = config.max_new_tokens is None and config.max_length is not None
-    total = max(int(limits.max()), length) if by_length else length + budget
+    guided = config.guidance_scale not in (None, 1.0)  # a negative row may be longer than its row
+    total = max(int(limits.max()), length) if by_length and not guided else length + budget
     total = bucket(max(total, config.max_cache_len or 0), SMALLEST_TOTAL)
     chunk = config.prefill_chunk_size or 0
     beams = config.num_beams or 1

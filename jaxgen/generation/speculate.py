@@ -199,7 +199,7 @@ def ask_assistant(
         # token is new, and the one before it goes where it already is.
         start = jnp.maximum(state.lengths - 2, 0)
         two = jnp.take_along_axis(state.tokens, start[:, None] + jnp.arange(2), axis=1)
-        hidden, cache = assistant.extend(two, start, jnp.full_like(start, 2), state.assistant_cache)
+        hidden, cache = assistant.extend(two, start, jnp.full_like(start, 2), state.assistant_cache or [])
         logits = assistant.logits(hidden[:, 1:])[:, 0]
         carry = (*choose(logits, state.tokens, state.lengths, state.lengths < most), cache)
         tokens, lengths, _, cache = jax.lax.while_loop(lambda carry: carry[2].any(), draft_next, carry)

@@ -95,7 +95,7 @@ def test_guidance(name: str, negative: str, scale: float, reference_model, hf):
         ids, mask = left_padded([prompt[::-1] + prompt for prompt in prompts])
         extra = {"negative_prompt_ids": ids, "negative_prompt_attention_mask": mask}
     ids, mask = left_padded(prompts)
-    options = {**KEEP, "guidance_scale": scale, "output_scores": True, "max_new_tokens": 12}
+    options = {**KEEP, "guidance_scale": scale, "output_scores": True, "output_logits": True, "max_new_tokens": 12}
     ours = reference_model(name).generate(ids, mask, **options, **extra)
     for row, prompt in enumerate(prompts):
         alone = {}
@@ -106,8 +106,9 @@ def test_guidance(name: str, negative: str, scale: float, reference_model, hf):
         ones = np.ones((1, len(prompt)), np.int32)
         expected = theirs(hf(name), np.array([prompt], np.int32), ones, **options, **alone)
         np.testing.assert_array_equal(ours.sequences[row, ids.shape[1] :], expected.sequences[0, len(prompt) :])
-        mine = np.stack(ours.scores)[:, row]
-        np.testing.assert_allclose(mine, np.stack([x.numpy()[0] for x in expected.scores]), atol=5e-4)
+        for field in ("scores", "logits"):
+            mine = np.stack(getattr(ours, field))[:, row]
+            np.testing.assert_allclose(mine, np.stack([x.numpy()[0] for x in getattr(expected, field)]), atol=5e-4)
 
 
 @pytest.mark.parametrize("name", ["gqa_1", "window_8", "tied"])

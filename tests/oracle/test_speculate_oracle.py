@@ -72,7 +72,7 @@ def test_an_assistant_drafts_as_in_transformers(theirs, ours, confidence, penalt
     small.generation_config.num_assistant_tokens = DRAFTS
     small.generation_config.assistant_confidence_threshold = confidence
     for row in range(len(prefixes())):
-        prefix = torch.from_numpy(np.asarray(state.tokens)[row : row + 1, : lengths[row]]).long()
+        prefix = torch.tensor(np.asarray(state.tokens)[row : row + 1, : lengths[row]]).long()
         config = copy.deepcopy(theirs[0].generation_config)
         config.update(eos_token_id=None, repetition_penalty=penalty, min_length=0)
         config.max_length = int(np.asarray(state.limits)[row])

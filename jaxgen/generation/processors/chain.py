@@ -122,6 +122,8 @@ def _of_length(config: GenerationConfig, *fields: str) -> list[Partial]:
 
 def _is_on(config: GenerationConfig, field: str, eos: tuple[int, ...]) -> bool:
     value = getattr(config, field)
+    if field == "min_length" and config.min_new_tokens is not None:  # which takes precedence, as in HF, even at 0
+        return False
     if field in ("min_length", "min_new_tokens"):
         return bool(value) and bool(eos)
     if field == "exponential_decay_length_penalty" and value is not None and not eos:
