@@ -199,6 +199,7 @@ def _complete(
                 "logprobs": result.logprobs[row, :count].tolist(),
                 "finish_reason": result.finish_reason[row],
             }  # fmt: skip
+        del result  # it holds the batch's key-value cache
 
 
 def _stream(model: Any, tokenizer: Any, prompts: list[str], settings: dict[str, Any], seed: int | None) -> None:

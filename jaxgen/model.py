@@ -11,6 +11,7 @@ no reshuffling. `convert/` maps HF's tensors to these names and back.
 """
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ from jaxgen.cache import KVCache, LayerCache, empty_cache, layer_cache_from_prom
 from jaxgen.config import MistralConfig
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.generate import GenerationMixin
+from jaxgen.generation.weights import split
 from jaxgen.quant.adapted import Adapted
 from jaxgen.quant.int4 import Int4
 from jaxgen.quant.lookup import Lookup4
@@ -203,6 +205,23 @@ class MistralDecoderLayer(nnx.Module):
         with jax.named_scope("mlp"):
             return x + self.mlp(self.post_attention_layernorm(x)), cache
 
+    def activations(
+        self,
+        x: Float[Array, "B T D"],
+        rotation: Rotation,
+        positions: Int[Array, "B T"],
+        real: Bool[Array, "B T"],
+        with_attentions: bool,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B N T T"] | None]:
+        """What a whole prompt becomes, and on request how much each token reads of each other one."""
+        after, _ = self.prompt(x, rotation, positions, real)
+        if not with_attentions:
+            return after, None
+        queries, keys, _ = self.self_attn.project(self.input_layernorm(x), rotation)
+        allowed = allowed_in_prompt(positions, real, self.self_attn.window, 0, x.shape[1])
+        weights = attention_weights(queries, jnp.moveaxis(keys, 1, 2), allowed)
+        return after, weights.reshape(len(x), -1, *weights.shape[3:])
+
 
 class MistralModel(nnx.Module):
     """Embeddings, blocks and final norm: everything but the head."""
@@ -270,22 +289,18 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
         return self._prompt(*_read_mask(input_ids, attention_mask))[0]
 
     def activations(
-        self,
-        input_ids: Int[Array | np.ndarray, "B T"],
-        attention_mask: "Int[Array | np.ndarray, 'B T'] | Bool[Array | np.ndarray, 'B T'] | None" = None,
-    ) -> tuple[list[Float[Array, "B T D"]], list[Float[Array, "B N T T"]]]:
-        """HF's `hidden_states` (embeddings, then every layer's output, the last one normed) and `attentions`."""
-        ids, positions, real = _read_mask(input_ids, attention_mask)
+        self, tokens: Int[Array, "B T"], real: Bool[Array, "B T"], with_attentions: bool
+    ) -> Iterator[tuple[Float[Array, "B T D"], Float[Array, "B N T T"] | None]]:
+        """HF's `hidden_states` and `attentions`, one layer after the other; runs on the host.
+
+        First the embeddings, without attentions; then every layer's output, the last one normed.
+        """
+        ids, positions, real = _read_mask(tokens, real)
         x, rotation = self.model.embed_tokens(ids), self._rotation(positions)
-        allowed = allowed_in_prompt(positions, real, self.config.sliding_window, 0, ids.shape[1])
-        hidden_states, attentions = [x], []
-        for layer in self.model.layers:
-            queries, keys, _ = layer.self_attn.project(layer.input_layernorm(x), rotation)
-            weights = attention_weights(queries, jnp.moveaxis(keys, 1, 2), allowed)
-            attentions.append(weights.reshape(len(ids), -1, *weights.shape[3:]))
-            x, _ = layer.prompt(x, rotation, positions, real)
-            hidden_states.append(x)
-        return [*hidden_states[:-1], self.model.norm(x)], attentions
+        yield x, None
+        for index, layer in enumerate(self.model.layers):
+            x, weights = _layer_activations(*split(layer), x, rotation, positions, real, with_attentions)
+            yield (self.model.norm(x) if index + 1 == len(self.model.layers) else x), weights
 
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], slots: int, int8: bool = False
@@ -363,3 +378,10 @@ def _read_mask(input_ids: Any, attention_mask: Any) -> tuple[Int[Array, "B T"], 
     ids = jnp.asarray(input_ids)
     real = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
     return ids, jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0), real
+
+
+def _run_layer(structure: Any, weights: Any, *arguments: Any) -> Any:
+    return structure.module(weights).activations(*arguments)
+
+
+_layer_activations = jax.jit(_run_layer, static_argnums=(0, 6))  # one program for all layers, which are alike

@@ -22,6 +22,14 @@ class _OfTransformers:
         return scores
 
 
+class _Streamer:
+    def put(self, value):
+        raise AssertionError("nothing must be generated")
+
+    def end(self):
+        pass
+
+
 _OfTransformers.__module__ = "transformers.generation.logits_process"
 
 
@@ -97,7 +105,7 @@ BAD_OPTIONS = {
     ),
     "scores that nobody sees": ({"output_scores": True}, "output_scores=True needs return_dict_in_generate=True"),
     "stop strings without a tokenizer": ({"stop_strings": ["x"]}, "stop_strings needs tokenizer="),
-    "an empty stop string": ({"stop_strings": ""}, "stop_strings='' must be a non-empty string"),
+    "an empty stop string": ({"stop_strings": ""}, "stop_strings.* is empty: it would stop every row"),
     "min_length above the limit": ({"min_length": 24}, "min_length=24 asks more of row 0 than the 20 tokens"),
     "a processor of transformers": (
         {"logits_processor": [_OfTransformers()]},
@@ -109,6 +117,13 @@ BAD_OPTIONS = {
         {"negative_prompt_ids": [[1]] * 3, "guidance_scale": 2.0},
         "negative_prompt_ids has 3 rows; expected 2",
     ),
+    "negative mask without a negative prompt": (
+        {"negative_prompt_attention_mask": [[1], [1]], "guidance_scale": 2.0},
+        "negative_prompt_attention_mask was given without",
+    ),
+    "a chunk size without a streamer": ({"chunk_size": 4}, "chunk_size=4 .* there is no streamer"),
+    "a streamer that is none": ({"streamer": object()}, "streamer"),
+    "a chunk size of zero": ({"streamer": _Streamer(), "chunk_size": 0}, "chunk_size=0 must be"),
     "a cache that is none": (
         {"cache_implementation": "offloaded"},
         "'offloaded' is not supported; choose from 'static'",

@@ -666,7 +666,9 @@ def test_other_numbers_compile_nothing():
     second = processed(OTHERS, logits, rows, user=[Partial(user_bias, np.float32(2))], prefix_allowed_tokens_fn=after)
     assert len(traces) == before
     assert first != second
-    assert len(chain_of(GenerationConfig(**EVERYTHING), 40)) == len(EVERYTHING) - 2  # do_sample, eos_token_id
+    assert (
+        len(chain_of(GenerationConfig(**EVERYTHING), 40)) == len(EVERYTHING) - 3
+    )  # do_sample, eos_token_id, and min_length gives way
 
 
 def test_a_row_does_not_depend_on_its_neighbours_or_free_slots():

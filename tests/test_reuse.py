@@ -106,7 +106,7 @@ def test_a_past_that_does_not_fit_is_refused(reference_model):
     past = reference_model("gqa_4").generate(ids, mask, max_new_tokens=1, return_dict_in_generate=True).past_key_values
     with pytest.raises(JaxgenError, match="past_key_values holds 3 rows, input_ids has 2"):
         reference_model("gqa_4").generate(ids[:2], mask[:2], past_key_values=past)
-    with pytest.raises(JaxgenError, match="it comes from another model"):
+    with pytest.raises(JaxgenError, match="comes from another model"):
         reference_model("gqa_1").generate(ids, mask, past_key_values=past)
     with pytest.raises(JaxgenError, match="exclude each other"):
         reference_model("gqa_4").generate(ids, mask, past_key_values=past, guidance_scale=2.0)
@@ -158,3 +158,58 @@ def test_int8_cache_takes_the_memory_it_says(reference_model):
     assert size(past.cache) / size(plain) == (16 + 4) / (16 * 4)  # 16 values of one byte and a float32 scale
     again = model.generate([[5, 6, 7, 8]], past_key_values=past, **options)  # goes on in 8 bits
     assert isinstance(again.past_key_values.cache[0].keys, Int8Slots)
+
+
+def forgets_nothing_it_needs(model, past, sequence: list[int]) -> None:
+    """Whatever the first tokens of the sequence are continued with: with the past and without it, the same logits."""
+    options = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True, **GREEDY}
+    for length in range(1, len(sequence) + 1):
+        ids, mask = left_padded([sequence[:length]] * len(past.lengths))
+        fresh, reused = model.generate(ids, mask, **options), model.generate(ids, mask, past_key_values=past, **options)
+        np.testing.assert_allclose(reused.logits[0], fresh.logits[0], atol=1e-4)
+
+
+def test_a_ring_that_a_row_went_on_writing_to_after_its_end(reference_model):
+    """An ended row reads its newest token as long as its neighbour runs, over the oldest one of the ring."""
+    model = reference_model("window_8")
+    out = model.generate(
+        [[5, 6, 7], [5, 6, 7]],
+        max_new_tokens=40,
+        stopping_criteria=lambda tokens, lengths, scores: (lengths == 24) & (jnp.arange(len(lengths)) == 0),
+        return_dict_in_generate=True,
+        **GREEDY,
+    )
+    assert out.lengths.tolist() == [21, 40]
+    forgets_nothing_it_needs(model, out.past_key_values, out.sequences[0, :27].tolist())
+
+
+@pytest.mark.parametrize("drafter", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_a_ring_with_rejected_drafts(drafter: str, reference_model):
+    model = reference_model("window_8")
+    stranger = nnx.merge(*nnx.split(type(model)(model.config, rngs=nnx.Rngs(3))))
+    options = {drafter: 5} if drafter == "prompt_lookup_num_tokens" else {drafter: stranger, "num_assistant_tokens": 5}
+    out = model.generate(
+        [[5, 6, 7] * 4],
+        max_new_tokens=60,
+        stopping_criteria=lambda tokens, lengths, scores: lengths >= 26,
+        assistant_confidence_threshold=0.0,
+        return_dict_in_generate=True,
+        **options,
+        **GREEDY,
+    )
+    assert out.drafted[0] > out.accepted[0]
+    forgets_nothing_it_needs(model, out.past_key_values, out.sequences[0].tolist())
+
+
+def test_a_past_of_a_model_that_has_changed_is_refused(reference_model):
+    structure, state = nnx.split(reference_model("gqa_1"))
+    model = nnx.merge(structure, jax.tree.map(jnp.copy, state))
+    past = model.generate([[5, 6]], max_new_tokens=1, return_dict_in_generate=True, **GREEDY).past_key_values
+    model.generate([[5, 6, 7]], max_new_tokens=1, past_key_values=past, **GREEDY)
+    with pytest.raises(JaxgenError, match="'quantized', but past_key_values is not"):
+        model.generate([[5, 6, 7]], past_key_values=past, cache_implementation="quantized")
+    with pytest.raises(JaxgenError, match="past_key_values is a tuple"):
+        model.generate([[5, 6, 7]], past_key_values=((1, 2),))
+    model.lm_head.weight[...] = model.lm_head.weight[...] * 2
+    with pytest.raises(JaxgenError, match="before its weights changed"):
+        model.generate([[5, 6, 7]], past_key_values=past)

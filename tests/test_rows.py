@@ -123,11 +123,11 @@ def padded(rows: list[list[int]], side: str, extra: int, filler: int = 0) -> tup
 
 
 def arguments(name: str, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> dict[str, Any]:
-    """The options of a set; with guidance, each row's negative prompt is its prompt backwards, and one token more."""
+    """The options of a set; with guidance, a row's negative prompt is half its prompt, backwards, and a token more."""
     options = {**SETS[name], **options}
     if "guidance_scale" in options:
         real = np.ones_like(ids) if mask is None else mask
-        negative = [[*row[keep == 1][::-1].tolist(), 17] for row, keep in zip(ids, real, strict=True)]
+        negative = [[*row[keep == 1][::-2].tolist(), 17] for row, keep in zip(ids, real, strict=True)]
         options["negative_prompt_ids"], options["negative_prompt_attention_mask"] = padded(negative, "right", 1)
     return options
 

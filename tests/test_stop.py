@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgen import JaxgenError
 from jaxgen.generation import compiled
 from jaxgen.generation.output import GenerateOutput
 from tests.reference.cases import CASES, NEW_TOKENS, PAD, left_padded
@@ -104,3 +105,16 @@ def test_top_logprobs_are_the_best_of_the_logits(model, batch):
         np.testing.assert_array_equal(best.top_ids[row, :count], order)
         given = np.take_along_axis(expected, order, axis=1)
         np.testing.assert_allclose(best.top_logprobs[row, :count], given, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda tokens, lengths, scores: True,
+        lambda tokens, lengths, scores: lengths[:, None] > 3,
+        lambda tokens, lengths, scores: lengths / 3,
+    ],
+)
+def test_a_criterion_must_say_yes_or_no_of_every_row(criterion, model, batch):
+    with pytest.raises(JaxgenError, match=r"a stopping criterion returned .* expected bool \(6,\)"):
+        model.generate(*batch, stopping_criteria=criterion)

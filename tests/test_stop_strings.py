@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxgen import demo
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.stop_strings import StopStrings, read_strings, trim
+from jaxgen.generation.stop_strings import StopStrings, read_strings
 
 VOCAB = 768  # of the model: more than any tokenizer here has
 SLOTS = 24
@@ -312,8 +312,6 @@ def test_a_model_with_fewer_tokens_than_the_tokenizer():
 def test_strings_that_are_none(strings: object, message: str):
     with pytest.raises(JaxgenError, match=message):
         StopStrings.of(byte_level(), strings, VOCAB)
-    with pytest.raises(JaxgenError, match=message):
-        trim("text", strings)
 
 
 def test_tokenizers_that_do_not_do():
@@ -331,23 +329,3 @@ def test_tokenizers_that_do_not_do():
 def test_read_strings():
     assert read_strings("stop") == ("stop",)
     assert read_strings(("b", "a", "b")) == ("b", "a", "b")
-
-
-@pytest.mark.parametrize(
-    ("text", "strings", "prompt", "expected"),
-    [
-        ("hello", "stop", "", "hello"),
-        ("go stopper", "stop", "", "go "),
-        ("stop stop", "stop", "", ""),
-        ("x she said", ["he", "she"], "", "x "),  # they end together: the longest
-        ("xabc", ["abc", "b"], "", "xa"),  # "b" ends first, whatever comes behind it
-        ("x\n\nQ: y", ["Q:", "\n\n"], "", "x"),
-        ("op, and stop", "stop", "st", ""),  # begun in the prompt
-        ("a stop", "stop", "stop", "a "),  # that of the prompt is the past
-        ("aab", "aa", "aaa", ""),
-        ("日本語です", "語", "日本語", "日本"),
-        ("", "stop", "stop", ""),
-    ],
-)
-def test_trim(text: str, strings: str | list[str], prompt: str, expected: str):
-    assert trim(text, strings, prompt) == expected

@@ -97,10 +97,9 @@ def decay(name: str, value: Any) -> tuple[int, float]:
 
 def strings(name: str, value: Any) -> tuple[str, ...]:
     """A string or several, none of them empty."""
-    value = (value,) if isinstance(value, str) else value
-    if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
-        raise JaxgenError(f"{name}={value!r} must be a non-empty string, or a list of them")
-    return value
+    from jaxgen.generation.stop_strings import read_strings
+
+    return read_strings(value)
 
 
 def choice(*values: Any) -> Check:

@@ -18,6 +18,7 @@ from jaxgen.generation import loop
 from jaxgen.generation.compiled import Run
 from jaxgen.generation.config import GenerationConfig, resolve
 from jaxgen.generation.controls import Plan, Recipe
+from jaxgen.generation.fields import integer
 from jaxgen.generation.limits import row_limits
 from jaxgen.generation.output import collect
 from jaxgen.generation.prompt import generated, pack
@@ -43,7 +44,7 @@ class GenerationMixin:
         seed: Any = None,
         row_ids: Any = None,
         streamer: Any = None,
-        chunk_size: int = 1,
+        chunk_size: int | None = None,
         **options: Any,
     ) -> Any:
         """Generate text ids as transformers' `generate` does: same names, same defaults, same layout.
@@ -68,6 +69,8 @@ class GenerationMixin:
         'A list of colors: red, blue, green, yellow, orange, purple, pink,'
         """
         request = self._request(input_ids, attention_mask, generation_config, key, seed, row_ids, options)
+        if streamer is None and chunk_size is not None:
+            raise JaxgenError(f"chunk_size={chunk_size!r} says how often a streamer looks; there is no streamer=")
         state = Run(self, request).finish() if streamer is None else self._feed(streamer, request, chunk_size)
         return replayed(self, collect(self, state, request), request)
 
@@ -87,7 +90,7 @@ class GenerationMixin:
 
         >>> model, _ = getfixture("demo")
         >>> list(model.stream("A list of colors: red, blue", max_new_tokens=5))
-        [', ', 'green, ', 'yellow,']
+        [', ', 'green,']
         """
         from jaxgen.text.stream import stream
 
@@ -137,15 +140,17 @@ class GenerationMixin:
         config = resolve(fields, generation_config, self.generation_config)
         return Request.read(self, input_ids, attention_mask, config, key, seed, row_ids, extras)
 
-    def _feed(self, streamer: Any, request: Request, chunk_size: int) -> Any:
+    def _feed(self, streamer: Any, request: Request, chunk_size: int | None) -> Any:
         """Generate under the eyes of a streamer; the state at the end."""
-        from jaxgen.text.streamers import feed
+        from jaxgen.text.streamers import check_streamer, feed
 
+        check_streamer(streamer)
+        every = 1 if chunk_size is None else integer(1)("chunk_size", chunk_size)
         if (request.config.num_beams or 1) > 1:
             raise JaxgenError("streamer: beam search has no text to show before it ends; use num_beams=1")
         run = Run(self, request)
         prompt = np.repeat(request.input_ids, request.plan.samples, axis=0)
-        feed(streamer, prompt, run.chunks(chunk_size), request.config.filler_id)
+        feed(streamer, prompt, run.chunks(every), request.config.filler_id)
         return run.state
 
     def warmup(self, batch: int, prompt_length: int, max_new_tokens: int, **options: Any) -> None:
@@ -194,12 +199,12 @@ def generate(
 ) -> "Int[Array, 'R total'] | dict[str, Array]":
     """Generate as a pure function: no buckets, no checks of values, usable inside jit and under vmap over keys.
 
-    As `model.generate`, with arrays in and arrays out: ids [B * num_return_sequences, T + max_new_tokens], always
-    full width. With `return_dict_in_generate` a dict with `sequences`, `logprobs` and `model_logprobs` [R, N],
-    `lengths` [R] (new tokens per row) and `broken` [R] (the row met NaN logits). `key` is needed for sampling;
-    `row_ids` are as in `model.generate`, and static. `extras` are its arguments that are no numbers
-    (`logits_processor`, `stopping_criteria`, `tokenizer`, ...). Raises `JaxgenError` for a bad configuration, and
-    `UnsupportedError` for what needs the host or a second model.
+    As `model.generate`, with arrays in and arrays out: ids [B * num_return_sequences, T + max_new_tokens] (or T +
+    `max_length`, as far as a row of few real tokens may go), always full width. With `return_dict_in_generate` a dict
+    with `sequences`, `logprobs` and `model_logprobs` [R, N], `lengths` [R] (new tokens per row) and `broken` [R] (the
+    row met NaN logits). `key` is needed for sampling; `row_ids` are as in `model.generate`, and static. `extras` are
+    its arguments that are no numbers (`logits_processor`, `stopping_criteria`, `tokenizer`, ...). Raises
+    `JaxgenError` for a bad configuration, and `UnsupportedError` for what needs the host or a second model.
 
     >>> model, _ = getfixture("demo")
     >>> config = GenerationConfig(max_new_tokens=4, do_sample=True)
@@ -215,36 +220,16 @@ def generate(
     _check_pure(effective, given, recipe)
     if effective.do_sample and key is None:
         raise JaxgenError("do_sample=True needs key=: jax.random.key(seed)")
-    batch, width = input_ids.shape
-    # As if every column were real: how many are is known to the device only.
-    room = np.full(batch, width, np.int32)
-    limits = row_limits(effective, room, model.config.max_position_embeddings)
-    budget, total = int((limits - room).max()), int(limits.max())
+    prompts, plan, budget = _pure_plan(model, input_ids, attention_mask, effective, recipe, row_ids)
     random, _ = random_key(key, 0 if key is None else None)
-    ids = jnp.asarray(input_ids)
-    real = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
-    tokens, lengths = pack(ids, real, jnp)
-    by_length = effective.max_new_tokens is None and effective.max_length is not None
-    prompts = Prompts(
-        tokens=tokens,
-        lengths=lengths,
-        limits=jnp.full(batch, total) if by_length else lengths + budget,
-        row_ids=jnp.asarray(row_id_words(row_ids, batch)),
-        idle=jnp.zeros(batch, bool),
-    )
-    chunk = effective.prefill_chunk_size or 0
-    samples = effective.num_return_sequences or 1
-    slots, int8 = model.config.cache_slots(total, ahead=chunk), effective.cache_implementation == "quantized"
-    plan = Plan(recipe, samples, total, slots, int8, chunk)
     controls = jax.tree.map(jnp.asarray, controls)
     state = loop.prefill(model, prompts, random, controls, plan)
-    state = loop.decode(model, state, jnp.int32(total), controls, recipe)
-    budget = total if by_length else budget
+    state = loop.decode(model, state, jnp.int32(plan.total), controls, recipe)
 
     def new(table: Float[Array, "R S"] | Int[Array, "R S"], fill: float) -> Array:
         return generated(table, state.prompt_lengths, state.lengths, budget, fill, jnp)
 
-    prompt = jnp.repeat(ids.astype(jnp.int32), samples, axis=0)
+    prompt = jnp.repeat(jnp.asarray(input_ids, jnp.int32), plan.samples, axis=0)
     sequences = jnp.concatenate([prompt, new(state.tokens, effective.filler_id)], axis=1)
     if not effective.return_dict_in_generate:
         return sequences
@@ -257,6 +242,31 @@ def generate(
     }
 
 
+def _pure_plan(
+    model: Any, input_ids: Any, attention_mask: Any, config: GenerationConfig, recipe: Recipe, row_ids: Any
+) -> tuple[Prompts, Plan, int]:
+    """What `Request` is to `model.generate`, without values; and how many new tokens a row may get at most."""
+    batch, width = input_ids.shape
+    # As if every column were real: how many are is known to the device only.
+    room = np.full(batch, width, np.int32)
+    limits = row_limits(config, room, model.config.max_position_embeddings)
+    total = int(limits.max())
+    real = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
+    tokens, lengths = pack(jnp.asarray(input_ids), real, jnp)
+    by_length = config.max_new_tokens is None and config.max_length is not None
+    prompts = Prompts(
+        tokens=tokens,
+        lengths=lengths,
+        limits=jnp.full(batch, total) if by_length else lengths + (total - width),
+        row_ids=jnp.asarray(row_id_words(row_ids, batch)),
+        idle=jnp.zeros(batch, bool),
+    )
+    chunk, int8 = config.prefill_chunk_size or 0, config.cache_implementation == "quantized"
+    slots = model.config.cache_slots(total, ahead=chunk)
+    plan = Plan(recipe, config.num_return_sequences or 1, total, slots, int8, chunk)
+    return prompts, plan, total if by_length else total - width
+
+
 def _check_pure(config: GenerationConfig, extras: Extras, recipe: Recipe) -> None:
     """Raise for what only `model.generate` can do."""
     refused = {
@@ -265,6 +275,9 @@ def _check_pure(config: GenerationConfig, extras: Extras, recipe: Recipe) -> Non
         "assistant_model": extras.assistant_model,
         "prompt_lookup_num_tokens": recipe.prompt_lookup,
         "past_key_values": extras.past_key_values,
+        "max_cache_len": config.max_cache_len,
+        "negative_prompt_ids": extras.negative_prompt_ids is not None,
+        "negative_prompt_attention_mask": extras.negative_prompt_attention_mask is not None,
         "guidance_scale": config.guidance_scale not in (None, 1.0),
         "output_scores": recipe.record_scores,
         "output_logits": recipe.record_logits,

@@ -45,10 +45,10 @@ def row_limits(config: GenerationConfig, lengths: Int[np.ndarray, " B"], context
             f"a prompt of {longest} tokens and {asked} exceed the model's context of {context} tokens; "
             f"at most {context - longest} new tokens fit"
         )
-    least = np.maximum(lengths + (config.min_new_tokens or 0), 0 if config.min_new_tokens else config.min_length or 0)
+    name = "min_length" if config.min_new_tokens is None else "min_new_tokens"  # which wins, as in HF
+    least = np.full(lengths.shape, config.min_length or 0) if name == "min_length" else lengths + config.min_new_tokens
     if (least > limits).any():
         row = int((least - limits).argmax())
-        name = "min_new_tokens" if config.min_new_tokens else "min_length"
         raise JaxgenError(
             f"{name}={getattr(config, name)} asks more of row {row} than the {limits[row] - lengths[row]} tokens that "
             f"{asked} allows it"
@@ -56,11 +56,12 @@ def row_limits(config: GenerationConfig, lengths: Int[np.ndarray, " B"], context
     return limits.astype(np.int32)
 
 
-def check_memory(config: MistralConfig, itemsize: int, prompts: Prompts, plan: Plan, device: Any) -> None:
-    """Raise `JaxgenError`, saying how many new tokens fit, if cache, prefill and what is recorded outgrow the device.
+def check_memory(model: Any, prompts: Prompts, plan: Plan, assistant: Any = None) -> None:
+    """Raise `JaxgenError`, saying how many new tokens fit, if caches, prefill and what is recorded outgrow the device.
 
     What the prefill needs besides the cache is an estimate of its largest arrays.
     """
+    config, itemsize, device = model.config, model.dtype.itemsize, model.device
     free = free_bytes(device)
     if free is None:
         return
@@ -71,7 +72,18 @@ def check_memory(config: MistralConfig, itemsize: int, prompts: Prompts, plan: P
     recipe = plan.recipe
     tables = recipe.record_scores + recipe.record_logits
     recorded = 4 * prompts.tokens.shape[0] * plan.samples * recipe.recorded * config.vocab_size * tables
-    working = prefill_bytes(config, itemsize, batch, plan.chunk or length) + recorded
+    read_on = plan.chunk or plan.fresh  # a piece at a time, against every slot
+    working = recorded + (
+        prefill_bytes(config, itemsize, batch, read_on, read_on, plan.slots)
+        if read_on
+        else prefill_bytes(config, itemsize, batch, length, query_block(length), length)
+    )
+    working += 4 * rows * (recipe.drafts + 1) * config.vocab_size
+    if prompts.past is not None:  # the past in the rows and slots of this call, on the way
+        working += per_slot * plan.slots
+    if assistant is not None:
+        own = kv_bytes_per_token(assistant.config, assistant.dtype.itemsize, plan.int8_cache)
+        working += prompts.tokens.shape[0] * plan.samples * own * assistant_slots(assistant.config, plan)
     needed = per_slot * plan.slots + working
     if needed <= free:
         return
@@ -88,9 +100,17 @@ def check_memory(config: MistralConfig, itemsize: int, prompts: Prompts, plan: P
     )
 
 
-def prefill_bytes(config: MistralConfig, itemsize: int, prompts: int, length: int) -> int:
-    """About what reading the prompts takes beside weights and cache: attention scores, activations and logits."""
-    scores = 2 * 4 * config.num_attention_heads * query_block(length) * length
+def assistant_slots(config: Any, plan: Plan) -> int:
+    """Cache slots of an assistant: it reads two tokens at a time, after having written up to T that were rejected."""
+    return config.cache_slots(plan.total, ahead=max(plan.chunk, plan.recipe.drafts + 2))
+
+
+def prefill_bytes(config: MistralConfig, itemsize: int, prompts: int, length: int, queries: int, slots: int) -> int:
+    """About what reading the prompts takes beside weights and cache: attention scores, activations and logits.
+
+    `length` tokens at a time, of which `queries` look at `slots` others at a time.
+    """
+    scores = 2 * 4 * config.num_attention_heads * queries * slots
     activations = itemsize * length * (2 * config.intermediate_size + 4 * config.hidden_size)
     logits = 3 * 4 * config.vocab_size
     return prompts * (scores + activations + logits)

@@ -81,7 +81,7 @@ def collect(model: Any, state: Any, request: Request) -> "np.ndarray | GenerateO
         finish_reason=[FINISH_REASON[int(code)] for code in arrays["status"]],
         generation_config=config,
         seed=request.seed,
-        past_key_values=PastKeyValues(arrays["tokens"], lengths - 1, state.cache),
+        past_key_values=PastKeyValues(model, state, rows, request.plan.recipe.drafts),
         **recorded(state.record, rows, width),
         **drafting,
     )

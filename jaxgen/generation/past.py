@@ -1,8 +1,10 @@
 """Keys and values that outlive a call: a chat goes on, or many prompts share a beginning, without reading it again."""
 
 import dataclasses
+import weakref
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -11,9 +13,10 @@ from jaxgen.errors import JaxgenError
 from jaxgen.generation.controls import Plan
 from jaxgen.generation.prompt import bucket, pad_to
 from jaxgen.generation.read import Past, Prompts
+from jaxgen.generation.weights import split
 
-# Beside a sliding window, what is new is read this many tokens at a time: the ring needs room for one piece.
-WINDOWED_CHUNK = 256
+# What is new is read this many tokens at a time: scores take memory, and a ring needs room for one piece.
+CHUNK = 256
 SMALLEST_FRESH = 16
 
 
@@ -25,8 +28,16 @@ class PastKeyValues:
     keeps its memory, until it is dropped. Source: transformers `Cache`, in the part that `generate` uses.
     """
 
-    def __init__(self, tokens: Int[np.ndarray, "R S"], lengths: Int[np.ndarray, " R"], cache: KVCache):
-        self.tokens, self.lengths, self.cache = tokens, lengths, cache
+    def __init__(self, model: Any, state: Any, rows: int, drafts: int = 0):
+        """What the first `rows` rows of a finished state have read, with a model that drafted so many at a time."""
+        tokens, lengths = jax.device_get((state.tokens, state.lengths))
+        self.tokens: Int[np.ndarray, "R S"] = tokens[:rows]
+        self.lengths: Int[np.ndarray, " R"] = lengths[:rows] - 1  # the newest token has not been read
+        self.cache: KVCache = state.cache
+        # A row that has ended goes on reading its newest token, and rejected drafts were read after it: so many
+        # slots of a ring hold something else than what was there.
+        self._overwritten = drafts + 1
+        self._model, self._weights = weakref.ref(model), _identity(model)
 
     def get_seq_length(self) -> int:
         """Tokens that the longest row holds."""
@@ -35,16 +46,14 @@ class PastKeyValues:
     def continue_with(self, prompts: Prompts, plan: Plan, rows: int, model: Any) -> tuple[Prompts, Plan]:
         """Prompts and plan of a call that continues this; the first `rows` prompts are real.
 
-        Raises `JaxgenError` if the rows do not fit together, or another model made this.
+        Raises `JaxgenError` if the rows do not fit together, or if the model is another one or has changed.
         """
-        self._check(prompts, rows, model)
+        self._check(prompts, plan, rows, model)
         sources = np.arange(rows) if len(self.lengths) == rows else np.zeros(rows, np.int64)
         known = [self._known(prompts, row, source, model) for row, source in enumerate(sources.tolist())]
         held = np.array(known, np.int32)
         fresh = bucket(int((prompts.lengths[:rows] - held).max()), SMALLEST_FRESH)
-        window, chunk = model.config.sliding_window, plan.chunk
-        if window is not None:
-            chunk = min(fresh, chunk or WINDOWED_CHUNK)
+        chunk = min(fresh, plan.chunk or CHUNK)
         past = Past(
             cache=self.cache,
             sources=pad_to(sources.astype(np.int32), prompts.lengths.shape),
@@ -65,11 +74,12 @@ class PastKeyValues:
         differs = np.flatnonzero(prompts.tokens[row, :most] != self.tokens[source, :most])
         known = int(differs[0]) if differs.size else most
         window = model.config.sliding_window
-        if window is not None and self.lengths[source] - self.cache[0].slots > max(known - window + 1, 0):
+        first = int(self.lengths[source]) + self._overwritten - self.cache[0].slots  # position that is surely there
+        if window is not None and first > max(known - window + 1, 0):
             return 0  # the ring has turned past what the next token would look at
         return known
 
-    def _check(self, prompts: Prompts, rows: int, model: Any) -> None:
+    def _check(self, prompts: Prompts, plan: Plan, rows: int, model: Any) -> None:
         if prompts.negative is not None:
             raise JaxgenError("past_key_values and guidance_scale exclude each other: the negative rows have no past")
         if len(self.lengths) not in (1, rows):
@@ -77,12 +87,14 @@ class PastKeyValues:
                 f"past_key_values holds {len(self.lengths)} rows, input_ids has {rows}; they must agree, or the past "
                 "have one row that all continue"
             )
-        config, layer = model.config, self.cache[0]
-        values = layer.keys.values if isinstance(layer.keys, Int8Slots) else layer.keys
-        made = (len(self.cache), values.shape[1], values.shape[3])
-        needed = (config.num_hidden_layers, config.num_key_value_heads, config.head_size)
-        if made != needed:
+        if self._model() is not model or self._weights != _identity(model):
+            raise JaxgenError("past_key_values comes from another model, or from this one before its weights changed")
+        if plan.int8_cache and not isinstance(self.cache[0].keys, Int8Slots):
             raise JaxgenError(
-                f"past_key_values has {made[0]} layers of {made[1]} heads of {made[2]}, the model {needed[0]} of "
-                f"{needed[1]} of {needed[2]}: it comes from another model"
+                "cache_implementation='quantized', but past_key_values is not: give the option from the first call on"
             )
+
+
+def _identity(model: Any) -> tuple[int, ...]:
+    """Which arrays a model consists of."""
+    return tuple(map(id, split(model)[1]))

@@ -1,7 +1,7 @@
 """Attentions and hidden states of a generation: the finished sequences are read once more.
 
-One forward pass over a finished sequence computes what every step of its generation computed. So the loop carries
-none of it, and what is asked for costs memory once, on the host, layer by layer.
+One forward pass over a finished sequence computes what every step of its generation computed (in the model's dtype,
+whatever that of the cache). So the loop carries none of it; the device holds one layer of it at a time, the host all.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ import numpy as np
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation.limits import free_bytes
 from jaxgen.generation.prompt import SMALLEST_PROMPT, bucket, pack, pad_to
-from jaxgen.generation.weights import split
 
 Steps = tuple[tuple[np.ndarray, ...], ...]
 
@@ -63,14 +62,19 @@ def check_replay(config: Any, rows: int, total: int, model: Any) -> None:
             "output_attentions and output_hidden_states with num_beams: beams that were given up cannot be read again"
         )
     c = model.config
-    per_layer = c.num_attention_heads * total if config.output_attentions else 0
-    needed = 4 * rows * total * (c.num_hidden_layers + 1) * (per_layer + c.hidden_size)
-    free = free_bytes(jax.devices("cpu")[0])
-    if free is not None and 2 * needed > free:
-        raise JaxgenError(
-            f"output_attentions and output_hidden_states of {rows} rows of {total} tokens take {needed / 1e9:.2f} GB, "
-            f"and {free / 1e9:.2f} GB are free on this machine; ask for fewer rows or tokens"
-        )
+    scores = 4 * rows * c.num_attention_heads * total * total if config.output_attentions else 0
+    states = 4 * rows * total * c.hidden_size
+    needs = (
+        (model.device, 3 * scores + 2 * states),
+        (jax.devices("cpu")[0], (c.num_hidden_layers + 1) * (scores + states)),
+    )
+    for device, needed in needs:
+        free = free_bytes(device)
+        if free is not None and needed > free:
+            raise JaxgenError(
+                f"output_attentions and output_hidden_states of {rows} rows of {total} tokens take {needed / 1e9:.2f} "
+                f"GB, and {free / 1e9:.2f} GB are free on {device}; ask for fewer rows or tokens"
+            )
 
 
 def _read(
@@ -79,26 +83,14 @@ def _read(
     tokens, lengths = pack(sequences, real)
     rows, length = bucket(len(tokens)), bucket(tokens.shape[1], SMALLEST_PROMPT)
     columns = np.arange(length) < pad_to(lengths, (rows,), fill=1)[:, None]
-    hidden, attentions = _activations(*split(model), pad_to(tokens, (rows, length)), columns)
-    row, place = np.nonzero(real)
-    packed = (np.cumsum(real, axis=1) - 1)[row, place]  # where the row's token went
-    back = np.zeros(sequences.shape, np.int64)
-    back[row, place] = packed
-
-    def unpack_hidden(x: jax.Array) -> np.ndarray:
-        moved = np.take_along_axis(np.asarray(x, np.float32)[: len(real)], back[..., None], axis=1)
-        return np.where(real[..., None], moved, 0)
-
-    def unpack_attention(x: jax.Array) -> np.ndarray:
-        moved = np.take_along_axis(np.asarray(x, np.float32)[: len(real)], back[:, None, :, None], axis=2)
-        moved = np.take_along_axis(moved, back[:, None, None, :], axis=3)
-        return np.where((real[:, :, None] & real[:, None, :])[:, None], moved, 0)
-
-    return [unpack_hidden(x) for x in hidden], [unpack_attention(x) for x in attentions] if with_attentions else []
-
-
-def _run(structure: Any, weights: Any, tokens: jax.Array, real: jax.Array) -> Any:
-    return structure.module(weights).activations(tokens, real)
-
-
-_activations = jax.jit(_run, static_argnums=0)
+    place = np.where(real, np.cumsum(real, axis=1) - 1, 0)  # where the row's tokens went
+    both = real[:, :, None] & real[:, None, :]
+    hidden, attentions = [], []
+    for states, weights in model.activations(pad_to(tokens, (rows, length)), columns, with_attentions):
+        moved = np.take_along_axis(np.asarray(states, np.float32)[: len(real)], place[..., None], axis=1)
+        hidden.append(np.where(real[..., None], moved, 0))
+        if weights is not None:
+            moved = np.take_along_axis(np.asarray(weights, np.float32)[: len(real)], place[:, None, :, None], axis=2)
+            moved = np.take_along_axis(moved, place[:, None, None, :], axis=3)
+            attentions.append(np.where(both[:, None], moved, 0))
+    return hidden, attentions

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Bool, Int
 
 from jaxgen.errors import JaxgenError, UnsupportedError
-from jaxgen.generation.config import GenerationConfig
+from jaxgen.generation.config import DEFAULTS, GenerationConfig
 from jaxgen.generation.controls import Controls, Plan, Recipe
 from jaxgen.generation.limits import check_memory, row_limits
 from jaxgen.generation.past import PastKeyValues
@@ -35,7 +35,7 @@ class Extras:
     negative_prompt_attention_mask: Any = None
     tokenizer: Any = None  # for stop_strings
     assistant_model: Any = None
-    past_key_values: PastKeyValues | None = None
+    past_key_values: Any = None  # of an earlier output
 
     @classmethod
     def take(cls, options: Mapping[str, Any]) -> "tuple[Extras, dict[str, Any]]":
@@ -73,11 +73,7 @@ class Request:
         extras: Extras = Extras(),
     ) -> "Request":
         """Check all that can be checked on the host, then pack the rows and choose the buckets."""
-        try:
-            device, traced = model.device, any(isinstance(x, Tracer) for x in (input_ids, attention_mask, key))
-        except jax.errors.ConcretizationTypeError:  # the weights themselves
-            device, traced = None, True
-        if traced:
+        if _traced(model, input_ids, attention_mask, key):
             raise JaxgenError("model.generate runs on the host; inside jit or vmap use jaxgen.generate(model, ...)")
         ids, mask = read_prompt(input_ids, attention_mask, model.config.vocab_size)
         words = row_id_words(row_ids, len(ids))
@@ -106,11 +102,24 @@ class Request:
         )
         plan = plan_of(model, config, recipe, length, lengths, limits)
         if extras.past_key_values is not None:
+            if not isinstance(extras.past_key_values, PastKeyValues):
+                raise JaxgenError(
+                    f"past_key_values is a {type(extras.past_key_values).__name__}; pass the past_key_values of an "
+                    "earlier call's output"
+                )
             prompts, plan = extras.past_key_values.continue_with(prompts, plan, len(ids), model)
         check_replay(config, len(ids) * plan.samples, plan.total, model)
-        check_memory(model.config, model.dtype.itemsize, prompts, plan, device)
+        check_memory(model, prompts, plan, extras.assistant_model)
         asks_host = extras.prefix_allowed_tokens_fn is not None
         return cls(ids, mask, config, seed, key, prompts, controls, plan, extras.assistant_model, asks_host)
+
+
+def _traced(model: Any, *arrays: Any) -> bool:
+    """Whether this is called while jit or vmap traces the model's weights or its inputs."""
+    try:
+        return model.device is None or any(isinstance(x, Tracer) for x in arrays)
+    except jax.errors.ConcretizationTypeError:  # the weights
+        return True
 
 
 def plan_of(
@@ -149,7 +158,9 @@ def recipe_of(config: GenerationConfig, extras: Extras = Extras()) -> Recipe:
             raise JaxgenError("both assistant_model and prompt_lookup_num_tokens were given; choose who drafts")
         if beams > 1:
             raise JaxgenError(f"num_beams={beams} and speculation exclude each other, as in transformers")
-    drafts = config.prompt_lookup_num_tokens if lookup else config.num_assistant_tokens if extras.assistant_model else 0
+    drafts = config.prompt_lookup_num_tokens if lookup else 0
+    if extras.assistant_model is not None:
+        drafts = config.num_assistant_tokens or DEFAULTS["num_assistant_tokens"]
     return Recipe(
         do_sample=bool(config.do_sample),
         record_scores=bool(config.output_scores),
@@ -220,6 +231,8 @@ def _negative(
             raise JaxgenError("negative_prompt_ids needs guidance_scale, which says how strongly to avoid it")
         return []
     if extras.negative_prompt_ids is None:
+        if extras.negative_prompt_attention_mask is not None:
+            raise JaxgenError("negative_prompt_attention_mask was given without negative_prompt_ids")
         packed, lengths = pack(ids, mask)
         return [(np.take_along_axis(packed, lengths[:, None] - 1, axis=1), np.ones_like(lengths))]
     names = ("negative_prompt_ids", "negative_prompt_attention_mask")

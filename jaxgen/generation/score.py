@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgen.errors import JaxgenError
+from jaxgen.errors import JaxgenError, NonFiniteLogitsError
+from jaxgen.generation.fields import integer
 from jaxgen.generation.prompt import SMALLEST_PROMPT, bucket, pack, pad_to, read_prompt
 from jaxgen.generation.weights import split
 
@@ -30,6 +31,7 @@ def score(model: Any, texts: Any, tokenizer: Any, batch_size: int) -> list[TextS
 
     texts = [texts] if isinstance(texts, str) else list(texts)
     tokenizer = tokenizer_for(model, tokenizer)
+    batch_size = integer(1)("batch_size", batch_size)
     scores: list[TextScore] = []
     for start in range(0, len(texts), batch_size):
         ids = [np.array(tokenizer(text)["input_ids"], np.int32) for text in texts[start : start + batch_size]]
@@ -61,6 +63,9 @@ def token_logprobs(model: Any, input_ids: Any, attention_mask: Any = None) -> Fl
         *split(model), pad_to(tokens, (rows, length)), np.arange(length) < pad_to(lengths, (rows,), fill=1)[:, None]
     )
     result = np.zeros(ids.shape, np.float32)
+    broken = np.argwhere(~np.isfinite(np.asarray(packed)[: len(ids)]))
+    if len(broken):
+        raise NonFiniteLogitsError(broken[:1, 0].tolist(), broken[:1, 1].tolist())
     result[mask] = np.asarray(packed)[: len(ids)][np.arange(length) < lengths[:, None]]
     return result
 

@@ -30,6 +30,7 @@ from jaxgen.errors import JaxgenError
 from jaxgen.generation import loop
 from jaxgen.generation.controls import Controls, Plan, Recipe
 from jaxgen.generation.guidance import with_negatives
+from jaxgen.generation.limits import assistant_slots
 from jaxgen.generation.loop import DecodeState
 from jaxgen.generation.read import CausalLM, Count, Prompts, read_prompts
 from jaxgen.generation.sample import draw
@@ -194,12 +195,13 @@ def ask_assistant(
         logits, cache = assistant.step(jnp.take_along_axis(tokens, newest[:, None], axis=1)[:, 0], newest, cache)
         return *choose(logits, tokens, lengths, going), cache
 
+    assert state.assistant_cache is not None
     with jax.named_scope("draft"):
         # After a round that accepted all its drafts, the last of them has not been read. Otherwise only the newest
         # token is new, and the one before it goes where it already is.
         start = jnp.maximum(state.lengths - 2, 0)
         two = jnp.take_along_axis(state.tokens, start[:, None] + jnp.arange(2), axis=1)
-        hidden, cache = assistant.extend(two, start, jnp.full_like(start, 2), state.assistant_cache or [])
+        hidden, cache = assistant.extend(two, start, jnp.full_like(start, 2), state.assistant_cache)
         logits = assistant.logits(hidden[:, 1:])[:, 0]
         carry = (*choose(logits, state.tokens, state.lengths, state.lengths < most), cache)
         tokens, lengths, _, cache = jax.lax.while_loop(lambda carry: carry[2].any(), draft_next, carry)
@@ -240,10 +242,8 @@ def _both(models: Any) -> tuple[Any, Any]:
 
 def _read_by_assistant(assistant: Any, prompts: Prompts, plan: Plan) -> KVCache:
     """The assistant's cache of every row: of the whole prompt, whatever the model knows from an earlier call."""
-    # It reads two tokens at a time, after having written up to T that were rejected.
-    ahead = max(plan.chunk, plan.recipe.drafts + 2)
     config = getattr(assistant, "config", None)
-    slots = plan.total if config is None else config.cache_slots(plan.total, ahead=ahead)
+    slots = plan.total if config is None else assistant_slots(config, plan)
     alone = dataclasses.replace(prompts, negative=None, past=None)
     _, cache = read_prompts(assistant, alone, dataclasses.replace(plan, slots=slots, fresh=0))
     return jax.tree.map(lambda x: jnp.repeat(x, plan.samples, axis=0) if plan.samples > 1 else x, cache)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgen.errors import NonFiniteLogitsError
+from jaxgen.errors import JaxgenError, NonFiniteLogitsError
 
 RUNNING, EOS, STOP_STRING, CRITERION, LENGTH, BROKEN, IDLE, TIME = range(8)
 # What a user reads. Broken rows raise, and idle ones only fill up a bucket.
@@ -31,10 +31,18 @@ def status_after(
 def meets_any(
     criteria: tuple[Any, ...], tokens: Int[Array, "R S"], lengths: Int[Array, " R"], scores: Float[Array, "R V"]
 ) -> Bool[Array, " R"]:
-    """Which rows one of the user's criteria `f(tokens, lengths, scores) -> bool [R]` ends."""
+    """Which rows one of the user's criteria `f(tokens, lengths, scores) -> bool [R]` ends.
+
+    Raises `JaxgenError`, while tracing, for a result of another shape or dtype.
+    """
     met = jnp.zeros(lengths.shape, bool)
     for criterion in criteria:
-        met |= criterion(tokens, lengths, scores)
+        ends = jnp.asarray(criterion(tokens, lengths, scores))
+        if ends.shape != met.shape or ends.dtype != met.dtype:
+            raise JaxgenError(
+                f"a stopping criterion returned {ends.dtype} of shape {ends.shape}; expected bool {met.shape}"
+            )
+        met |= ends
     return met
 
 

@@ -116,27 +116,6 @@ def read_strings(strings: Any) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def trim(text: str, strings: Any, prompt: str = "") -> str:
-    """`text` up to the stop string that ends first: what a stopped row says, without what stopped it.
-
-    `prompt` is the text in front: a stop string may begin there, but must end in `text`. Of stop strings that end
-    together the longest is cut. It is the first end that counts, not the first beginning, so that the result does
-    not depend on how much text the last token happened to add.
-
-    Raises `JaxgenError` as `read_strings` does.
-
-    >>> trim("It is 4.\\nQ: And 3 + 3?", ["Q:", "\\nQ:"])
-    'It is 4.'
-    """
-    whole = prompt + text
-    found = []
-    for string in read_strings(strings):
-        begin = whole.find(string, max(0, len(prompt) - len(string) + 1))
-        if begin >= 0:
-            found.append((begin + len(string), begin))
-    return text[: max(0, min(found)[1] - len(prompt))] if found else text
-
-
 @functools.lru_cache(BUILDS_KEPT)
 def _build(vocabulary: "_Vocabulary", strings: tuple[bytes, ...], vocab_size: int) -> StopStrings:
     kinds, functions = _lift(_automaton(strings), vocabulary)

@@ -61,7 +61,7 @@ SHOWN_BY: dict[str, str] = {
     "num_assistant_tokens": _SPECULATION,
     "assistant_confidence_threshold": "tests/test_speculate.py",
     "prompt_lookup_num_tokens": _SPECULATION,
-    "max_matching_ngram_size": "tests/test_speculate.py",
+    "max_matching_ngram_size": _SPECULATION,
 }
 # Arguments of generate() that are not fields of a GenerationConfig.
 ARGUMENTS: dict[str, str] = {

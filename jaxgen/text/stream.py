@@ -1,5 +1,6 @@
 """Text as it is generated: the same prefill and decode as `model.generate`, a few tokens at a time."""
 
+import inspect
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
@@ -64,13 +65,15 @@ class TextStream:
 
     @property
     def past_key_values(self) -> PastKeyValues | None:
-        """What was read, for a call that goes on; None unless `keep_past`, or if it was interrupted at work."""
-        state = None if self._run is None else self._run.state
+        """What was read, for a call that goes on; None unless `keep_past`, while it goes on, or if it broke at work."""
+        state = (
+            None
+            if self._run is None or inspect.getgeneratorstate(self._pieces) != inspect.GEN_CLOSED
+            else self._run.state
+        )
         if state is None or any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             return None
-        tokens, lengths = jax.device_get((state.tokens, state.lengths))
-        rows = len(self._rows)
-        return PastKeyValues(tokens[:rows], lengths[:rows] - 1, state.cache)
+        return PastKeyValues(self._model, state, len(self._rows), self._request.plan.recipe.drafts)
 
     def __iter__(self) -> Iterator[Any]:
         return self

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -227,7 +227,8 @@ def compare_greedy(theirs: Any, ours: Any, scene: Scene, options: dict[str, Any]
 
 
 sets_of_options = st.sets(st.sampled_from(NAMES), min_size=2, max_size=8)
-many = settings(deadline=None, derandomize=True, database=None)
+# A failure is not made smaller: each attempt would compile, and it names its options anyway.
+many = settings(deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 
 
 @settings(many, max_examples=GREEDY_EXAMPLES)
@@ -243,6 +244,29 @@ def test_greedy_as_in_transformers(pairs, present: set[str], seed: int):
         tally["greedy"] += 1
 
 
+def compare_returned(theirs: Beams, ours: Any, prompts: list[list[int]], **options: Any) -> tuple[list[bool], int]:
+    """As `compare`, but for the scores of beams that have no future.
+
+    More candidates may meet a stop string than there are to spare; what ended then goes on at a score of -1e9, where
+    floats lie 64 apart: such beams are in no particular order, and never come back.
+    """
+    ids, mask = left_padded(prompts)
+    result = ours.generate(ids, mask, return_dict_in_generate=True, pad_token_id=0, **options)
+    decided, returned = [], options["num_return_sequences"]
+    for row, prompt in enumerate(prompts):
+        expected, clear = theirs.generate(prompt, pad_token_id=0, **options)
+        decided.append(clear)
+        rows, count = slice(row * returned, (row + 1) * returned), expected.new.shape[1]
+        if clear:
+            new, lengths = result.sequences[rows, ids.shape[1] :], result.lengths[rows]
+            assert lengths.tolist() == (expected.indices >= 0).sum(axis=1).tolist()
+            inside = np.arange(count) < lengths[:, None]
+            np.testing.assert_array_equal(new[:, :count][inside], expected.new[inside])
+            assert (new[np.arange(new.shape[1]) >= lengths[:, None]] == 0).all()
+            np.testing.assert_allclose(result.sequences_scores[rows], expected.totals, atol=1e-4, rtol=2e-6)
+    return decided, result.finish_reason.count("eos")
+
+
 @settings(many, max_examples=BEAM_EXAMPLES)
 @given(
     sets_of_options, st.integers(2, 4), st.sampled_from([False, True, "never"]), st.integers(1, 2),
@@ -252,9 +276,10 @@ def test_beams_as_in_transformers(pairs, present: set[str], beams: int, early: A
     names, rng = completed(present, beams=True), np.random.default_rng(seed)
     watched, ours = pairs[rng.integers(2)]
     chunk = int(rng.integers(1, 6))
+    check = compare_returned if "stop_strings" in names else compare
     for _ in range(BEAM_DRAWS):
         scene = Scene(rng, ours, names, eos_count if "eos_token_id" in names else 0)
-        decided, ended = compare(
+        decided, ended = check(
             watched, ours, scene.prompts, num_beams=beams, early_stopping=early,
             length_penalty=float(rng.choice([-1.0, 0.0, 0.6, 1.0, 2.0])),
             num_return_sequences=int(rng.integers(1, beams + 1)), **options_of(scene, chunk),
