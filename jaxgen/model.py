@@ -289,7 +289,7 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
         return self._prompt(*_read_mask(input_ids, attention_mask))[0]
 
     def activations(
-        self, tokens: Int[Array, "B T"], real: Bool[Array, "B T"], with_attentions: bool
+        self, tokens: Int[np.ndarray, "B T"], real: Bool[np.ndarray, "B T"], with_attentions: bool
     ) -> Iterator[tuple[Float[Array, "B T D"], Float[Array, "B N T T"] | None]]:
         """HF's `hidden_states` and `attentions`, one layer after the other; runs on the host.
 

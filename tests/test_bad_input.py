@@ -97,7 +97,7 @@ BAD_OPTIONS = {
     "a typo": ({"temprature": 0.5}, "'temprature' is not a generation option; did you mean 'temperature'"),
     "nonsense": ({"zzz": 1}, "'zzz' is not a generation option"),
     "more sequences than beams": ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 .* num_beams=2"),
-    "beams and a streamer": ({"num_beams": 2, "streamer": object()}, "streamer.*num_beams=1"),
+    "beams and a streamer": ({"num_beams": 2, "streamer": _Streamer()}, "streamer.*num_beams=1"),
     "beams and speculation": ({"num_beams": 2, "prompt_lookup_num_tokens": 3}, "exclude each other"),
     "beams and hidden states": (
         {"num_beams": 2, "return_dict_in_generate": True, "output_hidden_states": True},
