@@ -102,7 +102,7 @@ def linears(model: Any) -> list[Any]:
 
 
 def lower(
-    stage: str, model: Any, batch: int, prompt: int, fallback: bool, gpu: Any
+    stage: str, model: Any, batch: int, options: argparse.Namespace, gpu: Any
 ) -> tuple[Any, dict[str, Any], list[Any]]:
     """The stage as `generate` runs it, lowered for the GPU; its compiler options; and its cache."""
     place = SingleDeviceSharding(gpu)
@@ -114,9 +114,12 @@ def lower(
     variables = list(nnx.to_flat_state(state))
     structure = Structure(graph, variables)
     weights = [abstract(v.get_value() if hasattr(v, "get_value") else v.value) for _, v in variables]
-    config = resolve({}, None, GenerationConfig(eos_token_id=2))
+    config = resolve(options.generate, None, GenerationConfig(eos_token_id=2))
+    recipe, prompt = recipe_of(config), options.prompt
     total = prompt + NEW
-    plan = Plan(recipe_of(config), 1, total, model.config.cache_slots(total))
+    ahead = recipe.drafts + 1 if recipe.drafts else 0
+    int8 = config.cache_implementation == "quantized"
+    plan = Plan(recipe, recipe.num_beams, total, model.config.cache_slots(total, ahead), int8)
     controls = abstract(controls_of(config, model.config.vocab_size))
     numbers = np.zeros(batch, np.int32)
     rows = (np.zeros((batch, prompt), np.int32), numbers, numbers, np.zeros((batch, 2), np.uint32))
@@ -132,7 +135,7 @@ def lower(
     else:
         int4 = any(isinstance(weight, Int4) for weight in weights)
         chosen = compiled._decode_int4_on_gpu if int4 else compiled._decode_on_gpu
-        chosen = chosen.otherwise if fallback and chosen.otherwise else chosen
+        chosen = chosen.otherwise if options.fallback and chosen.otherwise else chosen
         until = abstract(np.array(NEW, np.int32))
         arguments = (*models, abstract(begun), until, controls, plan.recipe)
     # The options go to compile(): lowering for another platform than the process's own drops those of jit.
@@ -146,7 +149,7 @@ def measure(
     config = shape_of_mistral_7b(layers)
     model = abstract_model(config, group_size if weights == "int4" else None, options.scale_dtype)
     start = time.perf_counter()
-    lowered, compiler_options, cache = lower(stage, model, batch, options.prompt, options.fallback, gpu)
+    lowered, compiler_options, cache = lower(stage, model, batch, options, gpu)
     for file in DUMP.iterdir():
         file.unlink()
     executable = lowered.compile(compiler_options or None)
@@ -284,6 +287,9 @@ def main() -> None:
         "--scale-dtype", default="bfloat16", help="of int4 weights: float16 as imported ones often have"
     )
     parser.add_argument("--fallback", action="store_true", help="int4 without experimental compiler options")
+    parser.add_argument(
+        "--generate", type=json.loads, default={}, metavar="JSON", help='options of generate, as {"num_beams": 4}'
+    )
     parser.add_argument("--json", action="store_true", help="a list of objects, instead of the table")
     options = parser.parse_args()
     gpu, rows = device(), []

@@ -90,3 +90,26 @@ def test_bfloat16_decodes_in_place():
         assert row["loop_weight_buffers"] == row["weight_transposes"] == 0
         assert row["command_buffers"] == 1
         assert row["temp_bytes"] < 32_000_000
+
+
+@pytest.mark.parametrize(
+    ("generate", "most"),
+    [
+        ({"num_beams": 4}, 10_000_000),
+        ({"prompt_lookup_num_tokens": 5}, 12_000_000),
+        ({"cache_implementation": "quantized"}, 16_000_000),  # one layer's keys or values, unpacked
+        (
+            {"do_sample": True, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3},
+            8_000_000,
+        ),
+    ],
+    ids=["beams", "lookup", "int8 cache", "sampling"],
+)
+def test_other_ways_of_generating_compile_and_move_no_cache(generate: dict[str, Any], most: int):
+    """With the experimental options, which have made XLA abort on other programs; beams move blocks of slots only.
+
+    The bounds leave no room for an unpacked weight either: the smallest takes 33 MB.
+    """
+    for row in decode(2, "--batch", "1", "8", "--generate", json.dumps(generate)):
+        assert row["alias_bytes"] >= row["kv_bytes"]
+        assert row["temp_bytes"] < most
