@@ -1,5 +1,6 @@
 """Shared fixtures: the reference checkpoints on disk, and the models loaded from them, once per session."""
 
+import gc
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,20 @@ collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["oracle/*"]
 # Likewise JAX's CUDA plugin, 400 MB: aot/ compiles for a GPU that need not be there.
 if not importlib.util.find_spec("jax_plugins"):
     collect_ignore_glob.append("aot/*")
+
+
+# XLA:CPU maps some memory for every function it compiles, and crashes when Linux gives no more: 65530 maps by default.
+_MOST_MAPS = 30_000
+
+
+def pytest_runtest_teardown() -> None:
+    """Forget what was compiled before there is too much of it."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
