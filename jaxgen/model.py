@@ -295,11 +295,11 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
 
         First the embeddings, without attentions; then every layer's output, the last one normed.
         """
-        ids, positions, real = _read_mask(tokens, real)
+        ids, positions, mask = _read_mask(tokens, real)
         x, rotation = self.model.embed_tokens(ids), self._rotation(positions)
         yield x, None
         for index, layer in enumerate(self.model.layers):
-            x, weights = _layer_activations(*split(layer), x, rotation, positions, real, with_attentions)
+            x, weights = _layer_activations(*split(layer), x, rotation, positions, mask, with_attentions)
             yield (self.model.norm(x) if index + 1 == len(self.model.layers) else x), weights
 
     def prefill(
