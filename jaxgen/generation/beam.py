@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxgen.cache import KVCache
 from jaxgen.generation.controls import Controls, Plan, Recipe
 from jaxgen.generation.guidance import guided, with_negatives
-from jaxgen.generation.loop import DecodeState, begin, process
+from jaxgen.generation.loop import DecodeState, begin, process, unfinished
 from jaxgen.generation.processors.select import best_of
 from jaxgen.generation.read import CausalLM, Count, Prompts
 from jaxgen.generation.rows import Rows
@@ -100,11 +100,10 @@ def prefill(model: CausalLM, prompts: Prompts, key: Key[Array, ""], controls: Co
 def decode(model: CausalLM, state: BeamState, until: Count, controls: Controls, recipe: Recipe) -> BeamState:
     """Decode until every search has ended or its beams have `until` new tokens; calling again goes on from there."""
 
-    def unfinished(state: BeamState) -> Bool[Array, ""]:
-        wanted = state.lengths - state.prompt_lengths < until
-        return (state.running & wanted).any()
+    def step(state: BeamState) -> BeamState:
+        return decode_step(model, state, controls, recipe)
 
-    return jax.lax.while_loop(unfinished, lambda state: decode_step(model, state, controls, recipe), state)
+    return jax.lax.while_loop(lambda state: unfinished(state, until), step, state)
 
 
 def decode_step(model: CausalLM, state: BeamState, controls: Controls, recipe: Recipe) -> BeamState:

@@ -93,11 +93,16 @@ def begin(
 def decode(model: CausalLM, state: DecodeState, until: Count, controls: Controls, recipe: Recipe) -> DecodeState:
     """Decode until every row has ended or has `until` new tokens; calling again goes on from there."""
 
-    def unfinished(state: DecodeState) -> Bool[Array, ""]:
-        wanted = state.lengths - state.prompt_lengths < until
-        return (state.running & wanted).any()
+    def step(state: DecodeState) -> DecodeState:
+        return decode_step(model, state, controls, recipe)
 
-    return jax.lax.while_loop(unfinished, lambda state: decode_step(model, state, controls, recipe), state)
+    return jax.lax.while_loop(lambda state: unfinished(state, until), step, state)
+
+
+def unfinished(state: DecodeState, until: Count) -> Bool[Array, ""]:
+    """Whether some row still runs and has fewer than `until` new tokens."""
+    wanted = state.lengths - state.prompt_lengths < until
+    return (state.running & wanted).any()
 
 
 def decode_step(model: CausalLM, state: State, controls: Controls, recipe: Recipe) -> State:

@@ -91,8 +91,7 @@ def decode(models: Any, state: SpeculativeState, until: Count, controls: Control
     model, assistant = _both(models)
 
     def unfinished(state: SpeculativeState) -> Bool[Array, ""]:
-        wanted = state.lengths - state.prompt_lengths < until
-        return (state.running & wanted).any()
+        return loop.unfinished(state, until)
 
     def one_round(state: SpeculativeState) -> SpeculativeState:
         drafts, cache = ask_assistant(assistant, state, controls, recipe)
