@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from decode_cpu import SHAPE_125M
 from flax import nnx
+from shapes import SHAPE_125M
 
 import jaxgen
 from jaxgen.generation import beam, compiled

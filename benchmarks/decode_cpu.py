@@ -23,19 +23,10 @@ import numpy as np
 import torch
 import transformers
 from flax import nnx
+from shapes import SHAPE_125M
 
 import jaxgen
 
-SHAPE_125M = jaxgen.MistralConfig(
-    vocab_size=32000,
-    hidden_size=768,
-    intermediate_size=2048,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_key_value_heads=4,
-    max_position_embeddings=4096,
-    sliding_window=None,
-)
 PROMPT = 16
 
 

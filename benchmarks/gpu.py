@@ -34,9 +34,9 @@ from flax import nnx
 
 from benchmarks import int4_race
 from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
-from jaxgen.generation.compiled import Run
 from jaxgen.generation.config import resolve
 from jaxgen.generation.request import Request
+from jaxgen.generation.run import Run
 from jaxgen.model import QuantizedWeight
 from jaxgen.quant import Int4
 

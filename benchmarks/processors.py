@@ -1,6 +1,7 @@
 """Microseconds per decode step that each logits processor costs on this machine, by vocabulary and batch.
 
-    python benchmarks/processors.py [--vocab 32000 131072] [--batch 1 8] [--repeats 15] [--only top_p typical_p]
+    python benchmarks/processors.py [--vocab 32000 131072] [--batch 1 8] [--repeats 15]
+                                   [--only top_p typical_p] [--json FILE]
 
 Each processor is compiled alone; the median over the repeats, after a warm-up. "nothing" is the cost of the call
 itself. Rows hold 1024 tokens. "top_p by sorting" and "typical_p by sorting" are what the processors would cost if
@@ -8,8 +9,11 @@ they sorted the vocabulary; they are checked to leave the same tokens.
 """
 
 import argparse
+import json
+import os
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -103,6 +107,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--only", nargs="+", choices=OPTIONS, default=[*OPTIONS])
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     cases = [(vocab, batch) for vocab in arguments.vocab for batch in arguments.batch]
@@ -122,6 +127,11 @@ def main() -> None:
                     raise SystemExit(f"{name}: {differ} tokens differ from sorting")
     for name, row in table.items():
         print(f"{name:22}" + "".join(f"{spent:16.0f}" for spent in row))
+    if arguments.json:
+        device = {"device": jax.devices()[0].device_kind, "cores": len(os.sched_getaffinity(0)), "jax": jax.__version__}
+        shapes = [{"vocab": vocab, "batch": batch} for vocab, batch in cases]
+        found = {"machine": device, "cases": shapes, "microseconds": table}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

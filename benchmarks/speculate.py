@@ -23,22 +23,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from shapes import SHAPE_125M
 
 import jaxgen
-from jaxgen.generation.compiled import Run
 from jaxgen.generation.config import resolve
 from jaxgen.generation.request import Extras, Request
+from jaxgen.generation.run import Run
 
-SHAPE_125M = jaxgen.MistralConfig(
-    vocab_size=32000,
-    hidden_size=768,
-    intermediate_size=2048,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_key_value_heads=4,
-    max_position_embeddings=4096,
-    sliding_window=None,
-)
 SHAPE_SMALL = dataclasses.replace(
     SHAPE_125M, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4
 )

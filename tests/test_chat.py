@@ -10,8 +10,8 @@ import pytest
 
 from jaxgen import AutoModelForCausalLM, JaxgenError, cli, demo
 from jaxgen.demo.train import HELICOPTERS, THUG
-from jaxgen.generation.compiled import Run
 from jaxgen.generation.past import PastKeyValues
+from jaxgen.generation.run import Run
 from jaxgen.text.chat import Session, converse, lines_of
 from jaxgen.text.tokenizer import load_tokenizer
 

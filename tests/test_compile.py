@@ -153,9 +153,10 @@ def test_weights_are_arguments_and_the_cache_is_donated(model):
     from jaxgen.generation import compiled
     from jaxgen.generation.config import resolve
     from jaxgen.generation.request import Request
+    from jaxgen.generation.run import Run
 
     request = Request.read(model, prompt(9), None, resolve({"max_new_tokens": 20}, None, model.generation_config))
-    run = compiled.Run(model, request)
+    run = Run(model, request)
     weights = run._models[1]
     lowered = compiled._decode._jitted.lower(
         *run._models, run.state, np.int32(20), request.controls, request.plan.recipe

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgen.generation.compiled import Run
 from jaxgen.generation.config import resolve
 from jaxgen.generation.output import GenerateOutput, collect
 from jaxgen.generation.processors.constraint import AllowedTokens
 from jaxgen.generation.request import Extras, Request
+from jaxgen.generation.run import Run
 from tests.test_stop_strings import characters
 
 

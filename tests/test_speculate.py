@@ -17,11 +17,11 @@ from jaxgen import AutoModelForCausalLM, GenerateOutput, JaxgenError, MistralCon
 from jaxgen.cache import LayerCache
 from jaxgen.convert.load import AutoModelForCausalLM as Loader
 from jaxgen.generation import loop, speculate
-from jaxgen.generation.compiled import Run
 from jaxgen.generation.config import resolve
 from jaxgen.generation.controls import Controls, Plan, Recipe
 from jaxgen.generation.read import Prompts
 from jaxgen.generation.request import Extras, Request
+from jaxgen.generation.run import Run
 from jaxgen.generation.sample import random_key, row_id_words
 from jaxgen.generation.speculate import NO_DRAFT, Pair, check_assistant, look_up
 from tests.reference.cases import CASES, left_padded

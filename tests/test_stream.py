@@ -245,7 +245,7 @@ def test_errors_are_raised_before_anything_runs(model, tokenizer):
 
 
 def test_closing_stops_generating(model, tokenizer, monkeypatch):
-    from jaxgen.generation.compiled import Run
+    from jaxgen.generation.run import Run
 
     steps = []
     advance = Run.advance

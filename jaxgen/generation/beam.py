@@ -169,7 +169,7 @@ def append(
             logprobs=put(state.logprobs, onward.logprobs),
             model_logprobs=put(state.model_logprobs, onward.model_logprobs),
             matched=matched,
-            record=state.record.put(rows.new_tokens, runs, scores, own),
+            kept=state.kept.put(rows.new_tokens, runs, scores, own),
             scores=kept(onward.scores, state.scores),
             picked=put(state.picked, onward.picked),
             parents=put(state.parents, onward.parents),

@@ -1,30 +1,22 @@
-"""Running a request on the device: the two executables, which say when they compile, and the cache of them."""
+"""The two executables that generate, prefill and decode, which say when they compile; and the cache of them."""
 
-import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxgen.errors import JaxgenError
 from jaxgen.generation import beam, loop, speculate
 from jaxgen.generation.controls import Recipe
-from jaxgen.generation.processors.constraint import host_errors
-from jaxgen.generation.request import Request
-from jaxgen.generation.stop import RUNNING, TIME, raise_if_broken
-from jaxgen.generation.weights import split
 from jaxgen.lowering import Target, tracing_for
 from jaxgen.quant.int4 import Int4
 from jaxgen.quant.matmul import FUSION_OPTIONS
 
 logger = logging.getLogger("jaxgen")
-_MOST_BETWEEN_LOOKS = 64
 
 
 class Stage:
@@ -125,7 +117,7 @@ def _describe_decode(*args: Any) -> str:
 
 # Weights are arguments, never constants of the executable; the state is donated, so the cache is updated in place.
 _DECODE: dict[str, Any] = {"static_argnums": (0, 2, 7), "donate_argnums": 4}
-_prefill = Stage(_run_prefill, _describe_prefill, static_argnums=(0, 2, 7))
+prefill = Stage(_run_prefill, _describe_prefill, static_argnums=(0, 2, 7))
 _decode = Stage(_run_decode, _describe_decode, **_DECODE)
 _decode_on_gpu = Stage(_run_decode, _describe_decode, compiled_for=Target(gpu_decode=True), **_DECODE)
 _decode_int4_on_gpu = Stage(
@@ -138,95 +130,13 @@ _decode_int4_on_gpu = Stage(
 )
 
 
-def _decode_for(weights: list[Any]) -> Stage:
+def decode_for(weights: list[Any]) -> Stage:
     """The executable that decodes fastest where these weights are."""
     device = next(iter(jax.tree.leaves(weights)[0].devices()))
     if device.platform != "gpu":
         return _decode
     int4 = any(isinstance(x, Int4) for x in jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Int4)))
     return _decode_int4_on_gpu if int4 else _decode_on_gpu
-
-
-class Run:
-    """A generation in progress: prefilled when made, then advanced as far as the caller wants.
-
-    `state` is what there is so far. How often and how far `advance` is called changes nothing in the tokens.
-    """
-
-    def __init__(self, model: Any, request: Request):
-        self._started = time.monotonic()
-        self._request = request
-        drafter, drafter_weights = (None, None) if request.assistant is None else split(request.assistant)
-        structure, weights = split(model)
-        self._models = (structure, weights, drafter, drafter_weights)
-        self._decode = _decode_for(weights)
-        self.state: Any = self._run(_prefill, request.prompts, request.key, request.controls, request.plan)
-
-    def advance(self, until: int | None = None) -> Any:
-        """Decode until every row has ended, or has `until` new tokens."""
-        controls, recipe = self._request.controls, self._request.plan.recipe
-        stop = np.array(np.iinfo(np.int32).max if until is None else until, np.int32)
-        self.state = self._run(self._decode, self.state, stop, controls, recipe)
-        return self.state
-
-    def _run(self, stage: Stage, *args: Any) -> Any:
-        """Start a stage. If the user's Python is asked on the way, wait: what it raises is raised here."""
-        if not self._request.asks_host:
-            return stage(*self._models, *args)
-        with host_errors():
-            return jax.block_until_ready(stage(*self._models, *args))
-
-    def finish(self) -> Any:
-        """Decode to the end, which with `max_time` may be a matter of time: then look at the clock now and then."""
-        limit = self._request.config.max_time
-        if limit is None:
-            return self.advance()
-        until = step = 1
-        while True:
-            before = time.monotonic()
-            if not bool(jax.device_get(self.advance(until).running.any())):
-                return self.state
-            now = time.monotonic()
-            left = self._started + limit - now
-            if left <= 0:
-                return self.out_of_time()
-            # As many steps as surely fit, judged by the last ones; the first ones may have been compiled.
-            step = int(min(max(1, step * left / max(now - before, 1e-6) / 2), 2 * step, _MOST_BETWEEN_LOOKS))
-            until += step
-
-    def out_of_time(self) -> Any:
-        """End every row that is still running."""
-        status = self.state.status
-        self.state = dataclasses.replace(self.state, status=jnp.where(status == RUNNING, jnp.int8(TIME), status))
-        return self.state
-
-    def chunks(self, chunk_size: int) -> Iterator["Chunk"]:
-        """Decode to the end, looking at what there is every `chunk_size` tokens.
-
-        Raises `NonFiniteLogitsError` as soon as a row meets them.
-        """
-        rows, limit = len(self._request.input_ids) * self._request.plan.samples, self._request.config.max_time
-        shown, until, ended = None, 1, False
-        while not ended:
-            state = self.advance(until)
-            if limit is not None and time.monotonic() - self._started >= limit:
-                state = self.out_of_time()
-            names = ("tokens", "lengths", "prompt_lengths", "status")
-            tokens, lengths, prompts, status = (x[:rows] for x in jax.device_get([getattr(state, n) for n in names]))
-            raise_if_broken(status, lengths - prompts)
-            shown = prompts if shown is None else shown
-            new = [tokens[row, shown[row] : lengths[row]] for row in range(rows)]
-            shown, done = lengths, status != RUNNING
-            ended, until = bool(done.all()), until + chunk_size
-            yield Chunk(new, done)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """What has come since the last look."""
-
-    new: list[np.ndarray]  # token ids per row
-    done: np.ndarray  # bool [R]: the row has ended
 
 
 def enable_compile_cache(directory: str | os.PathLike[str] | None = None) -> Path:

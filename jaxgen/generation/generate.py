@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation import loop
-from jaxgen.generation.compiled import Run
 from jaxgen.generation.config import GenerationConfig, resolve
 from jaxgen.generation.controls import Plan, Recipe
 from jaxgen.generation.fields import integer
@@ -23,8 +22,9 @@ from jaxgen.generation.limits import row_limits
 from jaxgen.generation.output import collect
 from jaxgen.generation.prompt import generated, pack
 from jaxgen.generation.read import Prompts
-from jaxgen.generation.replay import replayed
 from jaxgen.generation.request import Extras, Request, controls_of, recipe_of
+from jaxgen.generation.reread import reread
+from jaxgen.generation.run import Run
 from jaxgen.generation.sample import random_key, row_id_words
 from jaxgen.generation.score import TextScore, score, transition_scores
 from jaxgen.generation.stop import BROKEN
@@ -72,7 +72,7 @@ class GenerationMixin:
         if streamer is None and chunk_size is not None:
             raise JaxgenError(f"chunk_size={chunk_size!r} says how often a streamer looks; there is no streamer=")
         state = Run(self, request).finish() if streamer is None else self._feed(streamer, request, chunk_size)
-        return replayed(self, collect(self, state, request), request)
+        return reread(self, collect(self, state, request), request)
 
     def stream(
         self,

@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxgen.cache import KVCache
 from jaxgen.generation.controls import Controls, Plan, Recipe
 from jaxgen.generation.guidance import guided, with_negatives
+from jaxgen.generation.kept import Kept
 from jaxgen.generation.read import CausalLM, Count, Prompts, read_prompts
-from jaxgen.generation.record import Record
 from jaxgen.generation.rows import Rows
 from jaxgen.generation.sample import draw, row_keys
 from jaxgen.generation.stop import BROKEN, IDLE, RUNNING, meets_any, status_after
@@ -38,7 +38,7 @@ class DecodeState:
     cache: KVCache  # keys and values of tokens 0 .. lengths - 2; the newest token has not been read yet
     matched: Int[Array, " R"] | None  # how far each row is into a stop string
     negative_shift: Int[Array, " R"] | None  # with guidance: a negative row's length minus that of its row
-    record: Record  # scores and logits, if asked for
+    kept: Kept  # scores and logits, if asked for
 
     @property
     def running(self) -> Bool[Array, " R"]:
@@ -85,7 +85,7 @@ def begin(
         cache=jax.tree.map(spread, cache),
         matched=None if stop_strings is None else stop_strings.start(tokens, lengths),
         negative_shift=None if prompts.negative is None else spread(prompts.negative.lengths) - lengths,
-        record=Record.empty(plan.recipe, rows, logits.shape[1]),
+        kept=Kept.empty(plan.recipe, rows, logits.shape[1]),
     )
     return state, spread(logits)
 
@@ -165,7 +165,7 @@ def append_token(
             logprobs=put(state.logprobs, logprobs),
             model_logprobs=put(state.model_logprobs, model_logprobs),
             matched=matched,
-            record=state.record.put(rows.new_tokens, runs, scores, logits),
+            kept=state.kept.put(rows.new_tokens, runs, scores, logits),
         )
 
 

@@ -82,7 +82,7 @@ def collect(model: Any, state: Any, request: Request) -> "np.ndarray | GenerateO
         generation_config=config,
         seed=request.seed,
         past_key_values=PastKeyValues(model, state, rows, request.plan.recipe.drafts),
-        **recorded(state.record, rows, width),
+        **steps_kept(state.kept, rows, width),
         **drafting,
     )
 
@@ -98,7 +98,7 @@ def _collect_beams(state: Any, request: Request) -> "np.ndarray | GenerateOutput
     if not config.return_dict_in_generate:
         return sequences
     steps = int(jax.device_get(state.lengths - state.prompt_lengths)[: prompts * samples].max())
-    kept = recorded(state.record, prompts * samples, steps)
+    kept = steps_kept(state.kept, prompts * samples, steps)
     for name in {"top_logprobs", "top_ids"} & kept.keys():  # per token: those of the row that gave it
         found = kept[name][best.beam_indices, np.arange(inside.shape[1])]
         kept[name] = np.where(inside[..., None], found, np.zeros_like(found))
@@ -116,9 +116,9 @@ def _collect_beams(state: Any, request: Request) -> "np.ndarray | GenerateOutput
     )
 
 
-def recorded(record: Any, rows: int, width: int) -> dict[str, Any]:
-    """The fields of the output that were recorded step by step, as HF lays them out."""
-    kept: dict[str, Any] = {name: np.asarray(x)[:rows, :width] for name, x in vars(record).items() if x is not None}
-    for name in {"scores", "logits"} & kept.keys():
-        kept[name] = tuple(np.moveaxis(kept[name], 1, 0))
-    return kept
+def steps_kept(kept: Any, rows: int, width: int) -> dict[str, Any]:
+    """The fields of the output that were kept step by step, as HF lays them out."""
+    steps: dict[str, Any] = {name: np.asarray(x)[:rows, :width] for name, x in vars(kept).items() if x is not None}
+    for name in {"scores", "logits"} & steps.keys():
+        steps[name] = tuple(np.moveaxis(steps[name], 1, 0))
+    return steps

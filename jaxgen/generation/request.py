@@ -18,7 +18,7 @@ from jaxgen.generation.processors.chain import chain_of
 from jaxgen.generation.processors.constraint import as_pytree
 from jaxgen.generation.prompt import SMALLEST_PROMPT, SMALLEST_TOTAL, bucket, pack, pad_to, read_prompt
 from jaxgen.generation.read import Negative, Prompts
-from jaxgen.generation.replay import check_replay
+from jaxgen.generation.reread import check_reread
 from jaxgen.generation.sample import random_key, row_id_words
 from jaxgen.generation.speculate import check_assistant
 from jaxgen.generation.stop_strings import StopStrings
@@ -108,7 +108,7 @@ class Request:
                     "earlier call's output"
                 )
             prompts, plan = extras.past_key_values.continue_with(prompts, plan, len(ids), model)
-        check_replay(config, len(ids) * plan.samples, plan.total, model)
+        check_reread(config, len(ids) * plan.samples, plan.total, model)
         check_memory(model, prompts, plan, extras.assistant_model)
         asks_host = extras.prefix_allowed_tokens_fn is not None
         return cls(ids, mask, config, seed, key, prompts, controls, plan, extras.assistant_model, asks_host)

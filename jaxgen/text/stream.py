@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.compiled import Run
 from jaxgen.generation.past import PastKeyValues
+from jaxgen.generation.run import Run
 from jaxgen.text.detokenize import Detokenizer, Words
 from jaxgen.text.inputs import encode, read_texts
 from jaxgen.text.tokenizer import left_pad, tokenizer_for

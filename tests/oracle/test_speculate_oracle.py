@@ -11,9 +11,9 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 
 from jaxgen.convert.load import AutoModelForCausalLM
 from jaxgen.generation import speculate
-from jaxgen.generation.compiled import Run
 from jaxgen.generation.config import resolve
 from jaxgen.generation.request import Extras, Request
+from jaxgen.generation.run import Run
 from tests.reference import live
 from tests.reference.cases import CASES, left_padded
 from tests.reference.weights import write_checkpoint

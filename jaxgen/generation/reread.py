@@ -17,7 +17,7 @@ from jaxgen.generation.prompt import SMALLEST_PROMPT, bucket, pack, pad_to
 Steps = tuple[tuple[np.ndarray, ...], ...]
 
 
-def replayed(model: Any, output: Any, request: Any) -> Any:
+def reread(model: Any, output: Any, request: Any) -> Any:
     """The output of a call with its `attentions` and `hidden_states`, those that were asked for, as HF lays them out.
 
     Per step and layer: step 0 covers the prompt's T columns, `[R, heads, T, T]` and `[R, T, D]`; each later one the
@@ -53,7 +53,7 @@ def _columns(layer: np.ndarray, start: int, end: int, axis: int) -> np.ndarray:
     return layer[:, start:end] if axis == 1 else layer[:, :, start:end, :end]
 
 
-def check_replay(config: Any, rows: int, total: int, model: Any) -> None:
+def check_reread(config: Any, rows: int, total: int, model: Any) -> None:
     """Raise before generating where the result would not fit, or with beams, whose steps are not their sequences."""
     if not (config.output_attentions or config.output_hidden_states):
         return

@@ -14,7 +14,7 @@ from jaxgen.generation.processors.select import best_of
 @jax.tree_util.register_dataclass
 @no_type_check  # JAX rebuilds it around placeholders
 @dataclasses.dataclass
-class Record:
+class Kept:
     """One entry per row and new token; None where it was not asked for."""
 
     scores: Float[Array, "R N V"] | None  # after every processor
@@ -23,7 +23,7 @@ class Record:
     top_ids: Int[Array, "R N n"] | None
 
     @classmethod
-    def empty(cls, recipe: Recipe, rows: int, vocab_size: int) -> "Record":
+    def empty(cls, recipe: Recipe, rows: int, vocab_size: int) -> "Kept":
         """Room for what the recipe asks."""
 
         def table(wanted: bool, size: int, dtype: type = jnp.float32) -> Array | None:
@@ -43,7 +43,7 @@ class Record:
         runs: Bool[Array, " R"],
         scores: Float[Array, "R V"],
         logits: Float[Array, "R V"],
-    ) -> "Record":
+    ) -> "Kept":
         """Write down a step of the rows that run."""
 
         def write(table: Array | None, value: Array) -> Array | None:
@@ -55,7 +55,7 @@ class Record:
         best = best_ids = jnp.zeros(())
         if self.top_logprobs is not None:
             best, best_ids = best_of(jax.nn.log_softmax(logits, axis=1), self.top_logprobs.shape[2])
-        return Record(
+        return Kept(
             scores=write(self.scores, scores),
             logits=write(self.logits, logits),
             top_logprobs=write(self.top_logprobs, best),
