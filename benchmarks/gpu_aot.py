@@ -131,7 +131,7 @@ def lower(
         lambda w, p, k, c: compiled._run_prefill(structure, w, None, None, p, k, c, plan), weights, *arguments[4:7]
     )
     if stage == "prefill":
-        chosen = compiled.prefill
+        chosen = compiled._prefill
     else:
         int4 = any(isinstance(weight, Int4) for weight in weights)
         chosen = compiled._decode_int4_on_gpu if int4 else compiled._decode_on_gpu

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from jaxgen.generation.processors.constraint import AllowedTokens as AllowedTokens
     from jaxgen.generation.processors.detect import WatermarkDetector as WatermarkDetector
     from jaxgen.generation.processors.watermark import WatermarkingConfig as WatermarkingConfig
+    from jaxgen.generation.strict import Strict as Strict
     from jaxgen.model import MistralForCausalLM as MistralForCausalLM
     from jaxgen.quant.config import Int4Config as Int4Config
+    from jaxgen.records.record import Record as Record
+    from jaxgen.records.replay import replay as replay
     from jaxgen.text.pipeline import pipeline as pipeline
 
 __version__ = "0.1.0"
@@ -43,12 +46,15 @@ _HOME = {
     "MistralForCausalLM": "jaxgen.model",
     "NonFiniteLogitsError": "jaxgen.errors",
     "PastKeyValues": "jaxgen.generation.past",
+    "Record": "jaxgen.records.record",
+    "Strict": "jaxgen.generation.strict",
     "UnsupportedError": "jaxgen.errors",
     "WatermarkDetector": "jaxgen.generation.processors.detect",
     "WatermarkingConfig": "jaxgen.generation.processors.watermark",
     "enable_compile_cache": "jaxgen.generation.compiled",
     "generate": "jaxgen.generation.generate",
     "pipeline": "jaxgen.text.pipeline",
+    "replay": "jaxgen.records.replay",
 }
 __all__ = [*_HOME, "demo"]  # noqa: PLE0604
 

@@ -1,4 +1,4 @@
-"""The command line: `jaxgen generate`, `jaxgen chat`, `jaxgen inspect` and `jaxgen convert`."""
+"""The command line: `jaxgen generate`, `chat`, `replay`, `inspect` and `convert`."""
 
 import argparse
 import contextlib
@@ -13,17 +13,18 @@ from jaxgen.errors import JaxgenError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for errors (one line on stderr), 130 after Ctrl-C."""
+    """Run a command; returns the exit code: 0, 1 for a replay that differs, 2 for errors (a line on stderr), 130."""
     options = _parser().parse_args(arguments)
     # Only what jaxgen says belongs on the terminal; transformers would remark that torch is not installed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        options.run(options)
+        code = options.run(options) or 0
         sys.stdout.flush()
     except JaxgenError as error:
         return _complain(error)
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, jax.errors.JaxRuntimeError):
             raise
         return _complain(error)  # most often: out of memory
-    return 0
+    return code
 
 
 def _complain(error: Exception) -> int:
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--file", type=Path, help="read prompts from this file, one per line")
     _add_sampling(generate)
     generate.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
+    generate.add_argument("--record", type=Path, metavar="FILE", help="write what determined the text, for replay")
     output = generate.add_mutually_exclusive_group()
     output.add_argument("--stream", action="store_true", help="print text as it is generated")
     output.add_argument("--json", action="store_true", help="print one JSON object per prompt and line")
@@ -66,6 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
     _add_sampling(chat)
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+
+    replay = commands.add_parser(
+        "replay",
+        help="run a record again",
+        description="Run a record again and say whether the same came out: exit 0 for the same tokens, 1 for others, "
+        "2 if that cannot be said.",
+    )
+    replay.set_defaults(run=_replay)
+    replay.add_argument("record", metavar="RECORD", type=Path, help="a file that generate --record wrote")
+    replay.add_argument("--model", metavar="DIR_OR_ID", help="where the model is now, if it was a directory then")
 
     inspect = commands.add_parser("inspect", help="describe a checkpoint", description="Describe a checkpoint.")
     inspect.set_defaults(run=_inspect)
@@ -128,18 +140,25 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
 def _generate(options: argparse.Namespace) -> None:
     if options.batch_size < 1:
         raise JaxgenError(f"--batch-size {options.batch_size} must be at least 1")
+    if options.stream and options.record is not None:
+        raise JaxgenError("--record and --stream exclude each other; the text is the same without --stream")
     prompts = _prompts(options)
     model, tokenizer, settings = _load(options)
     if options.stream:
         _stream(model, tokenizer, prompts, settings, options.seed)
         return
-    for prompt, completion, details in _complete(model, tokenizer, prompts, settings, options):
+    generations: list[dict[str, Any]] = []
+    for prompt, completion, details in _complete(model, tokenizer, prompts, settings, options, generations):
         if options.json:
             record = {"prompt": prompt, "completion": completion, **details}
             sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
         else:
             sys.stdout.write(prompt + completion + "\n")
         sys.stdout.flush()
+    if options.record is not None:
+        from jaxgen.records.record import Record
+
+        Record.around(model, generations).save(options.record)
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -173,9 +192,18 @@ def _utf8(prompt: str) -> str:
 
 
 def _complete(
-    model: Any, tokenizer: Any, prompts: list[str], settings: dict[str, Any], options: argparse.Namespace
+    model: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    settings: dict[str, Any],
+    options: argparse.Namespace,
+    generations: list[dict[str, Any]],
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Each prompt with its continuation and details; row ids make a row's text independent of --batch-size."""
+    """Each prompt with its continuation and details; row ids make a row's text independent of --batch-size.
+
+    With --record, what each batch was is appended to `generations`.
+    """
+    from jaxgen.records.record import generation_of
     from jaxgen.text.tokenizer import continuation
 
     for start in range(0, len(prompts), options.batch_size):
@@ -189,6 +217,8 @@ def _complete(
             return_dict_in_generate=True,
             **settings,
         )
+        if options.record is not None:
+            generations.append(generation_of(result))
         width = inputs["input_ids"].shape[1]
         for row, prompt in enumerate(batch):
             count = result.lengths[row]
@@ -228,6 +258,14 @@ def _chat(options: argparse.Namespace) -> None:
     sys.stdout.write("(/help says what there is besides asking)\n")
     converse(session, input, sys.stdout)
     sys.stdout.write("\n")
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from jaxgen.records.replay import replay
+
+    result = replay(options.record, options.model)
+    sys.stdout.write(f"{result}\n")
+    return result.exit_code
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -89,7 +89,7 @@ BAD_OPTIONS = {
     "key and seed": ({"key": jax.random.key(0), "seed": 0}, "both key and seed"),
     "rbg key": ({"key": jax.random.key(0, impl="rbg")}, "rbg"),
     "a number as key": ({"key": 7}, "seed="),
-    "many keys": ({"key": jax.random.split(jax.random.key(0), 3)}, r"key has shape \(3,\)"),
+    "many keys": ({"key": jax.random.split(jax.random.key(0), 3)}, "seed or key holds 3, input_ids 2 rows"),
     "seed a float": ({"seed": 1.5}, "seed=1.5 must be an int"),
     "too few row ids": ({"row_ids": [1]}, "2 rows, got 1"),
     "row id a float": ({"row_ids": [1, 2.5]}, r"row_ids\[1\]=2.5 must be an int or a string"),

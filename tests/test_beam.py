@@ -22,7 +22,7 @@ from jaxgen.errors import NonFiniteLogitsError
 from jaxgen.generation import beam
 from jaxgen.generation.config import GenerationConfig, resolve
 from jaxgen.generation.controls import Plan
-from jaxgen.generation.output import GenerateOutput, collect
+from jaxgen.generation.output import GenerateOutput, Origin, collect
 from jaxgen.generation.read import Prompts
 from jaxgen.generation.request import Extras, Request, controls_of, recipe_of
 from jaxgen.generation.run import Run
@@ -403,7 +403,7 @@ def test_when_time_is_up_the_running_beams_are_the_result(model):
     run.advance(4)
     state = run.out_of_time()
     scores = np.asarray(state.scores)[: 4 * 3].reshape(4, 3)
-    result = collect(model, state, request)
+    result = collect(state, Origin(model, request, 0.0))
     assert isinstance(result, GenerateOutput) and result.sequences_scores is not None
     assert result.finish_reason == ["time"] * 8
     assert (result.lengths == 4).all()

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgen.generation.config import resolve
-from jaxgen.generation.output import GenerateOutput, collect
+from jaxgen.generation.output import GenerateOutput, Origin, collect
 from jaxgen.generation.processors.constraint import AllowedTokens
 from jaxgen.generation.request import Extras, Request
 from jaxgen.generation.run import Run
@@ -205,7 +205,8 @@ def test_chunking(model, name, rows, stops):
     run = Run(model, request)
     for until in sorted(stops):
         run.advance(until)
-    result = read(collect(model, run.advance(), request), BATCH, ids.shape[1], SETS[name].get("num_beams", 1))
+    output = collect(run.advance(), Origin(model, request, 0.0))
+    result = read(output, BATCH, ids.shape[1], SETS[name].get("num_beams", 1))
     assert all(same(row, whole, is_exact(name)) for row, whole in zip(result, expected, strict=True))
 
 

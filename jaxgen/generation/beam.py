@@ -81,7 +81,7 @@ class Candidates(NamedTuple):
     status: Int[Array, "B K"]  # RUNNING, or why it ends with this token
 
 
-def prefill(model: CausalLM, prompts: Prompts, key: Key[Array, ""], controls: Controls, plan: Plan) -> BeamState:
+def prefill(model: CausalLM, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan) -> BeamState:
     """Read the prompts once, and give every beam its first token: the best ones after the prompt."""
     start, logits = begin(model, prompts, key, controls, plan)
     rows, beams = len(start.lengths), plan.recipe.num_beams

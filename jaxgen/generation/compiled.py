@@ -12,6 +12,7 @@ import jax
 from jaxgen.errors import JaxgenError
 from jaxgen.generation import beam, loop, speculate
 from jaxgen.generation.controls import Recipe
+from jaxgen.generation.strict import DETERMINISTIC_OPTIONS
 from jaxgen.lowering import Target, tracing_for
 from jaxgen.quant.int4 import Int4
 from jaxgen.quant.matmul import FUSION_OPTIONS
@@ -116,8 +117,9 @@ def _describe_decode(*args: Any) -> str:
 
 
 # Weights are arguments, never constants of the executable; the state is donated, so the cache is updated in place.
-_DECODE: dict[str, Any] = {"static_argnums": (0, 2, 7), "donate_argnums": 4}
-prefill = Stage(_run_prefill, _describe_prefill, static_argnums=(0, 2, 7))
+_PREFILL: dict[str, Any] = {"static_argnums": (0, 2, 7)}
+_DECODE: dict[str, Any] = _PREFILL | {"donate_argnums": 4}
+_prefill = Stage(_run_prefill, _describe_prefill, **_PREFILL)
 _decode = Stage(_run_decode, _describe_decode, **_DECODE)
 _decode_on_gpu = Stage(_run_decode, _describe_decode, compiled_for=Target(gpu_decode=True), **_DECODE)
 _decode_int4_on_gpu = Stage(
@@ -128,15 +130,26 @@ _decode_int4_on_gpu = Stage(
     compiler_options=FUSION_OPTIONS,
     **_DECODE,
 )
+# Strict ones have no other form to fall back to: that would be another order of sums.
+_strict_prefill_on_gpu = Stage(_run_prefill, _describe_prefill, compiler_options=DETERMINISTIC_OPTIONS, **_PREFILL)
+_strict_decode_on_gpu = Stage(
+    _run_decode,
+    _describe_decode,
+    compiled_for=Target(gpu_decode=True),
+    compiler_options=DETERMINISTIC_OPTIONS,
+    **_DECODE,
+)
 
 
-def decode_for(weights: list[Any]) -> Stage:
-    """The executable that decodes fastest where these weights are."""
+def stages_for(weights: list[Any], strict: bool = False) -> tuple[Stage, Stage]:
+    """Prefill and decode as they run fastest where these weights are, or so that their sums have one order."""
     device = next(iter(jax.tree.leaves(weights)[0].devices()))
     if device.platform != "gpu":
-        return _decode
+        return _prefill, _decode
+    if strict:
+        return _strict_prefill_on_gpu, _strict_decode_on_gpu
     int4 = any(isinstance(x, Int4) for x in jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Int4)))
-    return _decode_int4_on_gpu if int4 else _decode_on_gpu
+    return _prefill, _decode_int4_on_gpu if int4 else _decode_on_gpu
 
 
 def enable_compile_cache(directory: str | os.PathLike[str] | None = None) -> Path:

@@ -6,6 +6,7 @@ The host side is numpy; the device runs two executables, `prefill` and `decode`,
 `generate` is the same path as a pure function, for use inside a caller's own jit.
 """
 
+import time
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jaxgen.generation.config import GenerationConfig, resolve
 from jaxgen.generation.controls import Plan, Recipe
 from jaxgen.generation.fields import integer
 from jaxgen.generation.limits import row_limits
-from jaxgen.generation.output import collect
+from jaxgen.generation.output import Origin, collect
 from jaxgen.generation.prompt import generated, pack
 from jaxgen.generation.read import Prompts
 from jaxgen.generation.request import Extras, Request, controls_of, recipe_of
@@ -56,8 +57,10 @@ class GenerationMixin:
         `prefix_allowed_tokens_fn`, `negative_prompt_ids` with its mask, `tokenizer` (for `stop_strings`),
         `assistant_model`, `past_key_values`. Sampling takes its randomness from `key` (a jax.random key) or `seed` (any
         int); with neither, from a fresh seed. `row_ids` (ints or strings) name the rows: a row's draws depend on its
-        id, its position and the key, and on nothing else. A `streamer` gets the ids as transformers' streamers do,
-        `chunk_size` tokens at a time.
+        id, its position and the key, and on nothing else. A list of seeds (or an array of keys) gives each row its own,
+        and of a single prompt as many rows: row i is what `seed=seeds[i]` alone gives. `strict` (True, or a
+        `jaxgen.Strict`) computes every batch in one shape, so that log-probabilities too are the same in any batch.
+        A `streamer` gets the ids as transformers' streamers do, `chunk_size` tokens at a time.
 
         Returns int32 ids [B * num_return_sequences, T + new]: the input's columns, the new tokens, then pad.
         With `return_dict_in_generate=True` returns a `GenerateOutput`. Raises `JaxgenError` for bad input before
@@ -71,8 +74,9 @@ class GenerationMixin:
         request = self._request(input_ids, attention_mask, generation_config, key, seed, row_ids, options)
         if streamer is None and chunk_size is not None:
             raise JaxgenError(f"chunk_size={chunk_size!r} says how often a streamer looks; there is no streamer=")
+        started = time.time()
         state = Run(self, request).finish() if streamer is None else self._feed(streamer, request, chunk_size)
-        return reread(self, collect(self, state, request), request)
+        return reread(self, collect(state, Origin(self, request, started)), request)
 
     def stream(
         self,
@@ -220,8 +224,14 @@ def generate(
     _check_pure(effective, given, recipe)
     if effective.do_sample and key is None:
         raise JaxgenError("do_sample=True needs key=: jax.random.key(seed)")
-    prompts, plan, budget = _pure_plan(model, input_ids, attention_mask, effective, recipe, row_ids)
     random, _ = random_key(key, 0 if key is None else None)
+    if random.ndim:
+        if len(random) != len(input_ids):
+            raise JaxgenError(
+                f"key holds {len(random)} keys, input_ids {len(input_ids)} rows; pass one, or one per row"
+            )
+        row_ids = [0] * len(input_ids) if row_ids is None else row_ids
+    prompts, plan, budget = _pure_plan(model, input_ids, attention_mask, effective, recipe, row_ids)
     controls = jax.tree.map(jnp.asarray, controls)
     state = loop.prefill(model, prompts, random, controls, plan)
     state = loop.decode(model, state, jnp.int32(plan.total), controls, recipe)
@@ -275,6 +285,7 @@ def _check_pure(config: GenerationConfig, extras: Extras, recipe: Recipe) -> Non
         "assistant_model": extras.assistant_model,
         "prompt_lookup_num_tokens": recipe.prompt_lookup,
         "past_key_values": extras.past_key_values,
+        "strict": extras.strict,
         "max_cache_len": config.max_cache_len,
         "negative_prompt_ids": extras.negative_prompt_ids is not None,
         "negative_prompt_attention_mask": extras.negative_prompt_attention_mask is not None,

@@ -54,14 +54,14 @@ class DecodeState:
 State = TypeVar("State", bound=DecodeState)  # of this search, or of one that builds on it
 
 
-def prefill(model: CausalLM, prompts: Prompts, key: Key[Array, ""], controls: Controls, plan: Plan) -> DecodeState:
+def prefill(model: CausalLM, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan) -> DecodeState:
     """Read the prompts once, spread each over `plan.samples` rows, and draw every row's first token."""
     state, logits = begin(model, prompts, key, controls, plan)
     return append_token(state, logits, controls, plan.recipe)
 
 
 def begin(
-    model: CausalLM, prompts: Prompts, key: Key[Array, ""], controls: Controls, plan: Plan
+    model: CausalLM, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
 ) -> tuple[DecodeState, Float[Array, "logit_rows V"]]:
     """The state before the first token, and the logits it will be drawn from."""
     logits, cache = read_prompts(model, prompts, plan)

@@ -1,6 +1,7 @@
 """What `generate` returns: ids laid out as HF does, and the optional details."""
 
 import dataclasses
+import time
 from typing import Any
 
 import jax
@@ -16,6 +17,15 @@ from jaxgen.generation.stop import FINISH_REASON, raise_if_broken
 
 
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """What gave an output: the model, the call as it was read, and when it began (seconds since 1970)."""
+
+    model: Any
+    request: Request
+    started: float
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class GenerateOutput:
     """The result of `generate(..., return_dict_in_generate=True)`. R rows, N new tokens in the longest row.
 
@@ -29,7 +39,7 @@ class GenerateOutput:
     lengths: Int[np.ndarray, " R"]  # new tokens per row
     finish_reason: list[str]  # "eos", "stop_string", "criterion", "length" or "time", per row
     generation_config: GenerationConfig  # the values in effect
-    seed: int | None  # the seed in effect; None when a key was given
+    seed: int | tuple[int, ...] | None  # the seed in effect, or one per row; None when a key was given
     past_key_values: PastKeyValues | None = None  # for a call that goes on; None with beams
     scores: tuple[Float[np.ndarray, "rows V"], ...] | None = None  # per step, after processors; 0 after a row's end
     logits: tuple[Float[np.ndarray, "rows V"], ...] | None = None  # per step, the model's own
@@ -42,16 +52,49 @@ class GenerateOutput:
 
     drafted: Int[np.ndarray, " R"] | None = None  # speculation: tokens drafted per row ...
     accepted: Int[np.ndarray, " R"] | None = None  # ... and those of them that the model drew too
+    origin: Origin | None = None
+    seconds: float = 0.0  # from the call to the last token, compilation included
 
     def __getitem__(self, name: str):
         """`output["sequences"]`, as HF's outputs allow."""
         return getattr(self, name)
 
+    @property
+    def record(self) -> Any:
+        """A `jaxgen.Record`: everything that determined these tokens, and the tokens.
 
-def collect(model: Any, state: Any, request: Request) -> "np.ndarray | GenerateOutput":
+        >>> model, tokenizer = getfixture("demo")
+        >>> out = model.generate(**tokenizer(["1, 2, 3"], return_tensors="np"), return_dict_in_generate=True)
+        >>> out.record.generations[0]["output_ids"] == out.sequences[:, -20:].tolist()
+        True
+        """
+        from jaxgen.records.record import Record
+
+        return Record.of([self])
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame with one line per new token: its text, ids and probabilities."""
+        from jaxgen.text.show import to_pandas
+
+        return to_pandas(self)
+
+    def __repr__(self) -> str:
+        from jaxgen.text.show import summary
+
+        return summary(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the tokens, coloured by their probability."""
+        from jaxgen.text.show import html
+
+        return html(self)
+
+
+def collect(state: Any, origin: Origin) -> "np.ndarray | GenerateOutput":
     """Fetch a finished state and lay it out; raises `NonFiniteLogitsError` if a row ran into NaN."""
+    request = origin.request
     if request.plan.recipe.num_beams > 1:
-        return _collect_beams(state, request)
+        return _collect_beams(state, origin)
     config, samples = request.config, request.plan.samples
     rows = request.input_ids.shape[0] * samples
     names = ["tokens", "lengths", "prompt_lengths", "status"]
@@ -81,14 +124,17 @@ def collect(model: Any, state: Any, request: Request) -> "np.ndarray | GenerateO
         finish_reason=[FINISH_REASON[int(code)] for code in arrays["status"]],
         generation_config=config,
         seed=request.seed,
-        past_key_values=PastKeyValues(model, state, rows, request.plan.recipe.drafts),
+        past_key_values=PastKeyValues(origin.model, state, rows, request.plan.recipe.drafts),
+        origin=origin,
+        seconds=time.time() - origin.started,
         **steps_kept(state.kept, rows, width),
         **drafting,
     )
 
 
-def _collect_beams(state: Any, request: Request) -> "np.ndarray | GenerateOutput":
+def _collect_beams(state: Any, origin: Origin) -> "np.ndarray | GenerateOutput":
     """The best sequences of each prompt; what was recorded per step is of the rows, as in HF."""
+    request = origin.request
     config, samples, prompts = request.config, request.plan.samples, len(request.input_ids)
     returned = config.num_return_sequences or 1
     best = best_sequences(state, prompts, samples, returned, float(request.controls.length_penalty))
@@ -112,6 +158,8 @@ def _collect_beams(state: Any, request: Request) -> "np.ndarray | GenerateOutput
         seed=request.seed,
         sequences_scores=best.scores,
         beam_indices=best.beam_indices,
+        origin=origin,
+        seconds=time.time() - origin.started,
         **kept,
     )
 

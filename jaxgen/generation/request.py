@@ -19,9 +19,10 @@ from jaxgen.generation.processors.constraint import as_pytree
 from jaxgen.generation.prompt import SMALLEST_PROMPT, SMALLEST_TOTAL, bucket, pack, pad_to, read_prompt
 from jaxgen.generation.read import Negative, Prompts
 from jaxgen.generation.reread import check_reread
-from jaxgen.generation.sample import random_key, row_id_words
+from jaxgen.generation.sample import padded_key, random_key, row_id_words
 from jaxgen.generation.speculate import check_assistant
 from jaxgen.generation.stop_strings import StopStrings
+from jaxgen.generation.strict import Strict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Extras:
     tokenizer: Any = None  # for stop_strings
     assistant_model: Any = None
     past_key_values: Any = None  # of an earlier output
+    strict: Any = None  # True, or a Strict: the one shape of every batch; jaxgen's own
 
     @classmethod
     def take(cls, options: Mapping[str, Any]) -> "tuple[Extras, dict[str, Any]]":
@@ -52,13 +54,18 @@ class Request:
     input_ids: Int[np.ndarray, "B T"]  # as given, for the layout of the result
     attention_mask: Bool[np.ndarray, "B T"]
     config: GenerationConfig  # the values in effect
-    seed: int | None
+    seed: int | tuple[int, ...] | None
     key: Any
     prompts: Prompts
     controls: Controls
     plan: Plan
-    assistant: Any = None  # another model, which drafts
-    asks_host: bool = False  # a processor calls the user's Python
+    extras: Extras = Extras()
+    strict: Strict | None = None
+
+    @property
+    def asks_host(self) -> bool:
+        """Whether a processor calls the user's Python."""
+        return self.extras.prefix_allowed_tokens_fn is not None
 
     @classmethod
     def read(
@@ -76,8 +83,13 @@ class Request:
         if _traced(model, input_ids, attention_mask, key):
             raise JaxgenError("model.generate runs on the host; inside jit or vmap use jaxgen.generate(model, ...)")
         ids, mask = read_prompt(input_ids, attention_mask, model.config.vocab_size)
-        words = row_id_words(row_ids, len(ids))
         key, seed = random_key(key, seed)
+        if key.ndim:
+            ids, mask, row_ids = _row_per_key(key.shape[0], ids, mask, row_ids)
+        words = row_id_words(row_ids, len(ids))
+        strict = Strict.of(extras.strict)
+        if strict:
+            strict.check(config, extras.past_key_values)
         if extras.assistant_model is not None:
             check_assistant(model, extras.assistant_model)
         recipe = recipe_of(config, extras)
@@ -85,9 +97,9 @@ class Request:
         tokens, lengths = pack(ids, mask)
         limits = row_limits(config, lengths, model.config.max_position_embeddings)
 
-        rows = bucket(len(ids))
         negative = _negative(config, extras, ids, mask, model.config.vocab_size)
-        length = bucket(max(int(x.max()) for _, x in ((tokens, lengths), *negative)), SMALLEST_PROMPT)
+        longest = max(int(x.max()) for _, x in ((tokens, lengths), *negative))
+        rows, length, total = sizes_of(config, samples_of(config), longest, lengths, limits, strict)
 
         def placed(packed: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             """In the bucket: without the columns that no row reaches, and with idle rows."""
@@ -100,7 +112,7 @@ class Request:
             idle=np.arange(rows) >= len(ids),
             negative=Negative(*placed(*negative[0])) if negative else None,
         )
-        plan = plan_of(model, config, recipe, length, lengths, limits)
+        plan = plan_of(model, config, recipe, total, int((limits - lengths).max()), strict)
         if extras.past_key_values is not None:
             if not isinstance(extras.past_key_values, PastKeyValues):
                 raise JaxgenError(
@@ -110,8 +122,7 @@ class Request:
             prompts, plan = extras.past_key_values.continue_with(prompts, plan, len(ids), model)
         check_reread(config, len(ids) * plan.samples, plan.total, model)
         check_memory(model, prompts, plan, extras.assistant_model)
-        asks_host = extras.prefix_allowed_tokens_fn is not None
-        return cls(ids, mask, config, seed, key, prompts, controls, plan, extras.assistant_model, asks_host)
+        return cls(ids, mask, config, seed, padded_key(key, rows), prompts, controls, plan, extras, strict)
 
 
 def _traced(model: Any, *arrays: Any) -> bool:
@@ -122,27 +133,53 @@ def _traced(model: Any, *arrays: Any) -> bool:
         return True
 
 
-def plan_of(
-    model: Any,
+def _row_per_key(
+    keys: int, ids: Int[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"], row_ids: Any
+) -> tuple[Int[np.ndarray, "R T"], Bool[np.ndarray, "R T"], Any]:
+    """One row for each key: of a single prompt as many, and each has the id that it would have alone."""
+    if len(ids) not in (1, keys):
+        raise JaxgenError(f"seed or key holds {keys}, input_ids {len(ids)} rows; pass one per row, or one row for all")
+    if len(ids) < keys:
+        ids, mask = np.repeat(ids, keys, axis=0), np.repeat(mask, keys, axis=0)
+    return ids, mask, [0] * keys if row_ids is None else row_ids
+
+
+def samples_of(config: GenerationConfig) -> int:
+    """Rows that are generated for each prompt."""
+    beams = config.num_beams or 1
+    return beams if beams > 1 else config.num_return_sequences or 1
+
+
+def sizes_of(
     config: GenerationConfig,
-    recipe: Recipe,
-    length: int,
+    samples: int,
+    longest: int,
     lengths: Int[np.ndarray, " B"],
     limits: Int[np.ndarray, " B"],
-) -> Plan:
-    """Sizes of rows, caches and records, in buckets."""
+    strict: Strict | None,
+) -> tuple[int, int, int]:
+    """How many prompts, how long (the `longest`, negative ones included), and the total length of a row, in buckets."""
+    guided = config.guidance_scale not in (None, 1.0)  # a negative row may be longer than its row
     budget = int((limits - lengths).max())
+    if strict:
+        total = strict.fits(max(int(limits.max()), longest + budget if guided else 0))
+        return strict.prompts(len(lengths), samples), total, total
+    length = bucket(longest, SMALLEST_PROMPT)
     # From the bucketed prompt, not the real one: the prompt's bucket then decides the total's.
     by_length = config.max_new_tokens is None and config.max_length is not None
-    guided = config.guidance_scale not in (None, 1.0)  # a negative row may be longer than its row
     total = max(int(limits.max()), length) if by_length and not guided else length + budget
-    total = bucket(max(total, config.max_cache_len or 0), SMALLEST_TOTAL)
-    chunk = config.prefill_chunk_size or 0
-    beams = config.num_beams or 1
+    return bucket(len(lengths)), length, bucket(max(total, config.max_cache_len or 0), SMALLEST_TOTAL)
+
+
+def plan_of(
+    model: Any, config: GenerationConfig, recipe: Recipe, total: int, budget: int, strict: Strict | None
+) -> Plan:
+    """Sizes of rows, caches and records; `budget`: the most new tokens of a row."""
+    chunk = config.prefill_chunk_size or (strict.chunk if strict else 0)
     recorded = recipe.record_scores or recipe.record_logits or recipe.top_logprobs
     return Plan(
         recipe=dataclasses.replace(recipe, recorded=bucket(budget, 16) if recorded else 0),
-        samples=beams if beams > 1 else config.num_return_sequences or 1,
+        samples=samples_of(config),
         total=total,
         slots=model.config.cache_slots(total, ahead=max(chunk, recipe.drafts + 1 if recipe.drafts else 0)),
         int8_cache=config.cache_implementation == "quantized",

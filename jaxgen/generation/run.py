@@ -27,11 +27,12 @@ class Run:
     def __init__(self, model: Any, request: Request):
         self._started = time.monotonic()
         self._request = request
-        drafter, drafter_weights = (None, None) if request.assistant is None else split(request.assistant)
+        assistant = request.extras.assistant_model
+        drafter, drafter_weights = (None, None) if assistant is None else split(assistant)
         structure, weights = split(model)
         self._models = (structure, weights, drafter, drafter_weights)
-        self._decode = compiled.decode_for(weights)
-        self.state: Any = self._run(compiled.prefill, request.prompts, request.key, request.controls, request.plan)
+        self._prefill, self._decode = compiled.stages_for(weights, strict=request.strict is not None)
+        self.state: Any = self._run(self._prefill, request.prompts, request.key, request.controls, request.plan)
 
     def advance(self, until: int | None = None) -> Any:
         """Decode until every row has ended, or has `until` new tokens."""

@@ -4,10 +4,10 @@
     draw_key = fold_in(row_key, position)
     token    = argmax(filtered logits + gumbel(draw_key, [V]))
 
-`id` is the row's id as 64 bits (its index in the call, or what `row_ids` gives), `sample` counts
-`num_return_sequences` from 0, and `position` is the number of real tokens before the token to be drawn. So a
-row's noise depends on nothing else: not on its neighbours, its padding, the batch, or how the loop was cut. The
-noise covers the unfiltered vocabulary, so changing a filter only changes the mask: runs that differ in top_p
+`id` is the row's id as 64 bits (its index in the call, or what `row_ids` gives; 0 where each row has its own seed),
+`sample` counts `num_return_sequences` from 0, and `position` is the number of real tokens before the token to be
+drawn. So a row's noise depends on nothing else: not on its neighbours, its padding, the batch, or how the loop was
+cut. The noise covers the unfiltered vocabulary, so changing a filter only changes the mask: runs that differ in top_p
 share their random numbers.
 """
 
@@ -23,26 +23,41 @@ from jaxtyping import Array, Float, Int, Key, UInt32
 
 from jaxgen.errors import JaxgenError
 
+# Which tokens a key gives, as defined above. A change that alters them raises this and is named in the changelog;
+# tests/test_golden.py holds what version 1 gives.
+SAMPLER_VERSION = 1
 DOMAIN = 0x6A617867  # "jaxg": a user's own fold_in on the same key does not meet ours
 _WORD = 1 << 32
 
 
-def random_key(key: Any, seed: Any) -> tuple[Key[Array, ""], int | None]:
-    """The key of a call, and the seed it came from (None when a key was given).
+def random_key(key: Any, seed: Any) -> tuple[Key[Array, "*rows"], int | tuple[int, ...] | None]:
+    """The key of a call, and the seed it came from (None when a key was given); or one of each per row.
 
-    `key` is a typed key, or a raw uint32 threefry key; `seed` is any Python int. With neither, a fresh seed is
-    taken from the operating system; it is reported, so that the run can be repeated. Raises `JaxgenError` for
-    both at once, and for `rbg` keys, which are not exact under vmap (rows would depend on their neighbours).
+    `key` is a typed key, or a raw uint32 threefry key; `seed` is any Python int. An array of typed keys, or a list of
+    seeds, gives every row its own. With neither, a fresh seed is taken from the operating system; it is reported, so
+    that the run can be repeated. Raises `JaxgenError` for both at once, and for `rbg` keys, which are not exact under
+    vmap (rows would depend on their neighbours).
     """
     if key is not None and seed is not None:
         raise JaxgenError("both key and seed were given; pass one of them")
-    if key is None:
-        if seed is None:
-            seed = int.from_bytes(np.random.SeedSequence().generate_state(1).tobytes(), "little")
-        if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
-            raise JaxgenError(f"seed={seed!r} must be an int")
-        data = np.array(divmod(_as_64_bits(int(seed)), _WORD), np.uint32)
-        return jax.random.wrap_key_data(data, impl="threefry2x32"), int(seed)  # pyright: ignore[reportArgumentType]
+    if key is not None:
+        return _checked_key(key), None
+    if seed is None:
+        seed = int.from_bytes(np.random.SeedSequence().generate_state(1).tobytes(), "little")
+    several = isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str) and np.ndim(seed) == 1
+    seeds: list[Any] = list(seed) if several else [seed]
+    for row, value in enumerate(seeds):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool):
+            name = f"seed[{row}]" if several else "seed"
+            raise JaxgenError(f"{name}={value!r} must be an int")
+    if not seeds:
+        raise JaxgenError("seed is an empty list; pass an int, or one per row")
+    words = np.array([divmod(_as_64_bits(int(value)), _WORD) for value in seeds], np.uint32)
+    data, ints = (words, tuple(map(int, seeds))) if several else (words[0], int(seeds[0]))
+    return jax.random.wrap_key_data(data, impl="threefry2x32"), ints  # pyright: ignore[reportArgumentType]
+
+
+def _checked_key(key: Any) -> Key[Array, "*rows"]:
     if not hasattr(key, "dtype") or not hasattr(key, "shape"):
         raise JaxgenError(f"key={key!r} must be a key from jax.random.key; for a plain number use seed=")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -54,12 +69,18 @@ def random_key(key: Any, seed: Any) -> tuple[Key[Array, ""], int | None]:
             "key uses the 'rbg' implementation, whose draws depend on the other rows of a batch; "
             "make it with jax.random.key(seed, impl='threefry2x32')"
         )
-    if not isinstance(key, Tracer) and key.shape == ():  # uncommitted, so that it goes where the model is
-        data = np.asarray(jax.random.key_data(key))
-        key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))  # pyright: ignore[reportArgumentType]
-    if key.shape != ():
-        raise JaxgenError(f"key has shape {key.shape}; pass one key (rows get their own from it)")
-    return key, None
+    if key.ndim > 1 or key.size == 0:
+        raise JaxgenError(f"key has shape {key.shape}; pass one key, or one per row")
+    # Uncommitted, so that it goes where the model is.
+    return key if isinstance(key, Tracer) else padded_key(key)
+
+
+def padded_key(key: Key[Array, "*rows"], rows: int = 0) -> Key[Array, "*rows_out"]:
+    """The same keys, with copies of the last one up to `rows` if there is one per row; on no device yet."""
+    data = np.asarray(jax.random.key_data(key))
+    if key.ndim:
+        data = np.pad(data, [(0, max(rows - len(data), 0)), (0, 0)], mode="edge")
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))  # pyright: ignore[reportArgumentType]
 
 
 def row_id_words(row_ids: Any, rows: int) -> UInt32[np.ndarray, "B 2"]:
@@ -78,16 +99,17 @@ def row_id_words(row_ids: Any, rows: int) -> UInt32[np.ndarray, "B 2"]:
     return np.array(words, np.uint32).reshape(rows, 2)
 
 
-def row_keys(key: Key[Array, ""], row_ids: UInt32[Array, "B 2"], samples: int) -> Key[Array, " R"]:
-    """One key per row and sample, row-major: R = B * samples."""
+def row_keys(key: Key[Array, "*rows"], row_ids: UInt32[Array, "B 2"], samples: int) -> Key[Array, " R"]:
+    """One key per row and sample, row-major: R = B * samples; from one key, or from one per row."""
 
-    def one(words: UInt32[Array, " 2"], sample: Int[Array, ""]) -> Key[Array, ""]:
+    def one(key: Key[Array, ""], words: UInt32[Array, " 2"], sample: Int[Array, ""]) -> Key[Array, ""]:
+        domain_key = jax.random.fold_in(key, DOMAIN)
         row_key = jax.random.fold_in(jax.random.fold_in(domain_key, words[0]), words[1])
         return jax.random.fold_in(row_key, sample)
 
-    domain_key = jax.random.fold_in(key, DOMAIN)
-    over_samples = jax.vmap(one, in_axes=(None, 0))
-    return jax.vmap(over_samples, in_axes=(0, None))(row_ids, jnp.arange(samples)).reshape(-1)
+    over_samples = jax.vmap(one, in_axes=(None, None, 0))
+    over_rows = jax.vmap(over_samples, in_axes=(0 if key.ndim else None, 0, None))
+    return over_rows(key, row_ids, jnp.arange(samples)).reshape(-1)
 
 
 def draw(logits: Float[Array, "R V"], row_keys: Key[Array, " R"], positions: Int[Array, " R"]) -> Int[Array, " R"]:

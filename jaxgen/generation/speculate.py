@@ -74,7 +74,9 @@ def check_assistant(model: Any, assistant: Any) -> None:
         raise JaxgenError(f"assistant_model is on {there}, the model on {here}; load both onto the same device")
 
 
-def prefill(models: Any, prompts: Prompts, key: Key[Array, ""], controls: Controls, plan: Plan) -> SpeculativeState:
+def prefill(
+    models: Any, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
+) -> SpeculativeState:
     """Read the prompts with the model, and with the assistant if there is one; draw every row's first token.
 
     `models` is a `Pair`, or for prompt lookup the model alone.

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import GeneratorType
 from typing import Any
 
-import numpy as np
-
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation.config import GenerationConfig, check_names
 from jaxgen.generation.request import Extras
 from jaxgen.generation.sample import random_key
+from jaxgen.records.record import generation_of
 from jaxgen.text.inputs import Messages, continues_final_message, encode, is_message, read_text, read_texts
 from jaxgen.text.tokenizer import continuation, left_pad, tokenizer_for
 
@@ -193,8 +192,24 @@ class TextGenerationPipeline:
                 return call.run(rest)
             text_inputs = list(rest)
         texts, single = read_texts(text_inputs)
+        call.generations = generations = []
         results = list(call.run(texts))
-        return results[0] if single else results
+        return Results(results[0] if single else results, self.model, generations)
+
+
+class Results(list[Any]):
+    """A list, as transformers' pipeline returns it, that also has a `record` of how it came about."""
+
+    def __init__(self, values: Iterable[Any], model: Any, generations: list[dict[str, Any]]):
+        super().__init__(values)
+        self._model, self._generations = model, generations
+
+    @property
+    def record(self) -> Any:
+        """The `jaxgen.Record` of the call, with one entry per batch."""
+        from jaxgen.records.record import Record
+
+        return Record.around(self._model, self._generations)
 
 
 class _Call:
@@ -214,6 +229,7 @@ class _Call:
             self.decoding["skip_special_tokens"] = False
         self._default_length = not {"max_length", "max_new_tokens"} & self._set(generate).keys()
         self.generate = self._with_defaults(generate)
+        self.generations: list[dict[str, Any]] | None = None  # one record entry per batch, if they are wanted
         self.key, self.seed = options.key, options.seed
         if self.key is None and self.seed is None:
             self.seed = random_key(None, None)[1]
@@ -313,16 +329,23 @@ class _Call:
             key=self.key,
             seed=self.seed,
             row_ids=range(start, end) if chosen is None else chosen[start:end],
-            **self.generate,
-            **length,
+            **{**self.generate, **length, **self._details_anyway()},
         )
-        sequences = output if isinstance(output, np.ndarray) else output.sequences
+        if self.generations is not None:
+            self.generations.append(generation_of(output))
+        sequences, asked = output.sequences, self._set(self.generate).get("return_dict_in_generate")
         samples = len(sequences) // len(prompts)
         for row, prompt in enumerate(prompts):
             rows = range(row * samples, (row + 1) * samples)
-            yield [self._record(prompt, sequences[r].tolist(), ids.shape[1]) | _details(output, r) for r in rows]
+            results = [self._result(prompt, sequences[r].tolist(), ids.shape[1]) for r in rows]
+            yield [result | _details(output, r) if asked else result for result, r in zip(results, rows, strict=True)]
 
-    def _record(self, prompt: Prompt, sequence: list[int], width: int) -> dict[str, Any]:
+    def _details_anyway(self) -> dict[str, Any]:
+        """What the record needs; but what `generate` says of `output_scores` without details is its to say."""
+        asks = any(value and name.startswith("output_") for name, value in self._set(self.generate).items())
+        return {} if asks else {"return_dict_in_generate": True}
+
+    def _result(self, prompt: Prompt, sequence: list[int], width: int) -> dict[str, Any]:
         """One result: `sequence` has the prompt's `width` columns, then the new tokens."""
         kind = self.options.return_type or "FULL_TEXT"
         if kind == "TENSORS":

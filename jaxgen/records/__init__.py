@@ -1,0 +1,1 @@
+"""Records of generations: what determined the tokens, and running it again."""

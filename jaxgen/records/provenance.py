@@ -1,0 +1,174 @@
+"""Where numbers come from: the model's files and weights, the tokenizer's files, the versions and the device."""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+import jaxgen
+from jaxgen.generation import compiled
+from jaxgen.generation.weights import split
+
+_PACKAGES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "safetensors", "numpy")
+_CONFIG = ("jax_default_matmul_precision", "jax_enable_x64", "jax_threefry_partitionable")
+_WEIGHTS, _TOKENIZER = ("*.safetensors", "*.gguf"), ("tokenizer*", "special_tokens_map.json", "chat_template*")
+_known_files: dict[tuple[str, int, int], str] = {}
+_known_weights: list[tuple[list[Any], str]] = []  # the last weights that were read, and their digest
+
+
+def model_of(model: Any) -> dict[str, Any]:
+    """What is to be known of a model: where it is from, and what its weights are.
+
+    `id` and `revision` are those of the Hugging Face hub, or "demo"; a local directory has neither, since a record
+    names no paths. `files` are the sha256 of its weight files as they are now, `parameters` that of the weights in
+    memory: quantised, trained or merged, as they were used.
+    """
+    directory = None if model.name_or_path is None else Path(model.name_or_path)
+    config = json.dumps(model.config.to_hf(), sort_keys=True, default=str)
+    return {
+        **_origin(directory),
+        "architecture": type(model).__name__,
+        "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
+        "files": _files(directory, _WEIGHTS),
+        "parameters_sha256": parameters_sha256(model),
+        "dtype": model.dtype.name,
+        "weights": sorted({_kind(leaf) for leaf in _leaves(model)}),
+    }
+
+
+def tokenizer_of(model: Any) -> dict[str, Any]:
+    """The sha256 of the files of the checkpoint's tokenizer, and of its chat template."""
+    directory = None if model.name_or_path is None else Path(model.name_or_path)
+    template = _chat_template(directory)
+    return {
+        "files": _files(directory, _TOKENIZER),
+        "chat_template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
+    }
+
+
+def environment(model: Any) -> dict[str, Any]:
+    """Versions, device, mesh and XLA's options: what decides the last bits. No host names, no paths."""
+    leaf = jax.tree.leaves(split(model)[1])[0]
+    devices = sorted(leaf.sharding.device_set, key=lambda device: device.id)
+    mesh = getattr(leaf.sharding, "mesh", None)
+    return {
+        "versions": {"python": platform.python_version(), "jaxgen": jaxgen.__version__, **_versions()},
+        "platform": f"{sys.platform} {platform.machine()}",
+        "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "processor": _processor()},
+        "mesh": {"devices": len(devices), "axes": {} if mesh is None else dict(mesh.shape)},
+        "xla_flags": [_without_path(flag) for flag in os.environ.get("XLA_FLAGS", "").split()],
+        "jax_config": {name: getattr(jax.config, name, None) for name in _CONFIG},
+    }
+
+
+def compiler_options(model: Any, strict: bool) -> dict[str, Any]:
+    """XLA's options of the decode executable, as far as jaxgen chooses them."""
+    return dict(compiled.stages_for(split(model)[1], strict)[1].compiler_options)
+
+
+def parameters_sha256(model: Any) -> str:
+    """The sha256 over all weights in memory: names, dtypes, shapes and bytes, tensor by tensor."""
+    arrays = jax.tree.leaves(split(model)[1])
+    for known, digest in _known_weights:
+        if len(known) == len(arrays) and all(a is b for a, b in zip(known, arrays, strict=True)):
+            return digest
+    digest = hashlib.sha256()
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        for leaf in jax.tree.leaves(variable):
+            value = np.ascontiguousarray(np.asarray(leaf))
+            digest.update(f"{'.'.join(map(str, path))} {value.dtype} {value.shape}\n".encode())
+            digest.update(value.reshape(-1).view(np.uint8).data)
+    _known_weights[:] = [(arrays, digest.hexdigest())]
+    return digest.hexdigest()
+
+
+def _origin(directory: Path | None) -> dict[str, Any]:
+    """Hub id and commit, from where the Hugging Face cache puts a snapshot."""
+    from jaxgen import demo
+
+    if directory is None:
+        return {"id": None, "revision": None}
+    if directory == demo.path():
+        return {"id": "demo", "revision": None}
+    found = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})$", str(directory))
+    if found is None:
+        return {"id": None, "revision": None}
+    return {"id": found[1].replace("--", "/"), "revision": found[2]}
+
+
+def _files(directory: Path | None, patterns: tuple[str, ...]) -> dict[str, str]:
+    paths = [] if directory is None else sorted({path for pattern in patterns for path in directory.glob(pattern)})
+    return {path.name: _file_sha256(path) for path in paths if path.is_file()}
+
+
+def _file_sha256(path: Path) -> str:
+    status = path.stat()
+    key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+    if key not in _known_files:
+        with path.open("rb") as file:
+            _known_files[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _known_files[key]
+
+
+def _chat_template(directory: Path | None) -> str | None:
+    if directory is None:
+        return None
+    try:
+        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    except OSError:
+        pass
+    try:
+        template = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError):
+        return None
+    return None if template is None else template if isinstance(template, str) else json.dumps(template)
+
+
+def _leaves(model: Any) -> list[Any]:
+    from jaxgen.quant.adapted import Adapted
+    from jaxgen.quant.int4 import Int4
+    from jaxgen.quant.lookup import Lookup4
+
+    return jax.tree.leaves(split(model)[1], is_leaf=lambda x: isinstance(x, Int4 | Lookup4 | Adapted))
+
+
+def _kind(leaf: Any) -> str:
+    """What a weight is made of, as "bfloat16" or "Int4, groups of 128"."""
+    size = getattr(leaf, "group_size", None)
+    return (
+        leaf.dtype.name if isinstance(leaf, jax.Array) else type(leaf).__name__ + (f", groups of {size}" * bool(size))
+    )
+
+
+def _versions() -> dict[str, str | None]:
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in _PACKAGES}
+
+
+def _processor() -> str | None:
+    """What the host's processor calls itself; on a CPU its kind decides the order of sums."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or None
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else None
+
+
+def _without_path(flag: str) -> str:
+    name, _, value = flag.partition("=")
+    return f"{name}=(a path)" if "/" in value or "\\" in value else flag

@@ -1,0 +1,243 @@
+"""Records and replays: the JSON says what happened, and running it again says whether it happens again."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import jsonschema
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxgen
+from jaxgen import JaxgenError, Record, Strict, cli, demo, replay
+from jaxgen.records import record as record_module
+from jaxgen.text.tokenizer import load_tokenizer
+
+SCHEMA = json.loads((Path(record_module.__file__).parent / "record.schema.json").read_text())
+OLD = Path(__file__).parent / "reference" / "record_v1.json"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(demo.path())
+
+
+@pytest.fixture(scope="module")
+def inputs(tokenizer):
+    return tokenizer(["A list of colors: red, blue", "Portugal is"], padding=True, return_tensors="np")
+
+
+def test_what_is_in_it(model, inputs):
+    """The JSON passes the schema, and its hashes are those that the system's own tool gives."""
+    out = model.generate(**inputs, do_sample=True, seed=5, top_p=0.9, max_new_tokens=12, return_dict_in_generate=True)
+    fields = json.loads(out.record.to_json())
+    jsonschema.validate(fields, SCHEMA)
+    weights = demo.path() / "model.safetensors"
+    assert fields["model"]["files"] == {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
+    [entry] = fields["generations"]
+    assert entry["prompt_ids"][1] == inputs["input_ids"][1][inputs["attention_mask"][1] == 1].tolist()
+    width = inputs["input_ids"].shape[1]
+    assert entry["output_ids"] == [r[width:][:n].tolist() for r, n in zip(out.sequences, out.lengths, strict=True)]
+    assert entry["config"]["top_p"] == 0.9
+    assert entry["key"] == {"impl": "threefry2x32", "data": [0, 5]}
+    assert (entry["seed"], entry["row_ids"]) == (5, [0, 1])
+    rows = [np.array(row, np.float32) for row in entry["logprobs"]]
+    assert all((row == out.model_logprobs[i, : len(row)]).all() for i, row in enumerate(rows))
+    assert entry["logprobs_sha256"] == hashlib.sha256(b"".join(row.tobytes() for row in rows)).hexdigest()
+
+
+def test_no_names_of_this_machine(model, inputs, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/home/somebody --xla_cpu_enable_fast_math=false")
+    text = model.generate(**inputs, return_dict_in_generate=True).record.to_json()
+    for name in (socket.gethostname(), str(demo.path()), os.getcwd(), "/home/"):
+        assert name not in text
+    assert "--xla_cpu_enable_fast_math=false" in text
+
+
+OPTIONS = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "seed": 2**70, "row_ids": ["a", 2**63], "temperature": 1.5},
+    "seeds": {"do_sample": True, "seed": [3, 4], "num_return_sequences": 2},
+    "beams": {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5},
+    "processors": {"bad_words_ids": [[14]], "sequence_bias": {(25, 3): -1.5}, "repetition_penalty": 1.2},
+    "watermark": {"watermarking_config": jaxgen.WatermarkingConfig(bias=3.0)},
+    "guided": {"guidance_scale": 1.5, "negative_prompt_ids": [[1, 25]]},
+    "eos switched off": {"eos_token_id": None, "max_new_tokens": 30},
+    "strict": {"strict": Strict(rows=4, tokens=64)},
+    "drafted": {"prompt_lookup_num_tokens": 3},
+    "int8 cache": {"cache_implementation": "quantized"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_replays_identically(model, inputs, name):
+    """From the JSON alone, whatever the options."""
+    out = model.generate(**inputs, **{"max_new_tokens": 10, "return_dict_in_generate": True, **OPTIONS[name]})
+    record = Record.from_json(out.record.to_json())
+    jsonschema.validate(json.loads(record.to_json()), SCHEMA)
+    result = replay(record, model)
+    assert (result.status, result.exit_code) == ("identical", 0)
+
+
+def changed(record, **fields):
+    """The same record with other things in its only generation."""
+    [entry] = record.generations
+    return dataclasses.replace(record, generations=[{**entry, **fields}])
+
+
+def test_says_what_differs(model, inputs):
+    out = model.generate(**inputs, max_new_tokens=6, return_dict_in_generate=True)
+    record, [entry] = out.record, out.record.generations
+    ids = [row[:] for row in entry["output_ids"]]
+    now, ids[1][2] = ids[1][2], 77
+    result = replay(changed(record, output_ids=ids), model)
+    assert (result.status, result.exit_code) == ("different", 1)
+    before = [*entry["prompt_ids"][1], *ids[1][:2]]
+    log_probs = np.asarray(model(jnp.array([before])))[0, -1].astype(np.float64)
+    probabilities = np.exp(log_probs - log_probs.max())
+    probabilities /= probabilities.sum()
+    assert result.message.startswith("first difference at row 1, token 2: recorded 77 (probability now ")
+    assert f"now {now} (probability {probabilities[now]:.4g})" in result.message
+
+    shorter = [entry["output_ids"][0][:4], entry["output_ids"][1]]
+    message = replay(changed(record, output_ids=shorter), model).message
+    assert message == "first difference at row 0, token 4: the record ends there, the replay goes on"
+
+    logprobs = [[x - 0.25 for x in row] for row in entry["logprobs"]]
+    result = replay(changed(record, logprobs=logprobs, logprobs_sha256="0" * 64), model)
+    assert (result.exit_code, result.message) == (0, "same tokens, log-probabilities differ by 2.5e-01")
+
+
+def test_rows_that_the_clock_stopped(model, inputs):
+    """What they have is compared, and no more."""
+    out = model.generate(**inputs, max_new_tokens=6, return_dict_in_generate=True)
+    [entry] = out.record.generations
+    stopped = {name: [row[:3] for row in entry[name]] for name in ("output_ids", "logprobs")}
+    stopped |= {"finish_reason": ["time"] * 2, "logprobs_sha256": "0" * 64}
+    assert replay(changed(out.record, **stopped), model).status == "same tokens"
+
+
+def test_what_cannot_be_compared(model, inputs):
+    def no_commas(tokens, lengths, logits):
+        return logits.at[:, 14].set(-jnp.inf)
+
+    out = model.generate(**inputs, logits_processor=no_commas, max_new_tokens=6, return_dict_in_generate=True)
+    result = replay(out.record, model)
+    assert result.exit_code == 2
+    assert result.message.startswith("cannot compare because generations[0] used logits_processor")
+    assert replay(out.record, model, logits_processor=no_commas).status == "identical"
+
+    sampled = model.generate(**inputs, do_sample=True, seed=1, return_dict_in_generate=True).record
+    assert "sampler version 0" in replay(changed(sampled, sampler_version=0), model).message
+    nameless = dataclasses.replace(sampled, model={**sampled.model, "id": None})
+    assert "pass the model" in replay(nameless).message
+    other = dataclasses.replace(sampled, model={**sampled.model, "parameters_sha256": "0" * 64})
+    assert "the weights are not the recorded ones" in replay(other, model).message
+
+
+def test_trained_weights_are_other_weights(inputs):
+    """What counts is what is in memory, not what the files say."""
+    model = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
+    record = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True).record
+    model.lm_head.weight = nnx.Param(model.lm_head.weight[...] + 1e-3)
+    assert replay(record, model).exit_code == 2
+    assert replay(record).status == "identical"  # by its id: the demo
+
+
+def test_quantised_while_loading(inputs):
+    """The record says so, and replay does it again."""
+    model = jaxgen.AutoModelForCausalLM.from_pretrained(
+        demo.path(), dtype="float32", quantization_config=jaxgen.Int4Config(group_size=64)
+    )
+    record = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True).record
+    assert "Int4, groups of 64" in record.model["weights"]
+    assert replay(record).status == "identical"
+
+
+def test_bad_records(tmp_path):
+    path = tmp_path / "record.json"
+    for text, message in (
+        ("{", "no JSON"),
+        ("[1]", "jaxgen.record"),
+        ('{"schema": "jaxgen.record", "version": 2}', "version 2.*1 to 1"),
+        ('{"schema": "jaxgen.record", "version": 1}', "'model' is missing"),
+        ('{"schema": "jaxgen.record", "version": 1, "model": {}, "tokenizer": {}, "environment": {}, '
+         '"generations": [{}]}', r"generations\[0\] has no 'config'"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(JaxgenError, match=message) as caught:
+            Record.load(path)
+        assert str(path) in str(caught.value)
+    with pytest.raises(JaxgenError, match="cannot be read"):
+        Record.load(tmp_path / "missing.json")
+
+
+def test_a_file_is_whole_or_not_there(model, inputs, tmp_path, monkeypatch):
+    record = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True).record
+    path = tmp_path / "record.json"
+    path.write_text("before")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record_module.os, "fsync", full)
+    with pytest.raises(JaxgenError, match="not written"):
+        record.save(path)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_old_record_still_says_the_same():
+    """Written by version 1; the tokens are those of every supported JAX."""
+    assert replay(OLD).status in ("identical", "same tokens")
+
+
+def test_command_line(tmp_path, capsys):
+    path = tmp_path / "record.json"
+    prompts = ["1, 2, 3", "Portugal is", "A list of colors: red, blue"]
+    options = ["--do-sample", "--seed", "3", "--batch-size", "2", "--max-new-tokens", "8"]
+    assert cli.main(["generate", *prompts, *options, "--record", str(path)]) == 0
+    capsys.readouterr()
+    assert [len(entry["prompt_ids"]) for entry in Record.load(path).generations] == [2, 1]
+    assert cli.main(["replay", str(path)]) == 0
+    assert capsys.readouterr().out == "identical\n"
+    text = path.read_text()
+    fields = json.loads(text)
+    fields["generations"][1]["output_ids"][0][0] += 1
+    path.write_text(json.dumps(fields))
+    assert cli.main(["replay", str(path)]) == 1
+    assert capsys.readouterr().out.startswith("generation 1: first difference at row 0, token 0: ")
+    fields["model"]["id"] = None
+    path.write_text(json.dumps(fields))
+    assert cli.main(["replay", str(path)]) == 2
+    assert cli.main(["replay", str(path), "--model", str(demo.path())]) == 1
+    assert cli.main(["generate", "1, 2", "--stream", "--record", str(path)]) == 2
+
+
+def test_pipeline_has_one_too(model, tokenizer):
+    generator = jaxgen.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    results = generator(["1, 2, 3", "Portugal is", "4, 5"], batch_size=2, seed=1, max_new_tokens=5)
+    assert [len(entry["output_ids"]) for entry in results.record.generations] == [2, 1]
+    assert replay(results.record, model).status == "identical"
+    assert isinstance(results, list)
+    assert generator("1, 2, 3", max_new_tokens=5, do_sample=False).record.generations[0]["config"]["do_sample"] is False
+
+
+def test_another_process_says_the_same(model, inputs, tmp_path):
+    path = tmp_path / "record.json"
+    model.generate(**inputs, do_sample=True, seed=9, return_dict_in_generate=True).record.save(path)
+    command = [sys.executable, "-m", "jaxgen.cli", "replay", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (0, "identical\n")
