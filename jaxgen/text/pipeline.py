@@ -331,9 +331,10 @@ class _Call:
             row_ids=range(start, end) if chosen is None else chosen[start:end],
             **{**self.generate, **length, **self._details_anyway()},
         )
-        if self.generations is not None:
+        sequences = output if isinstance(output, np.ndarray) else output.sequences  # a model may wrap `generate`
+        if self.generations is not None and sequences is not output:
             self.generations.append(generation_of(output))
-        sequences, asked = output.sequences, self._set(self.generate).get("return_dict_in_generate")
+        asked = self._set(self.generate).get("return_dict_in_generate")
         samples = len(sequences) // len(prompts)
         for row, prompt in enumerate(prompts):
             rows = range(row * samples, (row + 1) * samples)
