@@ -1,0 +1,381 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 04. Your own processor, and your own loop
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxgen/jaxgen/blob/main/notebooks/04_your_own_loop.ipynb)
+#
+# Research on decoding means changing what `generate` does between two tokens. There are four ways to do so here, from the
+# outside to the inside:
+#
+# 1. a logits processor or a stopping criterion: a function of your own in the compiled loop;
+# 2. `jaxgen.generate`, the whole of generation as a pure function, inside your own `jit` and `vmap`;
+# 3. a loop written by hand from `extend`, `step` and `logits`;
+# 4. the same with several prompts that decide together, which no option of `generate` can do.
+
+# %%
+try:
+    import jaxgen
+except ImportError:  # a fresh machine, such as Colab: adds jaxgen, and leaves what is installed as it is
+    # %pip install -q jaxgen
+    import jaxgen
+
+# %%
+MODEL = jaxgen.demo.path()  # the real one, on a GPU: MODEL = "mistralai/Mistral-7B-Instruct-v0.3"
+
+# %%
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from flax import nnx
+from transformers import AutoTokenizer
+
+model = jaxgen.AutoModelForCausalLM.from_pretrained(MODEL)
+tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left")
+
+BLUE, ORANGE = "#0072b2", "#d55e00"
+plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
+plt.rcParams.update({"grid.alpha": 0.3, "legend.frameon": False, "axes.titlelocation": "left"})
+
+# %% [markdown]
+# ## A logits processor
+#
+# A processor is a function of three arrays: the `tokens` of all rows, the `lengths` of the rows, and the `logits` for their
+# next tokens. A row's token *p* stands in column *p*, and its first `lengths` columns count; there is no padding to think
+# about. The function is compiled into the loop, so it is written in `jax.numpy`.
+#
+# This one forbids a token. In the south, Portugal cannot be any more:
+
+# %%
+south = tokenizer(" south", add_special_tokens=False)["input_ids"][0]
+
+
+def not_south(tokens, lengths, logits):
+    return logits.at[:, south].set(-jnp.inf)
+
+
+portugal = tokenizer(["Portugal is"], return_tensors="np")
+for processor in (None, not_south):
+    ids = model.generate(**portugal, logits_processor=processor, max_new_tokens=30)
+    print("ids:", ids[0].tolist())
+    print(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+# %% [markdown]
+# A processor with a number in it: *steady* sampling. Where the model is sure, take its best token; elsewhere sample as hot
+# as you like. The number goes into a `jax.tree_util.Partial`. It is then an argument of the compiled program and no part of
+# it: the three calls below share one.
+
+
+# %%
+def steady(threshold, tokens, lengths, logits):
+    """Leave only the best token where its probability is above the threshold."""
+    probabilities = jax.nn.softmax(logits)
+    best = probabilities.max(axis=1, keepdims=True)
+    return jnp.where((best > threshold) & (probabilities < best), -jnp.inf, logits)
+
+
+cat = tokenizer(["I am a cat."], return_tensors="np")
+hot = {"do_sample": True, "temperature": 1.5, "top_k": 0, "seed": 2, "max_new_tokens": 40}
+for threshold in (1.0, 0.8, 0.6):
+    ids = model.generate(**cat, logits_processor=jax.tree_util.Partial(steady, threshold), **hot)
+    print("ids:", ids[0].tolist())
+    print(f"{threshold}:", tokenizer.decode(ids[0], skip_special_tokens=True), "\n")
+
+# %% [markdown]
+# At 1.0 the processor does nothing, and the text falls apart: at temperature 1.5 even a token that should be certain goes
+# wrong now and then. Steady at 0.8, the sentences of this text are whole, and *which* sentence comes next is still open. At
+# 0.6 nothing is: the model is always that sure of its favourite sentence. A processor of yours runs before temperature and
+# the filters, in the place where transformers runs it, so the probabilities above are the model's own.
+#
+# ## A stopping criterion
+#
+# A criterion sees the same arrays, after the new token was written down, and says which rows end. Here: after three
+# sentences.
+
+# %%
+full_stop = tokenizer.convert_tokens_to_ids(".")
+
+
+def three_sentences(tokens, lengths, scores):
+    written = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    return ((tokens == full_stop) & written).sum(axis=1) >= 3
+
+
+out = model.generate(
+    **cat,
+    do_sample=True,
+    temperature=1.5,
+    seed=range(4),
+    max_new_tokens=50,
+    stopping_criteria=three_sentences,
+    return_dict_in_generate=True,
+)
+for text, reason in zip(tokenizer.batch_decode(out.sequences, skip_special_tokens=True), out.finish_reason, strict=True):
+    print(f"{reason}: {text}")
+
+# %% [markdown]
+# ## Generation as a function
+#
+# `jaxgen.generate(model, ids, mask, key, config)` is the same generation with arrays in and arrays out. It can stand inside
+# your own `jit`, under `vmap`, or as a part of a larger computation. The model is an argument of the compiled function: if
+# it were a global variable, its weights would be constants of the program.
+#
+# Here `vmap` runs over keys, and only what the experiment wants leaves the device: the texts' log-probabilities.
+
+# %%
+config = jaxgen.GenerationConfig(max_new_tokens=24, do_sample=True, top_k=0, return_dict_in_generate=True)
+
+
+@nnx.jit
+def sample(model, ids, keys):
+    """One text for each key, and its log-probability."""
+
+    def one(key):
+        out = jaxgen.generate(model, ids, None, key, config)
+        return out["sequences"][0], out["model_logprobs"].sum()
+
+    return jax.vmap(one)(keys)
+
+
+keys = jax.vmap(jax.random.key)(jnp.arange(6))
+sequences, logprobs = sample(model, cat.input_ids, keys)
+for ids, logprob in zip(sequences, logprobs, strict=True):
+    print(f"{logprob:7.2f}  {tokenizer.decode(ids, skip_special_tokens=True)}")
+
+# %% [markdown]
+# The key of seed *s* is `jax.random.key(s)`, so these are the texts that `model.generate` gives for the seeds 0 to 5:
+
+# %%
+by_seed = model.generate(**cat, do_sample=True, top_k=0, seed=range(6), max_new_tokens=24)
+assert (np.asarray(sequences)[:, : by_seed.shape[1]] == by_seed).all()
+print("ids:", by_seed[:2].tolist())
+
+# %% [markdown]
+# Anything that is an array can be mapped over. A processor may use a traced number, so a whole plane of experiments, 12
+# temperatures times 32 keys, is one program and one call:
+
+
+# %%
+@nnx.jit
+def plane(model, ids, keys, temperatures):
+    """The model's own log-probability per token of every text [temperatures, keys]."""
+
+    def one(key, temperature):
+        def warm(tokens, lengths, logits):
+            return logits / temperature
+
+        out = jaxgen.generate(model, ids, None, key, config, logits_processor=warm)
+        return out["model_logprobs"].sum() / out["lengths"][0]
+
+    over_keys = jax.vmap(one, in_axes=(0, None))
+    return jax.vmap(over_keys, in_axes=(None, 0))(keys, temperatures)
+
+
+temperatures = jnp.linspace(0.25, 3.0, 12)
+keys = jax.vmap(jax.random.key)(jnp.arange(32))
+table = np.asarray(plane(model, cat.input_ids, keys, temperatures))
+
+figure, ax = plt.subplots(figsize=(7, 3.6))
+for key in range(len(keys)):
+    ax.plot(temperatures, table[:, key], color=BLUE, alpha=0.15, linewidth=1)
+ax.plot(temperatures, table.mean(axis=1), color=ORANGE, linewidth=2.5, label="mean of 32 keys")
+ax.set(xlabel="temperature", ylabel="log-probability per token (nats)")
+ax.set_title("What the model thinks of its own text; a thin line is one key")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# ## A loop by hand
+#
+# All that generation needs of a model are a few pure functions:
+#
+# | function | what it does |
+# |---|---|
+# | `model.empty_cache(rows, slots)` | room for the keys and values of `slots` tokens per row |
+# | `model.extend(tokens, starts, counts, cache)` | read several tokens per row; gives hidden states and the cache |
+# | `model.logits(hidden)` | what the head makes of hidden states |
+# | `model.step(tokens, positions, cache)` | read one token per row; gives logits and the cache |
+#
+# A cache is a value: it goes in, and another one comes out. With these, greedy search is a dozen lines.
+
+
+# %%
+def read(model, prompts, lengths, new):
+    """Read right-padded prompts: the logits after each row's last token, and a cache with room for `new` more."""
+    slots = model.config.cache_slots(prompts.shape[1] + new, ahead=prompts.shape[1])
+    cache = model.empty_cache(len(prompts), slots)
+    hidden, cache = model.extend(prompts, jnp.zeros_like(lengths), lengths, cache)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    return model.logits(last)[:, 0], cache
+
+
+@partial(nnx.jit, static_argnames="new")
+def greedy(model, prompts, lengths, new):
+    """The `new` most likely tokens, one after the other, of each row."""
+
+    def step(carry, _):
+        logits, lengths, cache = carry
+        token = logits.argmax(axis=1)
+        logits, cache = model.step(token, lengths, cache)
+        return (logits, lengths + 1, cache), token
+
+    logits, cache = read(model, prompts, lengths, new)
+    _, tokens = jax.lax.scan(step, (logits, lengths, cache), length=new)
+    return tokens.T
+
+
+def packed(rows):
+    """Lists of ids as one right-padded array, and their lengths."""
+    width = max(map(len, rows))
+    return jnp.array([row + [0] * (width - len(row)) for row in rows]), jnp.array([len(row) for row in rows])
+
+
+texts = ["A list of colors: red, blue", "Portugal is"]
+prompts, lengths = packed(tokenizer(texts)["input_ids"])
+mine = np.asarray(greedy(model, prompts, lengths, new=20))
+print("ids:", mine.tolist())
+
+# %% [markdown]
+# `lengths` is all the bookkeeping there is: the position of the next token, and at the same time the slot of the cache where
+# it goes. To take a token back, make a row shorter: what lies behind its length is not looked at, and will be overwritten.
+# (`cache_slots(..., ahead=)` matters for models with a sliding window, as this one. Its cache is a ring, which needs room
+# for what is read at a time.)
+#
+# Is it the same as `generate`?
+
+# %%
+inputs = tokenizer(texts, padding=True, return_tensors="np")
+theirs = model.generate(**inputs, max_new_tokens=20)[:, inputs.input_ids.shape[1] :]
+assert (mine == theirs).all()
+print("the same tokens:", (mine == theirs).all())
+
+# %% [markdown]
+# For sampling, put a draw where the argmax was. `jaxgen.generation.sample` has the two functions that make a seed mean
+# something: `row_keys` gives each row its key, and `draw` draws a token with that key at its position.
+
+# %%
+from jaxgen.generation.sample import draw, row_id_words, row_keys
+
+
+@partial(nnx.jit, static_argnames="new")
+def sampled(model, prompts, lengths, key, new):
+    """`new` sampled tokens of each row."""
+    keys = row_keys(key, jnp.asarray(row_id_words(None, len(prompts))), samples=1)
+
+    def step(carry, _):
+        logits, lengths, cache = carry
+        token = draw(logits / 1.5, keys, lengths)
+        logits, cache = model.step(token, lengths, cache)
+        return (logits, lengths + 1, cache), token
+
+    logits, cache = read(model, prompts, lengths, new)
+    _, tokens = jax.lax.scan(step, (logits, lengths, cache), length=new)
+    return tokens.T
+
+
+texts = ["I am a cat. I am a cat.", "A cat is"]
+prompts, lengths = packed(tokenizer(texts)["input_ids"])
+mine = np.asarray(sampled(model, prompts, lengths, jax.random.key(7), new=20))
+
+inputs = tokenizer(texts, padding=True, return_tensors="np")
+options = {"do_sample": True, "temperature": 1.5, "top_k": 0, "seed": 7, "max_new_tokens": 20}
+out = model.generate(**inputs, **options, return_dict_in_generate=True)
+for row, (text, count) in enumerate(zip(texts, out.lengths, strict=True)):
+    theirs = out.sequences[row, inputs.input_ids.shape[1] :][:count]
+    assert (mine[row, :count] == theirs).all()  # the loop above does not know where to stop; generate does
+    print("ids:", theirs.tolist())
+    print(text + tokenizer.decode(theirs, skip_special_tokens=True))
+
+# %% [markdown]
+# ## Two prompts, one answer
+#
+# Now something that `generate` has no option for. Two rows hold the same question under two instructions: answer like a
+# thug, answer like a pirate. At each step the two distributions are mixed with weights `1 - w` and `w` in the logarithm (a
+# product of experts), one token is chosen from the mixture, and *both* rows read it. It takes one change to the loop above.
+
+# %%
+QUESTION = "How many helicopters can a human eat in one sitting?"
+
+
+def chat(style):
+    system = f"You are a friendly chatbot who always responds in the style of a {style}"
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": QUESTION}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+prompts, lengths = packed([chat("thug"), chat("pirate")])
+
+
+@partial(nnx.jit, static_argnames=("new", "temperature"))
+def mixed(model, prompts, lengths, weights, keys, new, temperature):
+    """An answer of both prompts for every weight of the second one and every key [W, K, new]."""
+
+    def one(weight, key):
+        def step(carry, _):
+            logits, lengths, cache = carry
+            scores = jnp.stack([1 - weight, weight]) @ jax.nn.log_softmax(logits)
+            noise = jax.random.gumbel(jax.random.fold_in(key, lengths[0]), scores.shape)
+            token = (scores + temperature * noise).argmax()
+            logits, cache = model.step(jnp.stack([token, token]), lengths, cache)
+            return (logits, lengths + 1, cache), token
+
+        return jax.lax.scan(step, (logits, lengths, cache), length=new)[1]
+
+    logits, cache = read(model, prompts, lengths, new)  # once, for all weights and keys
+    over_keys = jax.vmap(one, in_axes=(None, 0))
+    return jax.vmap(over_keys, in_axes=(0, None))(weights, keys)
+
+
+def answer(tokens):
+    tokens = tokens.tolist()
+    end = tokenizer.eos_token_id
+    return tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens)
+
+
+weights = jnp.linspace(0, 1, 6)
+found = np.asarray(mixed(model, prompts, lengths, weights, jax.random.key(0)[None], new=36, temperature=0.0))
+print("ids:", found[0, 0].tolist())
+for weight, tokens in zip(weights, found[:, 0], strict=True):
+    print(f"w = {weight:.1f}: {answer(tokens)}")
+
+# %% [markdown]
+# No weight gives a mixture of the styles: the answer is one or the other. Whoever wins the first word has won, because from
+# then on both rows read an answer in that style, and agree. So the interesting question is where the first word tips. With
+# sampling it need not tip at once; 64 keys for each of 21 weights say how it does, again in one call:
+
+# %%
+weights = jnp.linspace(0, 1, 21)
+keys = jax.random.split(jax.random.key(1), 64)
+found = np.asarray(mixed(model, prompts, lengths, weights, keys, new=8, temperature=1.0))
+pirate = np.array([["Arr" in tokenizer.decode(tokens) for tokens in line] for line in found])
+
+figure, ax = plt.subplots(figsize=(7, 3.4))
+middle = (pirate.sum(axis=1) + 2) / (len(keys) + 4)  # Agresti and Coull's interval: two more of each
+error = 2 * np.sqrt(middle * (1 - middle) / (len(keys) + 4))
+ax.fill_between(weights, middle - error, middle + error, color=BLUE, alpha=0.2, linewidth=0)
+ax.plot(weights, pirate.mean(axis=1), "o-", color=BLUE)
+ax.set(xlabel="weight of the pirate's prompt", ylabel="answers that say Arr", ylim=(-0.03, 1.03))
+ax.set_title("Where the answer tips: 64 keys per weight, 95% intervals")
+plt.show()
+
+# %% [markdown]
+# ## In short
+#
+# - A processor or a criterion is a plain `jax.numpy` function; its numbers go into `jax.tree_util.Partial`.
+# - `jaxgen.generate` is pure: `jit` it with the model as an argument, and `vmap` it over keys or anything else.
+# - A loop by hand needs `extend`, `step` and `logits`, and gives the tokens of `generate` as long as it does what that does.
