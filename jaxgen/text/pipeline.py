@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import GeneratorType
 from typing import Any
 
+import numpy as np
+
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation.config import GenerationConfig, check_names
 from jaxgen.generation.request import Extras
