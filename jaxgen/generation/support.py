@@ -72,6 +72,7 @@ ARGUMENTS: dict[str, str] = {
     "negative_prompt_attention_mask": _OUTPUTS,
     "assistant_model": _SPECULATION,
     "streamer": "tests/oracle/test_stream_oracle.py",
+    "strict": "tests/test_strict.py",
     "tokenizer": "tests/oracle/test_stop_strings_oracle.py",
     "past_key_values": "tests/test_reuse.py",
 }
