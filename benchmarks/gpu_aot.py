@@ -131,11 +131,12 @@ def lower(
         lambda w, p, k, c: compiled._run_prefill(structure, w, None, None, p, k, c, plan), weights, *arguments[4:7]
     )
     if stage == "prefill":
-        chosen = compiled._prefill
+        chosen = compiled._strict_prefill_on_gpu if options.strict else compiled._prefill
     else:
         int4 = any(isinstance(weight, Int4) for weight in weights)
         chosen = compiled._decode_int4_on_gpu if int4 else compiled._decode_on_gpu
         chosen = chosen.otherwise if options.fallback and chosen.otherwise else chosen
+        chosen = compiled._strict_decode_on_gpu if options.strict else chosen
         until = abstract(np.array(NEW, np.int32))
         arguments = (*models, abstract(begun), until, controls, plan.recipe)
     # The options go to compile(): lowering for another platform than the process's own drops those of jit.
@@ -287,6 +288,7 @@ def main() -> None:
         "--scale-dtype", default="bfloat16", help="of int4 weights: float16 as imported ones often have"
     )
     parser.add_argument("--fallback", action="store_true", help="int4 without experimental compiler options")
+    parser.add_argument("--strict", action="store_true", help="what `generate(strict=True)` runs")
     parser.add_argument(
         "--generate", type=json.loads, default={}, metavar="JSON", help='options of generate, as {"num_beams": 4}'
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxgen import demo as demo
+    from jaxgen import plot as plot
     from jaxgen.config import MistralConfig as MistralConfig
     from jaxgen.convert.load import AutoModelForCausalLM as AutoModelForCausalLM
     from jaxgen.errors import CheckpointError as CheckpointError
@@ -56,12 +57,13 @@ _HOME = {
     "pipeline": "jaxgen.text.pipeline",
     "replay": "jaxgen.records.replay",
 }
-__all__ = [*_HOME, "demo"]  # noqa: PLE0604
+_MODULES = ("demo", "plot")
+__all__ = [*_HOME, *_MODULES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name == "demo":
-        return importlib.import_module("jaxgen.demo")
+    if name in _MODULES:
+        return importlib.import_module(f"jaxgen.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'jaxgen' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -287,7 +287,14 @@ def changes() -> str:
     return (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n", 1)[1]
 
 
+def differences() -> str:
+    """The README's table of differences from transformers."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Differences from transformers")[1]
+    return section.split("\n## ")[0].strip()
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "differences": differences,
     "support": support,
     "command line": command_line,
     "changes": changes,

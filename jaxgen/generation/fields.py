@@ -211,4 +211,4 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "synced_gpus": ((False,), "a model lives on one device"),
     "trust_remote_code": ((False,), "jaxgen runs no code from the hub"),
 }
-METADATA = frozenset({"transformers_version", "_from_model_config"})
+METADATA = frozenset({"transformers_version", "_from_model_config", "_commit_hash"})
