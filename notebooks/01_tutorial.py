@@ -65,13 +65,13 @@ print(tokenizer.batch_decode(ids, skip_special_tokens=True)[0])
 # The result holds the prompt's ids first, then the new ones, as in transformers. To see the new ones alone, cut the prompt
 # off: `ids[:, inputs.input_ids.shape[1]:]`.
 #
-# Nothing was compiled while you wrote the prompt; the first call did that, and took a moment. Prompts of about the same
-# length share the compiled program, so the next call starts at once.
+# The first call took a few seconds, because it compiled the program. Prompts of about the same length share it, so the
+# next such call starts at once.
 #
 # ### Several prompts at once
 #
 # Prompts have different lengths, and an array is a rectangle, so the shorter ones are filled up with a padding token.
-# `attention_mask` says which tokens are real. Pass both: `**inputs` does.
+# `attention_mask` says which tokens are real. Pass both, ids and mask: `**batch` does.
 
 # %%
 tokenizer.pad_token = tokenizer.eos_token  # most language models have no pad token of their own
@@ -90,10 +90,11 @@ for text in tokenizer.batch_decode(ids, skip_special_tokens=True):
 #
 # With `return_dict_in_generate=True` the result says more than ids: the probability of each token, why each row ended, and
 # the seed. `top_logprobs=5` keeps the five best tokens of every step. As the last line of a cell the result shows itself:
-# the stronger the colour, the surer the model was. Point at a token to see its alternatives.
+# the stronger the colour, the less sure the model was. Point at a token to see its alternatives.
 
 # %%
-out = model.generate(**batch, return_dict_in_generate=True, top_logprobs=5)
+open_ended = tokenizer(["The sun", "A bird"], padding=True, return_tensors="np")
+out = model.generate(**open_ended, return_dict_in_generate=True, top_logprobs=5)
 out
 
 # %%
@@ -123,6 +124,16 @@ print("ended because of:  ", out.finish_reason)
 # | `eos_token_id`, `stop_strings` | where to stop |
 # | `seed` or `key` | the randomness (jaxgen's own) |
 #
+# Options that belong together go into a `GenerationConfig`. It is passed to one call, or becomes the model's own:
+
+# %%
+inputs = tokenizer(["I am a cat."], return_tensors="np")
+short = jaxgen.GenerationConfig(max_new_tokens=6)
+ids = model.generate(**inputs, generation_config=short)
+print("ids:", ids[0].tolist())
+print(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+# %% [markdown]
 # Changing a number, such as a temperature, never compiles anything again. And an option that is not supported raises an
 # error; none is ignored.
 
@@ -137,7 +148,7 @@ except jaxgen.JaxgenError as error:
 #
 # ### 1. The output is too short, or too long
 #
-# If nobody says how long the text may become, `generate` stops after 20 new tokens.
+# If nobody says how long the text may become, `generate` stops after 20 new tokens, here in the middle of the row.
 
 # %%
 inputs = tokenizer(["A sequence of numbers: 1, 2"], return_tensors="np")
@@ -156,14 +167,15 @@ print(tokenizer.batch_decode(ids, skip_special_tokens=True)[0])
 # %%
 question = tokenizer(["7 + 8 ="], return_tensors="np")
 out = model.generate(**question, max_new_tokens=50, return_dict_in_generate=True)
+print("ids:", out.sequences[0].tolist())
 print(tokenizer.batch_decode(out.sequences, skip_special_tokens=True)[0])
 print(out.lengths.tolist(), "new tokens of at most 50; ended because of:", out.finish_reason)
 
 # %% [markdown]
 # ### 2. The wrong decoding strategy
 #
-# By default the most likely token is taken each time (greedy search). That is right for a question with one answer. For a
-# text with a life of its own it is dull: a likely sentence makes itself likelier, and the model ends in a loop.
+# By default the most likely token is taken each time (greedy search). That is right for a question with one answer. For
+# free text it is dull: a sentence that was written once becomes likelier, and the model ends in a loop.
 
 # %%
 inputs = tokenizer(["I am a cat."], return_tensors="np")
@@ -179,7 +191,7 @@ print(tokenizer.batch_decode(ids, skip_special_tokens=True)[0])
 for seed in (42, 42, 45):
     ids = model.generate(**inputs, do_sample=True, seed=seed, max_new_tokens=40)
     print("ids:", ids[0].tolist())
-    print(seed, tokenizer.batch_decode(ids, skip_special_tokens=True)[0])
+    print(f"seed {seed}:", tokenizer.batch_decode(ids, skip_special_tokens=True)[0])
 
 # %% [markdown]
 # `num_return_sequences` draws several texts for one prompt, and reads the prompt only once.
@@ -192,12 +204,12 @@ for text in tokenizer.batch_decode(ids, skip_special_tokens=True):
 # %% [markdown]
 # ### 3. The wrong padding side
 #
-# A model goes on from the *last* token of a row. If that is padding, a program that does not look closely goes on from
-# nothing. That is why transformers wants padding on the left; with padding on the right its tutorial gets
-# `1, 2, 33333333333`.
+# A model goes on from the *last* token of a row. If that is padding, it goes on from nothing. That is why transformers wants
+# padding on the left; with padding on the right its tutorial gets `1, 2, 33333333333`.
 #
 # jaxgen reads the mask and packs each row before anything else: padding is no part of a prompt, on either side. So this
-# pitfall is gone. The new tokens are the same, and left remains the better habit because the result is easier to read.
+# pitfall is gone, and the new tokens are the same. Left remains the better habit: the new text then follows the prompt
+# directly, and the same code is right in transformers too.
 
 # %%
 new = {}
@@ -220,14 +232,15 @@ padded = tokenizer(["1, 2, 3", "A, B, C, D, E"], padding=True, return_tensors="n
 tokenizer.padding_side = "left"
 ids = model.generate(**padded)
 bare = model.generate(padded.input_ids)  # no attention_mask
+print("prompt:", tokenizer.decode(padded.input_ids[0]))
 print("with the mask:   ", tokenizer.decode(ids[0], skip_special_tokens=True))
 print("without the mask:", tokenizer.decode(bare[0], skip_special_tokens=True))
 
 # %% [markdown]
 # ### 4. The wrong prompt
 #
-# A model that was trained on chats expects a chat, in a certain format. It does not complain about another one: it just
-# answers worse. Here is the tutorial's question as plain text. The wish in its second sentence is not granted.
+# A model that was trained on chats expects a chat, in a certain format. It does not complain about another one; it just
+# answers worse. Here is the tutorial's question as plain text. The model does not reply as a thug:
 
 # %%
 prompt = "How many helicopters can a human eat in one sitting? Reply as a thug."
@@ -236,8 +249,8 @@ ids = model.generate(**inputs, max_new_tokens=60)
 print(tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)[0])
 
 # %% [markdown]
-# The format stands in the tokenizer, as its chat template. Write the conversation as messages, and let the template do the
-# rest:
+# The tokenizer knows the format: it is its chat template. Write the conversation as messages, and let the template do the
+# rest.
 
 # %%
 messages = [
@@ -260,7 +273,7 @@ print(tokenizer.batch_decode(new, skip_special_tokens=True)[0])
 #
 # ## Streaming
 #
-# A person wants to read while the model writes. `model.stream` is an iterator over the same text, in whole words.
+# With `model.stream` you read while the model writes: it is an iterator over the same text, in whole words.
 
 # %%
 for piece in model.stream("An increasing sequence: 1, 2,", tokenizer=tokenizer, max_new_tokens=20):
@@ -287,9 +300,15 @@ model.stream("I am a cat.", tokenizer=tokenizer, do_sample=True, seed=42, max_ne
 
 # %%
 out = model.generate(
-    **batch, stop_strings=["green", "Europe"], tokenizer=tokenizer, max_new_tokens=50, return_dict_in_generate=True
+    **batch,
+    stop_strings=["green", "Europe"],
+    tokenizer=tokenizer,
+    max_new_tokens=50,
+    return_dict_in_generate=True,
 )
-for text, reason in zip(tokenizer.batch_decode(out.sequences, skip_special_tokens=True), out.finish_reason, strict=True):
+for text, reason in zip(
+    tokenizer.batch_decode(out.sequences, skip_special_tokens=True), out.finish_reason, strict=True
+):
     print(reason, "|", text)
 
 # %% [markdown]

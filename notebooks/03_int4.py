@@ -32,25 +32,30 @@ except ImportError:  # a fresh machine, such as Colab: adds jaxgen, and leaves w
 MODEL = jaxgen.demo.path()  # the real one, on a GPU: MODEL = "mistralai/Mistral-7B-Instruct-v0.3"
 
 # %%
-import os
 import tempfile
 import time
+from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from flax import nnx
+from huggingface_hub.utils import disable_progress_bars
 from transformers import AutoTokenizer
 
 import jaxgen.plot
 from jaxgen.demo.corpus import documents
 from jaxgen.quant import quantize
 
+disable_progress_bars()  # a large model shows one while it loads
+
 BLUE, ORANGE, GRAY = "#0072b2", "#d55e00", "#8c8c8c"
-plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
-plt.rcParams.update({"grid.alpha": 0.3, "legend.frameon": False, "axes.titlelocation": "left"})
+plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3})
+plt.rcParams.update({"legend.frameon": False, "axes.titlelocation": "left"})
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left")
 exact = jaxgen.AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
@@ -58,9 +63,8 @@ exact = jaxgen.AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
 # %% [markdown]
 # ## One argument
 #
-# The weights are quantised while they are loaded, one tensor after the other. So the large model is never in memory as a
-# whole: what stays is the four-bit one. All linear layers of the blocks become int4; embeddings, norms and the output head
-# keep their precision.
+# The weights are quantised while they are loaded, one tensor after the other, so the large model is never in memory as a
+# whole. All linear layers of the blocks become int4; embeddings, norms and the output head keep their precision.
 
 # %%
 model = jaxgen.AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32", load_in_4bit=True)
@@ -68,15 +72,16 @@ model = jaxgen.AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32", load
 inputs = tokenizer(["A list of colors: red, blue", "Portugal is"], padding=True, return_tensors="np")
 for name, one in (("float32", exact), ("int4", model)):
     ids = one.generate(**inputs)
-    print(name, "ids:", ids.tolist())
-    print(*tokenizer.batch_decode(ids, skip_special_tokens=True), sep="\n")
+    for row, text in zip(ids, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+        print(f"{name}: {text}")
+        print("ids:", row.tolist())
 
 # %% [markdown]
 # ## What it does to a weight
 #
-# Every 128 neighbours in a row of a weight share one scale. Each weight is then one of 16 multiples of it, from -8 to 7. The
-# plain choice of the scale just reaches the largest weight of the group. jaxgen searches for the one with the least squared
-# error: mostly a bit smaller, because cutting off one extreme weight costs less than coarse steps for all the others.
+# Every 128 neighbours in a row of a weight share one scale. Each weight is then one of 16 multiples of it, from -8 to 7.
+# A plain choice of the scale makes 7 of them the largest weight of the group. jaxgen searches for the scale with the least
+# squared error. It may be smaller, where cutting off one extreme weight costs less than coarse steps for all the others.
 
 # %%
 weight = np.asarray(exact.model.layers[0].self_attn.o_proj.weight[...], np.float32)
@@ -89,7 +94,9 @@ left.plot(row[order], row[order], color=GRAY, linewidth=1)
 for (name, form), color in zip(forms.items(), (ORANGE, BLUE), strict=True):
     values = np.asarray(form.dequantize())
     left.step(row[order], values[0, :128][order], color=color, where="mid", label=name)
-    error = np.sqrt(((values - weight).reshape(-1, 128) ** 2).mean(axis=1) / (weight.reshape(-1, 128) ** 2).mean(axis=1))
+    error = np.sqrt(
+        ((values - weight).reshape(-1, 128) ** 2).mean(axis=1) / (weight.reshape(-1, 128) ** 2).mean(axis=1)
+    )
     label = f"{name}: mean {100 * error.mean():.1f}%"
     right.hist(100 * error, bins=np.arange(5, 20, 0.5), color=color, alpha=0.6, label=label)
 left.set(xlabel="weight", ylabel="weight in int4")
@@ -119,8 +126,8 @@ abstract = nnx.eval_shape(lambda: jaxgen.MistralForCausalLM(shape, rngs=nnx.Rngs
 counts = {"linear layers": 0, "output head": 0, "embeddings and norms": 0}
 for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(abstract)):
     name = jax.tree_util.keystr(path)
-    part = "output head" if "lm_head" in name else "linear layers" if "_proj" in name else "embeddings and norms"
-    counts[part] += leaf.size
+    parts = {"lm_head": "output head", "_proj": "linear layers", "": "embeddings and norms"}
+    counts[next(part for piece, part in parts.items() if piece in name)] += leaf.size
 
 print({part: f"{count:,}" for part, count in counts.items()})
 
@@ -151,8 +158,7 @@ ax.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# And the demo, as it stands in memory now. Its embeddings and its head are a large part of it, and they stay as they are, so
-# it saves less than a large model does.
+# And the demo, as it stands in memory now: its embeddings and its head, which stay as they are, are half of what is left.
 
 
 # %%
@@ -187,14 +193,14 @@ for name, one in models.items():
 
 # %%
 figure, ax = plt.subplots(figsize=(9.5, 3.2), layout="constrained")
-jaxgen.plot.kl(exact, model, "The capital of Portugal is Lisbon. Once upon a time there was a little cat.", ax=ax)
-ax.set_title("float32 against int4, groups of 128")
+text = "The capital of Portugal is Lisbon. Once upon a time there was a little cat."
+jaxgen.plot.kl(exact, model, text, ax=ax)
 plt.show()
 
 # %% [markdown]
-# Most places cost nothing. What it costs, it costs where the model itself is unsure: at the start, and where one sentence
-# is over and anything may follow. An average over more text, with the standard error over texts, compares the choices. The
-# texts are new ones from the demo's own kind of text; for another model take text of the kind that it will see.
+# Most places cost nothing. What it costs, it costs where the model itself is unsure: here at the turn from a fact to a
+# story. An average over more text, with the standard error over texts, compares the choices.
+# The texts are of the kind that the demo was trained on; for another model take text of the kind that it will see.
 
 # %%
 texts = [document.text for document in islice(documents(3), 200)]
@@ -213,88 +219,117 @@ def divergence(other):
     return np.asarray(kl.sum(axis=1) / rows.attention_mask.sum(axis=1))
 
 
-half = jaxgen.AutoModelForCausalLM.from_pretrained(MODEL, dtype="bfloat16")
-costs = {"bfloat16": divergence(half)} | {name: divergence(one) for name, one in models.items()}
+costs = {name: divergence(one) for name, one in models.items()}
 for name, cost in costs.items():
-    print(f"{name:14} {1e5 * cost.mean():6.2f} ± {1e5 * cost.std() / np.sqrt(len(cost)):.2f}  (1e-5 nats per token)")
+    error = cost.std() / np.sqrt(len(cost))
+    print(f"{name:14} {1e5 * cost.mean():6.2f} ± {1e5 * error:.2f}  (1e-5 nats per token)")
 
 # %%
 figure, ax = plt.subplots(figsize=(7.5, 2.6))
 for name, cost in reversed(costs.items()):
-    color = GRAY if name == "bfloat16" else BLUE
-    ax.barh(name, 1e5 * cost.mean(), xerr=1e5 * cost.std() / np.sqrt(len(cost)), color=color, alpha=0.85, capsize=3)
+    error = cost.std() / np.sqrt(len(cost))
+    ax.barh(name, 1e5 * cost.mean(), xerr=1e5 * error, color=BLUE, alpha=0.85, capsize=3)
 ax.set(xlabel="KL divergence from float32 (1e-5 nats per token)")
 ax.set_title("What the weights' rounding costs, with standard errors")
 ax.grid(axis="y", visible=False)
 plt.show()
 
 # %% [markdown]
-# The head answers directly for every prediction, and it is small in a large model: that is why it keeps its precision. And
-# there is a better way to spend the same bits. `gptq` and `autoround` look at text while they round, so that the errors of
-# neighbouring weights cancel. That takes its time, and is done once, from a terminal; the result is a file to load:
+# The head acts on every prediction directly, and it is a small part of a large model: that is why it keeps its precision.
+# There is also a better way to spend the same bits. `gptq` and `autoround` look at text while they round, so that the
+# errors of neighbouring weights cancel. That takes longer, and is done once, from a terminal; the result is a checkpoint
+# to load:
 #
 #     jaxgen convert MODEL DIRECTORY --method gptq --calibration text.txt
 #
 # The README compares all methods on the demo (`python benchmarks/quality.py`).
 #
-# And does one notice? With the same seeds, both models use the same noise (notebook 02), so that two sampled texts only
-# part where the distributions differ enough to tip a draw:
+# Does one notice? With the same seeds, both models use the same noise (notebook 02), so that two sampled texts only part
+# where the distributions differ enough to tip a draw:
 
 # %%
 cat = tokenizer(["I am a cat."], return_tensors="np")
-options = {"do_sample": True, "seed": range(256), "max_new_tokens": 40}
+options = {"do_sample": True, "seed": range(64), "max_new_tokens": 40}
 pairs = [one.generate(**cat, **options) for one in (exact, model)]
 width = min(ids.shape[1] for ids in pairs)
 same = (pairs[0][:, :width] == pairs[1][:, :width]).all(axis=1)
-print(f"{same.sum()} of 256 sampled texts are the same to the last token")
+print(f"{same.sum()} of {len(same)} sampled texts are the same to the last token")
 
 # %% [markdown]
 # ## How fast
 #
-# A token needs every weight once. A GPU spends its time on fetching them, so a quarter of the bytes should be felt there.
-# jaxgen has no figures from a GPU yet. On a CPU the picture is another one: generating unpacks the weights once per call and
-# then computes with the unpacked copy, so it runs at the speed of the float model and does not save memory while it runs.
-# `Int4Config(low_cpu_memory=True)` unpacks a few rows at a time at each step instead: within the memory of the packed
-# weights, and slower. The ratios below belong to this small model on the processor that made this page.
+# A token needs every weight once. A GPU spends its time on fetching them, so a quarter of the bytes should be felt there;
+# jaxgen has no figures from a GPU yet. On a CPU four bits save no time. Each call of `generate` unpacks the weights, and
+# then computes with the unpacked copy at the speed of the float32 model; while it runs, it does not save memory either.
+# `Int4Config(low_cpu_memory=True)` unpacks a few rows at a time instead, again for each token: it stays within the memory
+# of the packed weights, and is slower.
+#
+# The demo is too small to show this, so here is a random model of 13 million parameters. The ratios depend on the machine;
+# these are from 2 cores of an Intel Xeon.
 
 # %%
-thrifty = jaxgen.AutoModelForCausalLM.from_pretrained(
-    MODEL, dtype="float32", quantization_config=jaxgen.Int4Config(low_cpu_memory=True)
+wide = jaxgen.MistralConfig(
+    vocab_size=640,
+    hidden_size=768,
+    intermediate_size=2048,
+    num_hidden_layers=2,
+    num_attention_heads=12,
+    num_key_value_heads=4,
 )
-contestants = {"float32": exact, "int4": model, "int4, low_cpu_memory": thrifty}
+with tempfile.TemporaryDirectory() as directory:
+    jaxgen.MistralForCausalLM(wide, rngs=nnx.Rngs(0), dtype="float32").save_pretrained(directory)
+    load = partial(jaxgen.AutoModelForCausalLM.from_pretrained, directory, dtype="float32")
+    contestants = {
+        "float32": load(),
+        "int4": load(quantization_config=jaxgen.Int4Config()),
+        "int4, low_cpu_memory": load(quantization_config=jaxgen.Int4Config(low_cpu_memory=True)),
+    }
+
 seconds = {name: [] for name in contestants}
-for _ in range(6):
+for _ in range(4):
     for name, one in contestants.items():  # in turns, so that they meet the same neighbours
         start = time.perf_counter()
-        one.generate(**cat, max_new_tokens=128)
+        one.generate(cat.input_ids, min_new_tokens=64, max_new_tokens=64)
         seconds[name].append(time.perf_counter() - start)
 medians = {name: np.median(times[1:]) for name, times in seconds.items()}  # the first call compiles
 for name, median in medians.items():
-    print(f"{name:22} {median / medians['float32']:.1f} times the time of float32")
+    ratio = median / medians["float32"]
+    print(f"{name:21} {megabytes(contestants[name]):5.1f} MB, {ratio:.1f} times the time of float32")
 
 # %% [markdown]
 # ## Files
 #
-# `jaxgen convert MODEL DIRECTORY` writes a checkpoint in the format of compressed-tensors, which transformers opens too. Loading it gives
-# what loading with `load_in_4bit=True` gives, without quantising again. `jaxgen inspect DIRECTORY` describes a checkpoint
-# from its headers alone. Here are both as functions (and without the last line, which is about the machine):
+# `jaxgen convert MODEL DIRECTORY` writes a checkpoint in the format of compressed-tensors, which transformers opens too.
+# Loading it gives what loading with `load_in_4bit=True` gives, without quantising again. `jaxgen inspect DIRECTORY`
+# describes a checkpoint from its headers alone. Here are both as functions (without the lines on the place and the device):
 
 # %%
 from jaxgen.convert.inspect import describe
 
-os.chdir(tempfile.mkdtemp())
-jaxgen.convert.convert_checkpoint(MODEL, "demo-int4")
-print(describe("demo-int4").rpartition("\n")[0])
+converted = Path(tempfile.mkdtemp()) / "int4"
+jaxgen.convert.convert_checkpoint(MODEL, converted)
+print(*describe(converted).splitlines()[1:-1], sep="\n")
 
 # %%
-again = jaxgen.AutoModelForCausalLM.from_pretrained("demo-int4", dtype="float32").generate(**inputs)
+again = jaxgen.AutoModelForCausalLM.from_pretrained(converted, dtype="float32").generate(**inputs)
 print("the same tokens:", (again == model.generate(**inputs)).all())
 print("ids:", again[0].tolist())
 
 # %% [markdown]
-# Most four-bit checkpoints on the hub were written by others. These are read as they are, without quantising again, each
-# checked against the library that owns the format: compressed-tensors (pack-quantized), GPTQ, AWQ, AutoRound, bitsandbytes
-# NF4 and FP4, MLX, and GGUF (`gguf_file="name.gguf"`). Any other format is refused by name:
+# Most four-bit checkpoints on the hub were written by others. These are read as they are, without quantising again:
+#
+# | format | which of it |
+# |---|---|
+# | compressed-tensors | pack-quantized |
+# | GPTQ | v1, v2, `desc_act` |
+# | AWQ | GEMM |
+# | AutoRound | its GPTQ and AWQ layouts |
+# | bitsandbytes | NF4, FP4 |
+# | MLX | 4 bits |
+# | GGUF | Q4_0, Q4_1, Q4_K and what comes with them; `gguf_file="name.gguf"` |
+#
+# The reader of each format is tested against weights that the format's own library dequantised. Anything else is refused
+# by name:
 
 # %%
 try:
@@ -306,5 +341,5 @@ except jaxgen.JaxgenError as error:
 # ## In short
 #
 # - `load_in_4bit=True`: 3.5 times less memory for a 7B model, 4.125 bits per weight of a linear layer.
-# - Measure what it costs as a divergence on your own text; smaller groups, or `gptq` once, bring it down.
-# - On a CPU it saves memory only with `low_cpu_memory=True`.
+# - Measure what it costs as a divergence on your own text. Smaller groups help a little, `gptq` or `autoround` more.
+# - On a CPU it saves memory while generating only with `low_cpu_memory=True`, and no time.

@@ -17,8 +17,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxgen/jaxgen/blob/main/notebooks/04_your_own_loop.ipynb)
 #
-# Research on decoding means changing what `generate` does between two tokens. There are four ways to do so here, from the
-# outside to the inside:
+# There are four ways to change what `generate` does between two tokens, from the outside to the inside:
 #
 # 1. a logits processor or a stopping criterion: a function of your own in the compiled loop;
 # 2. `jaxgen.generate`, the whole of generation as a pure function, inside your own `jit` and `vmap`;
@@ -49,8 +48,9 @@ model = jaxgen.AutoModelForCausalLM.from_pretrained(MODEL)
 tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left")
 
 BLUE, ORANGE = "#0072b2", "#d55e00"
-plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
-plt.rcParams.update({"grid.alpha": 0.3, "legend.frameon": False, "axes.titlelocation": "left"})
+plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3})
+plt.rcParams.update({"legend.frameon": False, "axes.titlelocation": "left"})
 
 # %% [markdown]
 # ## A logits processor
@@ -59,7 +59,7 @@ plt.rcParams.update({"grid.alpha": 0.3, "legend.frameon": False, "axes.titleloca
 # next tokens. A row's token *p* stands in column *p*, and its first `lengths` columns count; there is no padding to think
 # about. The function is compiled into the loop, so it is written in `jax.numpy`.
 #
-# This one forbids a token. In the south, Portugal cannot be any more:
+# This one forbids the token `south`. Portugal has to lie somewhere else:
 
 # %%
 south = tokenizer(" south", add_special_tokens=False)["input_ids"][0]
@@ -76,9 +76,9 @@ for processor in (None, not_south):
     print(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 # %% [markdown]
-# A processor with a number in it: *steady* sampling. Where the model is sure, take its best token; elsewhere sample as hot
-# as you like. The number goes into a `jax.tree_util.Partial`. It is then an argument of the compiled program and no part of
-# it: the three calls below share one.
+# A processor may have a number in it. This one is for sampling at a high temperature: where the model is surer than a
+# threshold, it leaves only the best token. The number goes into a `jax.tree_util.Partial`. It is then an argument of the
+# compiled program, and the three calls below share one program.
 
 
 # %%
@@ -94,13 +94,13 @@ hot = {"do_sample": True, "temperature": 1.5, "top_k": 0, "seed": 2, "max_new_to
 for threshold in (1.0, 0.8, 0.6):
     ids = model.generate(**cat, logits_processor=jax.tree_util.Partial(steady, threshold), **hot)
     print("ids:", ids[0].tolist())
-    print(f"{threshold}:", tokenizer.decode(ids[0], skip_special_tokens=True), "\n")
+    print(f"threshold {threshold}:", tokenizer.decode(ids[0], skip_special_tokens=True))
 
 # %% [markdown]
-# At 1.0 the processor does nothing, and the text falls apart: at temperature 1.5 even a token that should be certain goes
-# wrong now and then. Steady at 0.8, the sentences of this text are whole, and *which* sentence comes next is still open. At
-# 0.6 nothing is: the model is always that sure of its favourite sentence. A processor of yours runs before temperature and
-# the filters, in the place where transformers runs it, so the probabilities above are the model's own.
+# With the threshold 1.0 the processor does nothing, and the text falls apart: at temperature 1.5 even a token that should
+# be certain goes wrong now and then. With 0.8, the sentences of this text are whole, and *which* sentence comes next is
+# still open. With 0.6 nothing is open: the model is always that sure of its favourite sentence. A processor of yours runs
+# before temperature and the filters, in the place where transformers runs it, so the probabilities above are the model's own.
 #
 # ## A stopping criterion
 #
@@ -125,7 +125,9 @@ out = model.generate(
     stopping_criteria=three_sentences,
     return_dict_in_generate=True,
 )
-for text, reason in zip(tokenizer.batch_decode(out.sequences, skip_special_tokens=True), out.finish_reason, strict=True):
+for text, reason in zip(
+    tokenizer.batch_decode(out.sequences, skip_special_tokens=True), out.finish_reason, strict=True
+):
     print(f"{reason}: {text}")
 
 # %% [markdown]
@@ -135,7 +137,7 @@ for text, reason in zip(tokenizer.batch_decode(out.sequences, skip_special_token
 # your own `jit`, under `vmap`, or as a part of a larger computation. The model is an argument of the compiled function: if
 # it were a global variable, its weights would be constants of the program.
 #
-# Here `vmap` runs over keys, and only what the experiment wants leaves the device: the texts' log-probabilities.
+# Here `vmap` runs over keys. A text comes with the log-probability that the model gives it:
 
 # %%
 config = jaxgen.GenerationConfig(max_new_tokens=24, do_sample=True, top_k=0, return_dict_in_generate=True)
@@ -152,21 +154,21 @@ def sample(model, ids, keys):
     return jax.vmap(one)(keys)
 
 
-keys = jax.vmap(jax.random.key)(jnp.arange(6))
+keys = jax.vmap(jax.random.key)(jnp.arange(4))
 sequences, logprobs = sample(model, cat.input_ids, keys)
 for ids, logprob in zip(sequences, logprobs, strict=True):
     print(f"{logprob:7.2f}  {tokenizer.decode(ids, skip_special_tokens=True)}")
 
 # %% [markdown]
-# The key of seed *s* is `jax.random.key(s)`, so these are the texts that `model.generate` gives for the seeds 0 to 5:
+# The key of seed *s* is `jax.random.key(s)`, so these are the texts that `model.generate` gives for the seeds 0 to 3:
 
 # %%
-by_seed = model.generate(**cat, do_sample=True, top_k=0, seed=range(6), max_new_tokens=24)
+by_seed = model.generate(**cat, do_sample=True, top_k=0, seed=range(4), max_new_tokens=24)
 assert (np.asarray(sequences)[:, : by_seed.shape[1]] == by_seed).all()
 print("ids:", by_seed[:2].tolist())
 
 # %% [markdown]
-# Anything that is an array can be mapped over. A processor may use a traced number, so a whole plane of experiments, 12
+# Anything that is an array can be mapped over. A processor may use a traced number, so a whole plane of experiments, 8
 # temperatures times 32 keys, is one program and one call:
 
 
@@ -186,7 +188,7 @@ def plane(model, ids, keys, temperatures):
     return jax.vmap(over_keys, in_axes=(None, 0))(keys, temperatures)
 
 
-temperatures = jnp.linspace(0.25, 3.0, 12)
+temperatures = jnp.linspace(0.25, 2.0, 8)
 keys = jax.vmap(jax.random.key)(jnp.arange(32))
 table = np.asarray(plane(model, cat.input_ids, keys, temperatures))
 
@@ -216,7 +218,7 @@ plt.show()
 
 # %%
 def read(model, prompts, lengths, new):
-    """Read right-padded prompts: the logits after each row's last token, and a cache with room for `new` more."""
+    """The logits after each right-padded prompt, and a cache with room for `new` more tokens."""
     slots = model.config.cache_slots(prompts.shape[1] + new, ahead=prompts.shape[1])
     cache = model.empty_cache(len(prompts), slots)
     hidden, cache = model.extend(prompts, jnp.zeros_like(lengths), lengths, cache)
@@ -242,7 +244,8 @@ def greedy(model, prompts, lengths, new):
 def packed(rows):
     """Lists of ids as one right-padded array, and their lengths."""
     width = max(map(len, rows))
-    return jnp.array([row + [0] * (width - len(row)) for row in rows]), jnp.array([len(row) for row in rows])
+    padded = [row + [0] * (width - len(row)) for row in rows]
+    return jnp.array(padded), jnp.array([len(row) for row in rows])
 
 
 texts = ["A list of colors: red, blue", "Portugal is"]
@@ -253,8 +256,8 @@ print("ids:", mine.tolist())
 # %% [markdown]
 # `lengths` is all the bookkeeping there is: the position of the next token, and at the same time the slot of the cache where
 # it goes. To take a token back, make a row shorter: what lies behind its length is not looked at, and will be overwritten.
-# (`cache_slots(..., ahead=)` matters for models with a sliding window, as this one. Its cache is a ring, which needs room
-# for what is read at a time.)
+# (`cache_slots(..., ahead=)` matters for models with a sliding window, such as the demo. Their cache is a ring, which needs
+# room for what is read at a time.)
 #
 # Is it the same as `generate`?
 
@@ -265,8 +268,8 @@ assert (mine == theirs).all()
 print("the same tokens:", (mine == theirs).all())
 
 # %% [markdown]
-# For sampling, put a draw where the argmax was. `jaxgen.generation.sample` has the two functions that make a seed mean
-# something: `row_keys` gives each row its key, and `draw` draws a token with that key at its position.
+# For sampling, put a draw where the argmax was. `jaxgen.generation.sample` has the two functions for it: `row_keys` gives
+# each row its key, and `draw` draws a token with that key at its position.
 
 # %%
 from jaxgen.generation.sample import draw, row_id_words, row_keys
@@ -297,7 +300,7 @@ options = {"do_sample": True, "temperature": 1.5, "top_k": 0, "seed": 7, "max_ne
 out = model.generate(**inputs, **options, return_dict_in_generate=True)
 for row, (text, count) in enumerate(zip(texts, out.lengths, strict=True)):
     theirs = out.sequences[row, inputs.input_ids.shape[1] :][:count]
-    assert (mine[row, :count] == theirs).all()  # the loop above does not know where to stop; generate does
+    assert (mine[row, :count] == theirs).all()  # only generate knows where to stop
     print("ids:", theirs.tolist())
     print(text + tokenizer.decode(theirs, skip_special_tokens=True))
 
@@ -305,8 +308,9 @@ for row, (text, count) in enumerate(zip(texts, out.lengths, strict=True)):
 # ## Two prompts, one answer
 #
 # Now something that `generate` has no option for. Two rows hold the same question under two instructions: answer like a
-# thug, answer like a pirate. At each step the two distributions are mixed with weights `1 - w` and `w` in the logarithm (a
-# product of experts), one token is chosen from the mixture, and *both* rows read it. It takes one change to the loop above.
+# thug, answer like a pirate. At each step the log-probabilities of the two are added with weights `1 - w` and `w` (a
+# product of experts), one token is chosen from the sum, and *both* rows read it. In the loop above, only the choice of the
+# token changes.
 
 # %%
 QUESTION = "How many helicopters can a human eat in one sitting?"
@@ -354,20 +358,22 @@ for weight, tokens in zip(weights, found[:, 0], strict=True):
     print(f"w = {weight:.1f}: {answer(tokens)}")
 
 # %% [markdown]
-# No weight gives a mixture of the styles: the answer is one or the other. Whoever wins the first word has won, because from
-# then on both rows read an answer in that style, and agree. So the interesting question is where the first word tips. With
-# sampling it need not tip at once; 64 keys for each of 21 weights say how it does, again in one call:
+# No weight gives a mixture of the styles: the answer is one or the other. The first word decides, because from then on
+# both rows read an answer in that style, and agree. So where does the first word tip? When sampling it need not tip at
+# once; 64 keys for each of 11 weights say how it does, again in one call:
 
 # %%
-weights = jnp.linspace(0, 1, 21)
+weights = jnp.linspace(0, 1, 11)
 keys = jax.random.split(jax.random.key(1), 64)
-found = np.asarray(mixed(model, prompts, lengths, weights, keys, new=8, temperature=1.0))
+found = np.asarray(mixed(model, prompts, lengths, weights, keys, new=3, temperature=1.0))
 pirate = np.array([["Arr" in tokenizer.decode(tokens) for tokens in line] for line in found])
 
 figure, ax = plt.subplots(figsize=(7, 3.4))
 middle = (pirate.sum(axis=1) + 2) / (len(keys) + 4)  # Agresti and Coull's interval: two more of each
 error = 2 * np.sqrt(middle * (1 - middle) / (len(keys) + 4))
-ax.fill_between(weights, middle - error, middle + error, color=BLUE, alpha=0.2, linewidth=0)
+ax.fill_between(
+    weights, np.clip(middle - error, 0, 1), np.clip(middle + error, 0, 1), color=BLUE, alpha=0.2, linewidth=0
+)
 ax.plot(weights, pirate.mean(axis=1), "o-", color=BLUE)
 ax.set(xlabel="weight of the pirate's prompt", ylabel="answers that say Arr", ylim=(-0.03, 1.03))
 ax.set_title("Where the answer tips: 64 keys per weight, 95% intervals")
@@ -378,4 +384,4 @@ plt.show()
 #
 # - A processor or a criterion is a plain `jax.numpy` function; its numbers go into `jax.tree_util.Partial`.
 # - `jaxgen.generate` is pure: `jit` it with the model as an argument, and `vmap` it over keys or anything else.
-# - A loop by hand needs `extend`, `step` and `logits`, and gives the tokens of `generate` as long as it does what that does.
+# - A loop by hand needs `extend`, `step` and `logits`. With the same choice of tokens it gives what `generate` gives.
