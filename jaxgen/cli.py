@@ -142,23 +142,27 @@ def _generate(options: argparse.Namespace) -> None:
         raise JaxgenError(f"--batch-size {options.batch_size} must be at least 1")
     if options.stream and options.record is not None:
         raise JaxgenError("--record and --stream exclude each other; the text is the same without --stream")
+    if options.record is not None and not options.record.absolute().parent.is_dir():
+        raise JaxgenError(f"--record {options.record}: there is no directory {options.record.parent}")
+    from jaxgen.records.record import Recording
+
     prompts = _prompts(options)
     model, tokenizer, settings = _load(options)
     if options.stream:
         _stream(model, tokenizer, prompts, settings, options.seed)
         return
-    generations: list[dict[str, Any]] = []
-    for prompt, completion, details in _complete(model, tokenizer, prompts, settings, options, generations):
-        if options.json:
-            record = {"prompt": prompt, "completion": completion, **details}
-            sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
-        else:
-            sys.stdout.write(prompt + completion + "\n")
-        sys.stdout.flush()
-    if options.record is not None:
-        from jaxgen.records.record import Record
-
-        Record.around(model, generations).save(options.record)
+    recording = Recording(tokenizer)
+    try:
+        for prompt, completion, details in _complete(model, tokenizer, prompts, settings, options, recording):
+            if options.json:
+                line = {"prompt": prompt, "completion": completion, **details}
+                sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+            else:
+                sys.stdout.write(prompt + completion + "\n")
+            sys.stdout.flush()
+    finally:  # also what was generated before an error, Ctrl-C or the end of a pipe
+        if options.record is not None and recording.entries:
+            recording.record().save(options.record)
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -197,13 +201,12 @@ def _complete(
     prompts: list[str],
     settings: dict[str, Any],
     options: argparse.Namespace,
-    generations: list[dict[str, Any]],
+    recording: Any,
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Each prompt with its continuation and details; row ids make a row's text independent of --batch-size.
 
-    With --record, what each batch was is appended to `generations`.
+    With --record, what each batch was is added to `recording`.
     """
-    from jaxgen.records.record import generation_of
     from jaxgen.text.tokenizer import continuation
 
     for start in range(0, len(prompts), options.batch_size):
@@ -218,7 +221,7 @@ def _complete(
             **settings,
         )
         if options.record is not None:
-            generations.append(generation_of(result))
+            recording.add(result)
         width = inputs["input_ids"].shape[1]
         for row, prompt in enumerate(batch):
             count = result.lengths[row]

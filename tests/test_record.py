@@ -1,14 +1,18 @@
 """Records and replays: the JSON says what happened, and running it again says whether it happens again."""
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import jsonschema
 import numpy as np
@@ -241,3 +245,102 @@ def test_another_process_says_the_same(model, inputs, tmp_path):
     command = [sys.executable, "-m", "jaxgen.cli", "replay", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout) == (0, "identical\n")
+
+
+class TestWhatADamagedRecordSays:
+    """Every field that replay reads is looked at first: an error names it, and nothing is taken for identical."""
+
+    @pytest.fixture
+    def fields(self) -> dict[str, Any]:
+        return json.loads(OLD.read_text(encoding="utf-8"))
+
+    @pytest.mark.parametrize(
+        "name", ["finish_reason", "strict", "python", "logprobs_sha256", "key", "output_ids", "negative_prompt_ids"]
+    )
+    def test_a_field_is_missing(self, fields, name):
+        del fields["generations"][0][name]
+        with pytest.raises(JaxgenError, match=name):
+            Record.from_json(json.dumps(fields))
+
+    def test_nothing_is_not_identical(self, fields):
+        with pytest.raises(JaxgenError, match="empty"):
+            Record.from_json(json.dumps(fields | {"generations": []}))
+
+    def test_a_short_row_of_logprobs(self, fields):
+        fields["generations"][0]["logprobs"][0].pop()
+        with pytest.raises(JaxgenError, match="different lengths"):
+            Record.from_json(json.dumps(fields))
+
+    def test_another_prng(self, fields):
+        fields["generations"][0]["key"]["impl"] = "nothing"
+        result = replay(Record.from_json(json.dumps(fields)))
+        assert result.exit_code == 2 and "'key'" in result.message
+
+
+def test_only_a_plain_file_is_replaced(inputs, model, tmp_path):
+    record = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True).record
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    link.symlink_to(real)
+    record.save(link)
+    assert link.is_symlink() and Record.load(real) == record
+    with pytest.raises(JaxgenError, match="no plain file"):
+        record.save(os.devnull)
+    assert list(tmp_path.iterdir()) == [link, real] or list(tmp_path.iterdir()) == [real, link]
+
+
+@pytest.fixture
+def own():
+    """A model that no other test uses."""
+    return jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
+
+
+def test_weights_that_changed_since_are_not_recorded(own, inputs):
+    out = own.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
+    own.lm_head.weight = nnx.Param(own.lm_head.weight[...] * 2)
+    with pytest.raises(JaxgenError, match="have changed"):
+        _ = out.record
+
+
+def test_a_record_keeps_no_weights(inputs):
+    model = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
+    weight = weakref.ref(model.lm_head.weight[...])
+    _ = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True).record
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+def test_two_models_have_two_records(own, inputs, model):
+    outputs = [m.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True) for m in (model, own)]
+    with pytest.raises(JaxgenError, match="another model"):
+        Record.of(outputs)
+
+
+def test_replay_knows_its_arguments(inputs, model):
+    record = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True).record
+    with pytest.raises(JaxgenError, match="logit_processor"):
+        replay(record, model, logit_processor=print)
+
+
+def test_the_stream_is_the_same_whatever_jax_is_told(inputs, model):
+    """`jax_threefry_partitionable` changes how JAX splits up random bits, and not what a seed gives."""
+    options = {"do_sample": True, "temperature": 2.0, "seed": 3, "max_new_tokens": 12}
+    expected = model.generate(**inputs, **options)
+    with jax.threefry_partitionable(False):
+        found = model.generate(**inputs, **options)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_beam_search_that_the_clock_ended_cannot_be_compared(inputs, model):
+    out = model.generate(**inputs, num_beams=2, max_new_tokens=4, max_time=1e-9, return_dict_in_generate=True)
+    assert "time" in out.finish_reason
+    result = replay(out.record, model)
+    assert result.exit_code == 2 and "max_time" in result.message
+
+
+def test_flags_that_name_paths(inputs, model, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=alice /home/alice/flags --xla_cpu_multi_thread_eigen=false")
+    record = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True).record
+    flags = ["--xla_dump_to=(a path)", "(a path)", "--xla_cpu_multi_thread_eigen=false"]
+    assert record.environment["xla_flags"] == flags
+    assert "alice" not in record.to_json()

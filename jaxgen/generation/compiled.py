@@ -42,7 +42,7 @@ class Stage:
     ):
         self.describe, self.otherwise = describe, otherwise
         self.traces, self._refused = 0, False
-        self.compiler_options = jit_options.get("compiler_options", {})
+        self._options = jit_options.get("compiler_options", {})
 
         def counted(*args: Any) -> Any:
             self.traces += 1  # Python runs this only while tracing
@@ -52,13 +52,19 @@ class Stage:
         counted.__name__ = counted.__qualname__ = getattr(function, "__name__", "stage").strip("<>")
         self._jitted = jax.jit(counted, **jit_options)
 
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """Those that a call is compiled with, as far as is known by now."""
+        return self.otherwise.compiler_options if self._refused and self.otherwise else self._options
+
     def __call__(self, *args: Any) -> Any:
         """Run, and log if that took a compilation."""
         if self._refused and self.otherwise is not None:
             return self.otherwise(*args)
         traces, start = self.traces, time.perf_counter()
         try:
-            result = self._jitted(*args)
+            with jax.threefry_partitionable(True):  # the draws of every supported version's default
+                result = self._jitted(*args)
         except jax.errors.JaxRuntimeError as error:
             if self.otherwise is None or "RESOURCE_EXHAUSTED" in str(error) or _used_up(args):
                 raise

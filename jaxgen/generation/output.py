@@ -8,12 +8,14 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxgen.errors import JaxgenError
 from jaxgen.generation.beam import best_sequences
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.past import PastKeyValues
 from jaxgen.generation.prompt import generated
 from jaxgen.generation.request import Request
 from jaxgen.generation.stop import FINISH_REASON, raise_if_broken
+from jaxgen.generation.weights import references, same_arrays, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,15 @@ class Origin:
     model: Any
     request: Request
     started: float
+    weights: tuple[Any, ...] = ()  # references to the model's arrays, to see whether they have changed since
+
+    def __post_init__(self):
+        object.__setattr__(self, "weights", references(split(self.model)[1]))
+
+    def check(self) -> None:
+        """Raise `JaxgenError` if the model has other weights by now than it generated with."""
+        if not same_arrays(self.weights, split(self.model)[1]):
+            raise JaxgenError("the model's weights have changed since; take the record before they do")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -15,6 +15,17 @@ from flax import nnx
 _comparing = threading.local()
 
 
+def references(weights: list[Any]) -> tuple[Any, ...]:
+    """Which arrays the weights are made of, without keeping them."""
+    return tuple(map(weakref.ref, jax.tree.leaves(weights)))
+
+
+def same_arrays(references: tuple[Any, ...], weights: list[Any]) -> bool:
+    """Whether the weights are made of the arrays that `references` are to: ids would be taken again by later ones."""
+    arrays = jax.tree.leaves(weights)
+    return len(references) == len(arrays) and all(a() is b for a, b in zip(references, arrays, strict=True))
+
+
 class Untracked:
     """A static attribute of a module that decides nothing in prefill and decode.
 

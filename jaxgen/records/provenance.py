@@ -16,13 +16,13 @@ from flax import nnx
 
 import jaxgen
 from jaxgen.generation import compiled
-from jaxgen.generation.weights import split
+from jaxgen.generation.weights import references, same_arrays, split
 
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "safetensors", "numpy")
 _CONFIG = ("jax_default_matmul_precision", "jax_enable_x64", "jax_threefry_partitionable")
 _WEIGHTS, _TOKENIZER = ("*.safetensors", "*.gguf"), ("tokenizer*", "special_tokens_map.json", "chat_template*")
 _known_files: dict[tuple[str, int, int], str] = {}
-_known_weights: list[tuple[list[Any], str]] = []  # the last weights that were read, and their digest
+_known_weights: list[tuple[tuple[Any, ...], str]] = []  # references to the last weights that were read, their digest
 
 
 def model_of(model: Any) -> dict[str, Any]:
@@ -45,10 +45,12 @@ def model_of(model: Any) -> dict[str, Any]:
     }
 
 
-def tokenizer_of(model: Any) -> dict[str, Any]:
-    """The sha256 of the files of the checkpoint's tokenizer, and of its chat template."""
-    directory = None if model.name_or_path is None else Path(model.name_or_path)
-    template = _chat_template(directory)
+def tokenizer_of(model: Any, tokenizer: Any = None) -> dict[str, Any]:
+    """The sha256 of the files of a tokenizer, by default the checkpoint's, and of its chat template as it is now."""
+    place = getattr(model if tokenizer is None else tokenizer, "name_or_path", None)
+    directory = Path(place) if place and Path(place).is_dir() else None
+    template = _chat_template(directory) if tokenizer is None else getattr(tokenizer, "chat_template", None)
+    template = template if template is None or isinstance(template, str) else json.dumps(template)
     return {
         "files": _files(directory, _TOKENIZER),
         "chat_template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
@@ -77,9 +79,9 @@ def compiler_options(model: Any, strict: bool) -> dict[str, Any]:
 
 def parameters_sha256(model: Any) -> str:
     """The sha256 over all weights in memory: names, dtypes, shapes and bytes, tensor by tensor."""
-    arrays = jax.tree.leaves(split(model)[1])
+    weights = split(model)[1]
     for known, digest in _known_weights:
-        if len(known) == len(arrays) and all(a is b for a, b in zip(known, arrays, strict=True)):
+        if same_arrays(known, weights):
             return digest
     digest = hashlib.sha256()
     for path, variable in nnx.to_flat_state(nnx.state(model)):
@@ -87,7 +89,7 @@ def parameters_sha256(model: Any) -> str:
             value = np.ascontiguousarray(np.asarray(leaf))
             digest.update(f"{'.'.join(map(str, path))} {value.dtype} {value.shape}\n".encode())
             digest.update(value.reshape(-1).view(np.uint8).data)
-    _known_weights[:] = [(arrays, digest.hexdigest())]
+    _known_weights[:] = [(references(weights), digest.hexdigest())]
     return digest.hexdigest()
 
 
@@ -119,7 +121,7 @@ def _file_sha256(path: Path) -> str:
     return _known_files[key]
 
 
-def _chat_template(directory: Path | None) -> str | None:
+def _chat_template(directory: Path | None) -> Any:
     if directory is None:
         return None
     try:
@@ -127,10 +129,9 @@ def _chat_template(directory: Path | None) -> str | None:
     except OSError:
         pass
     try:
-        template = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+        return json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
     except (OSError, ValueError):
         return None
-    return None if template is None else template if isinstance(template, str) else json.dumps(template)
 
 
 def _leaves(model: Any) -> list[Any]:
@@ -171,4 +172,7 @@ def _processor() -> str | None:
 
 def _without_path(flag: str) -> str:
     name, _, value = flag.partition("=")
-    return f"{name}=(a path)" if "/" in value or "\\" in value else flag
+    if not flag.startswith("--"):  # the name of a file with flags, or the rest of a path with a space in it
+        return "(a path)"
+    is_path = "/" in value or "\\" in value or name.endswith(("_to", "_dir", "_path", "_file"))
+    return f"{name}=(a path)" if is_path else flag

@@ -20,7 +20,14 @@ from jaxgen.records.provenance import compiler_options, environment, model_of, t
 
 SCHEMA, VERSION = "jaxgen.record", 1
 # Arguments of `generate` that decide tokens and are Python, which JSON does not hold; and others that only help.
-_PYTHON = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
+PYTHON = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
+_MODEL_TYPES: dict[str, Any] = {"id": str | None, "revision": str | None, "dtype": str, "weights": list,
+                                "parameters_sha256": str}  # fmt: skip
+_ENTRY_TYPES: dict[str, Any] = {
+    "config": dict, "key": dict, "sampler_version": int, "row_ids": list, "prompt_ids": list,
+    "negative_prompt_ids": list | None, "strict": dict | None, "python": list, "output_ids": list, "logprobs": list,
+    "logprobs_sha256": str, "finish_reason": list,
+}  # fmt: skip
 _HELPERS = ("assistant_model", "past_key_values")
 
 
@@ -49,12 +56,10 @@ class Record:
         outputs = list(outputs)
         if not outputs or any(output.origin is None for output in outputs):
             raise JaxgenError("a record needs outputs of model.generate(..., return_dict_in_generate=True)")
-        return cls.around(outputs[0].origin.model, [generation_of(output) for output in outputs])
-
-    @classmethod
-    def around(cls, model: Any, generations: list[dict[str, Any]]) -> "Record":
-        """A record of entries that `generation_of` made, all with one model."""
-        return cls(model_of(model), tokenizer_of(model), environment(model), generations)
+        recording = Recording()
+        for output in outputs:
+            recording.add(output)
+        return recording.record()
 
     def to_json(self) -> str:
         """The record as JSON text."""
@@ -68,7 +73,7 @@ class Record:
         """Read `to_json`'s text, of this or an earlier version; raises `JaxgenError` for anything else."""
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise JaxgenError(f"not a record: no JSON: {error}") from error
         if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
             raise JaxgenError(f'not a record: expected a JSON object with "schema": "{SCHEMA}"')
@@ -79,15 +84,18 @@ class Record:
         for name in names:
             if not isinstance(fields.get(name), list if name == "generations" else dict):
                 raise JaxgenError(f"not a record: its field {name!r} is missing or of another type")
+        if not fields["generations"]:
+            raise JaxgenError("not a record: its generations are empty")
         for number, entry in enumerate(fields["generations"]):
-            for name in ("config", "key", "row_ids", "prompt_ids", "output_ids", "logprobs", "sampler_version"):
-                if not isinstance(entry, dict) or name not in entry:
-                    raise JaxgenError(f"not a record: generations[{number}] has no {name!r}")
+            _check_entry(f"generations[{number}]", entry)
+        _check_types("model", fields["model"], _MODEL_TYPES)
         return cls(**{name: fields[name] for name in names})
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Write to a file, which appears complete or not at all. Raises `JaxgenError` if it cannot be written."""
-        path = Path(path)
+        path = Path(os.path.realpath(path))  # a link stays one
+        if path.exists() and not path.is_file():
+            raise JaxgenError(f"{path}: the record was not written: it is there, and no plain file")
         aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         try:
             with aside.open("w", encoding="utf-8") as file:
@@ -95,9 +103,11 @@ class Record:
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
-        except OSError as error:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 aside.unlink()
+            if not isinstance(error, OSError):
+                raise
             raise JaxgenError(f"{path}: the record was not written: {error}") from error
 
     @classmethod
@@ -109,6 +119,28 @@ class Record:
             raise JaxgenError(f"{path}: cannot be read: {error}") from error
         except JaxgenError as error:
             raise JaxgenError(f"{path}: {error}") from error
+
+
+class Recording:
+    """Remembers what calls of `generate` were and gave, without their caches, until their `record` is asked for."""
+
+    def __init__(self, tokenizer: Any = None):
+        self.tokenizer, self.entries, self.origin = tokenizer, list[dict[str, Any]](), None
+
+    def add(self, output: Any) -> None:
+        """Remember an output; raises `JaxgenError` if it is of another model than those before."""
+        if self.origin is not None and output.origin.model is not self.origin.model:
+            raise JaxgenError(f"output {len(self.entries)} is of another model than those before; a record has one")
+        self.origin = output.origin
+        self.entries.append(generation_of(output))
+
+    def record(self) -> Record:
+        """The record; raises `JaxgenError` without outputs, and when the model's weights are others by now."""
+        if self.origin is None:
+            raise JaxgenError("nothing was generated, so there is nothing to record")
+        self.origin.check()
+        model = self.origin.model
+        return Record(model_of(model), tokenizer_of(model, self.tokenizer), environment(model), self.entries)
 
 
 def generation_of(output: Any) -> dict[str, Any]:
@@ -127,7 +159,7 @@ def generation_of(output: Any) -> dict[str, Any]:
         "prompt_ids": _rows_of(request.prompts, rows),
         "negative_prompt_ids": None if request.prompts.negative is None else _rows_of(request.prompts.negative, rows),
         "strict": None if request.strict is None else dataclasses.asdict(request.strict),
-        "python": [name for name in _PYTHON if _given(getattr(request.extras, name))],
+        "python": [name for name in PYTHON if _given(getattr(request.extras, name))],
         "helpers": [name for name in _HELPERS if getattr(request.extras, name) is not None],
         "shapes": _shapes(request),
         "compiler_options": compiler_options(output.origin.model, request.strict is not None),
@@ -143,6 +175,28 @@ def generation_of(output: Any) -> dict[str, Any]:
 def logprobs_sha256(rows: Iterable[Any]) -> str:
     """The sha256 of log-probabilities as float32, row after row: equal for results that are equal to the last bit."""
     return hashlib.sha256(b"".join(np.asarray(row, "<f4").tobytes() for row in rows)).hexdigest()
+
+
+def _check_entry(where: str, entry: Any) -> None:
+    """Raise `JaxgenError`, naming the field, for an entry that cannot be run again and compared."""
+    _check_types(where, entry, _ENTRY_TYPES)
+    _check_types(f"{where}: key", entry["key"], {"impl": str, "data": list})
+    for name in ("prompt_ids", "output_ids", "logprobs"):
+        if not all(isinstance(row, list) for row in entry[name]) or not entry[name]:
+            raise JaxgenError(f"not a record: {where}: {name!r} is no list of rows")
+    for name in ("prompt_ids", "output_ids"):
+        if any(type(token) is not int for row in entry[name] for token in row):
+            raise JaxgenError(f"not a record: {where}: {name!r} holds something else than ints")
+    if len(entry["finish_reason"]) != len(entry["output_ids"]) or len(entry["output_ids"]) % len(entry["prompt_ids"]):
+        raise JaxgenError(f"not a record: {where}: 'output_ids', 'finish_reason' and 'prompt_ids' do not fit together")
+    if list(map(len, entry["logprobs"])) != list(map(len, entry["output_ids"])):
+        raise JaxgenError(f"not a record: {where}: 'logprobs' and 'output_ids' have rows of different lengths")
+
+
+def _check_types(where: str, value: Any, types: dict[str, Any]) -> None:
+    for name, expected in types.items():
+        if not isinstance(value, dict) or name not in value or not isinstance(value[name], expected):
+            raise JaxgenError(f"not a record: {where} has no {name!r}, or it is of another type")
 
 
 def _config(config: Any) -> dict[str, Any]:

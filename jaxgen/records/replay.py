@@ -14,7 +14,7 @@ from jaxgen.generation.sample import SAMPLER_VERSION
 from jaxgen.generation.score import token_logprobs
 from jaxgen.generation.strict import Strict
 from jaxgen.records.provenance import parameters_sha256
-from jaxgen.records.record import Record, logprobs_sha256
+from jaxgen.records.record import PYTHON, Record, logprobs_sha256
 from jaxgen.text.tokenizer import left_pad, tokenizer_for
 
 Result = tuple[list[list[int]], list[np.ndarray]]  # new tokens, and their log-probabilities, by row
@@ -60,6 +60,9 @@ def replay(record: "Record | str | os.PathLike[str]", model: Any = None, **pytho
     >>> replay(out.record, model).message
     'identical'
     """
+    for name in python:
+        if name not in (*PYTHON, "tokenizer"):
+            raise JaxgenError(f"replay: {name!r} is none of {', '.join(PYTHON)}, tokenizer")
     record = record if isinstance(record, Record) else Record.load(record)
     try:
         model = _model_of(record, model)
@@ -82,7 +85,7 @@ def _model_of(record: Record, given: Any) -> Any:
     """The model to run, whose weights are the recorded ones."""
     from jaxgen import demo
     from jaxgen.convert.load import AutoModelForCausalLM
-    from jaxgen.quant.config import Int4Config
+    from jaxgen.quant.config import GROUP_SIZES, WHOLE_ROWS, Int4Config
 
     known = record.model
     place, options = given, {"dtype": known["dtype"]}
@@ -97,7 +100,8 @@ def _model_of(record: Record, given: Any) -> Any:
     group = next((re.fullmatch(r"Int4, groups of (\d+)", kind) for kind in known["weights"] if "Int4" in kind), None)
     if group is not None and parameters_sha256(model) != known["parameters_sha256"]:
         try:  # as it was most likely quantised while loading
-            config = Int4Config(group_size=int(group[1]))
+            size = int(group[1])
+            config = Int4Config(group_size=size if size in GROUP_SIZES else WHOLE_ROWS)
             model = AutoModelForCausalLM.from_pretrained(place, quantization_config=config, **options)
         except UnsupportedError:
             pass
@@ -122,6 +126,10 @@ def _again(model: Any, number: int, entry: dict[str, Any], python: dict[str, Any
             f"generations[{number}] was sampled by sampler version {entry['sampler_version']}, and this jaxgen has "
             f"{SAMPLER_VERSION}: the same key gives other tokens"
         )
+    if (config.num_beams or 1) > 1 and "time" in entry["finish_reason"]:
+        raise _CannotCompareError(
+            f"generations[{number}] is a beam search that max_time ended: which beam was best then, a longer one is not"
+        )
     missing = [name for name in entry["python"] if name not in python]
     if missing:
         raise _CannotCompareError(
@@ -130,11 +138,15 @@ def _again(model: Any, number: int, entry: dict[str, Any], python: dict[str, Any
         )
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if config.stop_strings:
-        options["tokenizer"] = tokenizer_for(model)
+        options["tokenizer"] = tokenizer_for(model, python.get("tokenizer"))
     if entry["negative_prompt_ids"] is not None:
         options["negative_prompt_ids"], options["negative_prompt_attention_mask"] = _table(entry["negative_prompt_ids"])
-    words: Any = np.array(entry["key"]["data"], np.uint32)
-    key = jax.random.wrap_key_data(words, impl=entry["key"]["impl"])
+    try:
+        words: Any = np.array(entry["key"]["data"], np.uint32)
+        key = jax.random.wrap_key_data(words, impl=entry["key"]["impl"])
+        strict = None if entry["strict"] is None else Strict(**entry["strict"])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise JaxgenError(f"not a record: generations[{number}]: 'key' or 'strict': {error}") from error
     ids, mask = _table(entry["prompt_ids"])
     options |= {"max_time": None, "return_dict_in_generate": True}
     output = model.generate(
@@ -142,7 +154,7 @@ def _again(model: Any, number: int, entry: dict[str, Any], python: dict[str, Any
         mask,
         key=key,
         row_ids=entry["row_ids"],
-        strict=None if entry["strict"] is None else Strict(**entry["strict"]),
+        strict=strict,
         **{name: python[name] for name in entry["python"]},
         **options,
     )

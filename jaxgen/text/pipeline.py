@@ -12,8 +12,8 @@ import numpy as np
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation.config import GenerationConfig, check_names
 from jaxgen.generation.request import Extras
-from jaxgen.generation.sample import random_key
-from jaxgen.records.record import generation_of
+from jaxgen.generation.sample import random_key, row_id_words
+from jaxgen.records.record import Recording
 from jaxgen.text.inputs import Messages, continues_final_message, encode, is_message, read_text, read_texts
 from jaxgen.text.tokenizer import continuation, left_pad, tokenizer_for
 
@@ -194,24 +194,24 @@ class TextGenerationPipeline:
                 return call.run(rest)
             text_inputs = list(rest)
         texts, single = read_texts(text_inputs)
-        call.generations = generations = []
+        if call.options.row_ids is not None:
+            row_id_words(call.options.row_ids, len(texts))
+        call.recording = Recording(self.tokenizer)
         results = list(call.run(texts))
-        return Results(results[0] if single else results, self.model, generations)
+        return Results(results[0] if single else results, call.recording)
 
 
 class Results(list[Any]):
     """A list, as transformers' pipeline returns it, that also has a `record` of how it came about."""
 
-    def __init__(self, values: Iterable[Any], model: Any, generations: list[dict[str, Any]]):
+    def __init__(self, values: Iterable[Any], recording: Recording):
         super().__init__(values)
-        self._model, self._generations = model, generations
+        self._recording = recording
 
     @property
     def record(self) -> Any:
         """The `jaxgen.Record` of the call, with one entry per batch."""
-        from jaxgen.records.record import Record
-
-        return Record.around(self._model, self._generations)
+        return self._recording.record()
 
 
 class _Call:
@@ -231,10 +231,12 @@ class _Call:
             self.decoding["skip_special_tokens"] = False
         self._default_length = not {"max_length", "max_new_tokens"} & self._set(generate).keys()
         self.generate = self._with_defaults(generate)
-        self.generations: list[dict[str, Any]] | None = None  # one record entry per batch, if they are wanted
+        self.recording: Recording | None = None  # of every batch, if it is wanted
         self.key, self.seed = options.key, options.seed
         if self.key is None and self.seed is None:
             self.seed = random_key(None, None)[1]
+        elif random_key(self.key, self.seed)[0].ndim:
+            raise JaxgenError("a pipeline takes one seed or key for all texts; a list of them goes to model.generate")
 
     def run(self, texts: Iterable[Any]) -> Iterator[list[dict[str, Any]]]:
         """Each text's results, computed `batch_size` texts at a time."""
@@ -334,8 +336,8 @@ class _Call:
             **{**self.generate, **length, **self._details_anyway()},
         )
         sequences = output if isinstance(output, np.ndarray) else output.sequences  # a model may wrap `generate`
-        if self.generations is not None and sequences is not output:
-            self.generations.append(generation_of(output))
+        if self.recording is not None and sequences is not output:
+            self.recording.add(output)
         asked = self._set(self.generate).get("return_dict_in_generate")
         samples = len(sequences) // len(prompts)
         for row, prompt in enumerate(prompts):
@@ -345,7 +347,8 @@ class _Call:
 
     def _details_anyway(self) -> dict[str, Any]:
         """What the record needs; but what `generate` says of `output_scores` without details is its to say."""
-        asks = any(value and name.startswith("output_") for name, value in self._set(self.generate).items())
+        names = [name for name, value in self._set(self.generate).items() if value]
+        asks = any(name.startswith("output_") or name == "top_logprobs" for name in names)
         return {} if asks else {"return_dict_in_generate": True}
 
     def _result(self, prompt: Prompt, sequence: list[int], width: int) -> dict[str, Any]:
