@@ -108,6 +108,7 @@ def mesh(spec: dict[str, Any]) -> Arrays:
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
     import jaxgen
+    from jaxgen.generation.sample import random_key
 
     devices = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows, everywhere = (NamedSharding(devices, PartitionSpec(*axes)) for axes in (("data",), ()))
@@ -129,7 +130,7 @@ def mesh(spec: dict[str, Any]) -> Arrays:
             results: dict[str, list[Any]] = {"one": [], "eight": []}
             program = jax.jit(run)
             for seed in spec["seeds"] if options["do_sample"] else [0]:
-                key = jax.random.key(seed)
+                key = random_key(None, seed)[0]  # all 64 bits of a seed, as `generate(seed=)` takes it
                 results["one"].append(jax.device_get(program(state, ids, mask, key)))
                 split = [jax.device_put(x, rows) for x in (ids, mask)]
                 out = program(jax.device_put(state, everywhere), *split, jax.device_put(key, everywhere))

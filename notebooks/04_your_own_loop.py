@@ -69,11 +69,13 @@ def not_south(tokens, lengths, logits):
     return logits.at[:, south].set(-jnp.inf)
 
 
-portugal = tokenizer(["Portugal is"], return_tensors="np")
+texts = ["A list of colors: red, blue", "Portugal is"]
+inputs = tokenizer(texts, padding=True, return_tensors="np")
 for processor in (None, not_south):
-    ids = model.generate(**portugal, logits_processor=processor, max_new_tokens=30)
-    print("ids:", ids[0].tolist())
-    print(tokenizer.decode(ids[0], skip_special_tokens=True))
+    ids = model.generate(**inputs, logits_processor=processor, max_new_tokens=30)
+    for row in ids:
+        print("ids:", row.tolist())
+        print(tokenizer.decode(row, skip_special_tokens=True))
 
 # %% [markdown]
 # A processor may have a number in it. This one is for sampling at a high temperature: where the model is surer than a
@@ -137,65 +139,48 @@ for text, reason in zip(
 # your own `jit`, under `vmap`, or as a part of a larger computation. The model is an argument of the compiled function: if
 # it were a global variable, its weights would be constants of the program.
 #
-# Here `vmap` runs over keys. A text comes with the log-probability that the model gives it:
+# Anything that is an array can be mapped over. A processor may use a traced number, so a whole plane of experiments, 8
+# temperatures times 16 keys, is one program and one call. Each text comes with the log-probability that the model gives it.
 
 # %%
 config = jaxgen.GenerationConfig(max_new_tokens=24, do_sample=True, top_k=0, return_dict_in_generate=True)
 
 
 @nnx.jit
-def sample(model, ids, keys):
-    """One text for each key, and its log-probability."""
-
-    def one(key):
-        out = jaxgen.generate(model, ids, None, key, config)
-        return out["sequences"][0], out["model_logprobs"].sum()
-
-    return jax.vmap(one)(keys)
-
-
-keys = jax.vmap(jax.random.key)(jnp.arange(4))
-sequences, logprobs = sample(model, cat.input_ids, keys)
-for ids, logprob in zip(sequences, logprobs, strict=True):
-    print(f"{logprob:7.2f}  {tokenizer.decode(ids, skip_special_tokens=True)}")
-
-# %% [markdown]
-# The key of seed *s* is `jax.random.key(s)`, so these are the texts that `model.generate` gives for the seeds 0 to 3:
-
-# %%
-by_seed = model.generate(**cat, do_sample=True, top_k=0, seed=range(4), max_new_tokens=24)
-assert (np.asarray(sequences)[:, : by_seed.shape[1]] == by_seed).all()
-print("ids:", by_seed[:2].tolist())
-
-# %% [markdown]
-# Anything that is an array can be mapped over. A processor may use a traced number, so a whole plane of experiments, 8
-# temperatures times 32 keys, is one program and one call:
-
-
-# %%
-@nnx.jit
 def plane(model, ids, keys, temperatures):
-    """The model's own log-probability per token of every text [temperatures, keys]."""
+    """A text for every temperature and key [T, K], its log-probability and its length."""
 
     def one(key, temperature):
         def warm(tokens, lengths, logits):
             return logits / temperature
 
         out = jaxgen.generate(model, ids, None, key, config, logits_processor=warm)
-        return out["model_logprobs"].sum() / out["lengths"][0]
+        return out["sequences"][0], out["model_logprobs"].sum(), out["lengths"][0]
 
     over_keys = jax.vmap(one, in_axes=(0, None))
     return jax.vmap(over_keys, in_axes=(None, 0))(keys, temperatures)
 
 
-temperatures = jnp.linspace(0.25, 2.0, 8)
-keys = jax.vmap(jax.random.key)(jnp.arange(32))
-table = np.asarray(plane(model, cat.input_ids, keys, temperatures))
+temperatures = np.linspace(0.25, 2.0, 8)
+keys = jax.vmap(jax.random.key)(jnp.arange(16))
+sequences, logprobs, counts = map(np.asarray, plane(model, cat.input_ids, keys, temperatures))
 
+at_one = sequences[temperatures == 1.0][0]
+print("ids:", at_one[:2].tolist())
+for ids, logprob in zip(at_one[:4], logprobs[temperatures == 1.0][0], strict=False):
+    print(f"{logprob:7.2f}  {tokenizer.decode(ids, skip_special_tokens=True)}")
+
+# %% [markdown]
+# The key of seed *s* is `jax.random.key(s)`. So these, at temperature 1, are the texts that
+# `model.generate(**cat, do_sample=True, top_k=0, seed=range(4), max_new_tokens=24)` gives. The model's own log-probability
+# per token, over the whole plane:
+
+# %%
+table = logprobs / counts
 figure, ax = plt.subplots(figsize=(7, 3.6))
 for key in range(len(keys)):
     ax.plot(temperatures, table[:, key], color=BLUE, alpha=0.15, linewidth=1)
-ax.plot(temperatures, table.mean(axis=1), color=ORANGE, linewidth=2.5, label="mean of 32 keys")
+ax.plot(temperatures, table.mean(axis=1), color=ORANGE, linewidth=2.5, label="mean of 16 keys")
 ax.set(xlabel="temperature", ylabel="log-probability per token (nats)")
 ax.set_title("What the model thinks of its own text; a thin line is one key")
 ax.legend()
@@ -248,7 +233,6 @@ def packed(rows):
     return jnp.array(padded), jnp.array([len(row) for row in rows])
 
 
-texts = ["A list of colors: red, blue", "Portugal is"]
 prompts, lengths = packed(tokenizer(texts)["input_ids"])
 mine = np.asarray(greedy(model, prompts, lengths, new=20))
 print("ids:", mine.tolist())
@@ -262,7 +246,6 @@ print("ids:", mine.tolist())
 # Is it the same as `generate`?
 
 # %%
-inputs = tokenizer(texts, padding=True, return_tensors="np")
 theirs = model.generate(**inputs, max_new_tokens=20)[:, inputs.input_ids.shape[1] :]
 assert (mine == theirs).all()
 print("the same tokens:", (mine == theirs).all())
@@ -282,7 +265,7 @@ def sampled(model, prompts, lengths, key, new):
 
     def step(carry, _):
         logits, lengths, cache = carry
-        token = draw(logits / 1.5, keys, lengths)
+        token = draw(logits, keys, lengths)
         logits, cache = model.step(token, lengths, cache)
         return (logits, lengths + 1, cache), token
 
@@ -291,20 +274,19 @@ def sampled(model, prompts, lengths, key, new):
     return tokens.T
 
 
-texts = ["I am a cat. I am a cat.", "A cat is"]
-prompts, lengths = packed(tokenizer(texts)["input_ids"])
-mine = np.asarray(sampled(model, prompts, lengths, jax.random.key(7), new=20))
-
-inputs = tokenizer(texts, padding=True, return_tensors="np")
-options = {"do_sample": True, "temperature": 1.5, "top_k": 0, "seed": 7, "max_new_tokens": 20}
-out = model.generate(**inputs, **options, return_dict_in_generate=True)
-for row, (text, count) in enumerate(zip(texts, out.lengths, strict=True)):
-    theirs = out.sequences[row, inputs.input_ids.shape[1] :][:count]
-    assert (mine[row, :count] == theirs).all()  # only generate knows where to stop
-    print("ids:", theirs.tolist())
-    print(text + tokenizer.decode(theirs, skip_special_tokens=True))
+prompts, lengths = packed(tokenizer(["I am a cat."])["input_ids"])
+for seed in range(2):
+    mine = np.asarray(sampled(model, prompts, lengths, jax.random.key(seed), new=24))[0]
+    print("ids:", mine.tolist())
+    print(tokenizer.decode(mine))
+    theirs = at_one[seed, prompts.shape[1] :][
+        : counts[temperatures == 1.0][0, seed]
+    ]  # only generate knows where to stop
+    assert (mine[: len(theirs)] == theirs).all()
 
 # %% [markdown]
+# The assertion compares with the texts that `jaxgen.generate` drew with these keys.
+#
 # ## Two prompts, one answer
 #
 # Now something that `generate` has no option for. Two rows hold the same question under two instructions: answer like a
@@ -325,8 +307,8 @@ def chat(style):
 prompts, lengths = packed([chat("thug"), chat("pirate")])
 
 
-@partial(nnx.jit, static_argnames=("new", "temperature"))
-def mixed(model, prompts, lengths, weights, keys, new, temperature):
+@partial(nnx.jit, static_argnames="new")
+def mixed(model, logits, lengths, cache, weights, keys, temperature, new):
     """An answer of both prompts for every weight of the second one and every key [W, K, new]."""
 
     def one(weight, key):
@@ -340,7 +322,6 @@ def mixed(model, prompts, lengths, weights, keys, new, temperature):
 
         return jax.lax.scan(step, (logits, lengths, cache), length=new)[1]
 
-    logits, cache = read(model, prompts, lengths, new)  # once, for all weights and keys
     over_keys = jax.vmap(one, in_axes=(None, 0))
     return jax.vmap(over_keys, in_axes=(0, None))(weights, keys)
 
@@ -351,8 +332,9 @@ def answer(tokens):
     return tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens)
 
 
-weights = jnp.linspace(0, 1, 6)
-found = np.asarray(mixed(model, prompts, lengths, weights, jax.random.key(0)[None], new=36, temperature=0.0))
+logits, cache = nnx.jit(read, static_argnames="new")(model, prompts, lengths, new=36)  # once, for all that follows
+weights = np.linspace(0, 1, 6)
+found = np.asarray(mixed(model, logits, lengths, cache, weights, jax.random.key(0)[None], 0.0, new=36))
 print("ids:", found[0, 0].tolist())
 for weight, tokens in zip(weights, found[:, 0], strict=True):
     print(f"w = {weight:.1f}: {answer(tokens)}")
@@ -363,9 +345,9 @@ for weight, tokens in zip(weights, found[:, 0], strict=True):
 # once; 64 keys for each of 11 weights say how it does, again in one call:
 
 # %%
-weights = jnp.linspace(0, 1, 11)
+weights = np.linspace(0, 1, 11)
 keys = jax.random.split(jax.random.key(1), 64)
-found = np.asarray(mixed(model, prompts, lengths, weights, keys, new=3, temperature=1.0))
+found = np.asarray(mixed(model, logits, lengths, cache, weights, keys, 1.0, new=3))
 pirate = np.array([["Arr" in tokenizer.decode(tokens) for tokens in line] for line in found])
 
 figure, ax = plt.subplots(figsize=(7, 3.4))

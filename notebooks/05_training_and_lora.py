@@ -88,7 +88,7 @@ print("".join(train[0]))
 
 
 # %%
-def table(examples, width=64):
+def table(examples, width=48):
     """Token ids [rows, width], and which of them the model is to learn."""
     ids = np.full((len(examples), width), tokenizer.pad_token_id, np.int32)
     learn = np.zeros((len(examples), width), bool)
@@ -138,6 +138,10 @@ show(original)
 # `nnx.Optimizer` holds the state of the optimizer, `wrt` says which variables it trains, `nnx.value_and_grad`
 # differentiates with respect to the same ones, and `nnx.jit` compiles the step. This form runs on flax 0.11 (Colab)
 # and on 0.12.
+#
+# One line needs an explanation. What a compiled step returns is bound to its device; a fresh optimizer's state is not.
+# jax takes that for another kind of input, and would compile the step twice: for the first call and for the second.
+# `jax.device_put` binds everything before.
 
 
 # %%
@@ -152,6 +156,8 @@ def fit(model, kind, learning_rate, steps=40, batch=8):
 
     transform = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
     optimizer = nnx.Optimizer(model, transform, wrt=kind)
+    for part in (model, optimizer):  # see above
+        nnx.update(part, jax.device_put(nnx.state(part), jax.devices()[0]))
     evaluate, rng = nnx.jit(loss_of), np.random.default_rng(0)
     ids, learn = table(train)
     losses, checks = [], {0: float(evaluate(model, *table(held_out)))}
@@ -226,6 +232,36 @@ axes.grid(axis="y", alpha=0.25)
 plt.show()
 
 # %% [markdown]
+# ## Saving
+#
+# What LoRA has learnt can be added to the weights: jaxgen keeps them as `[out, in]`, so the correction is
+# $(A B)^\top$. Then the model is a plain Mistral again, and `save_pretrained` writes a checkpoint that jaxgen and
+# transformers load; the rest of this notebook works with the loaded model. (With the wrappers still in place
+# `save_pretrained` refuses, and names the parameters that no Mistral has. An adapter that PEFT wrote is read by
+# `from_pretrained(base, adapter=...)`.)
+
+
+# %%
+def merge_lora(model):
+    for parent, name in list(linear_layers(model)):
+        wrapper = getattr(parent, name)
+        base = wrapper.base_module
+        base.weight[...] = base.weight[...] + (wrapper.lora_a[...] @ wrapper.lora_b[...]).T
+        setattr(parent, name, base)
+
+
+expected, _ = answers(lora, held_out)
+merge_lora(lora)
+directory = tempfile.mkdtemp()
+lora.save_pretrained(directory)
+tokenizer.save_pretrained(directory)
+loaded = jaxgen.AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
+again, texts = answers(loaded, held_out)
+assert (again == expected).all()
+print(texts[0])
+print("ids:", again[0].tolist())
+
+# %% [markdown]
 # ## What was learnt, and what was forgotten
 #
 # Two numbers per model: how many of the held-out answers are right to the letter, and the log-probability of texts
@@ -238,7 +274,7 @@ others = {
     "counting": "A sequence of numbers: 41, 42, 43, 44, 45, 46",
     "the plain answer": as_chat("How many legs does a spider have?") + "A spider has eight legs.",
 }
-models = {"before": original, "all weights": full, "LoRA, rank 4": lora}
+models = {"before": original, "all weights": full, "LoRA, rank 4": loaded}
 rows = {}
 for name, model in models.items():
     texts = answers(model, held_out)[1]
@@ -273,35 +309,6 @@ for name, model in models.items():
 # The cat's monologue, of which the training said nothing, is the same to the last token in all three. The answers
 # are not, and the change is the habit's.
 #
-# ## Saving
-#
-# What LoRA has learnt can be added to the weights: jaxgen keeps them as `[out, in]`, so the correction is
-# $(A B)^\top$. Then the model is a plain Mistral again, and `save_pretrained` writes a checkpoint that jaxgen and
-# transformers load. (With the wrappers still in place it refuses, and names the parameters that no Mistral has. An
-# adapter that PEFT wrote is read by `from_pretrained(base, adapter=...)`.)
-
-
-# %%
-def merge_lora(model):
-    for parent, name in list(linear_layers(model)):
-        wrapper = getattr(parent, name)
-        base = wrapper.base_module
-        base.weight[...] = base.weight[...] + (wrapper.lora_a[...] @ wrapper.lora_b[...]).T
-        setattr(parent, name, base)
-
-
-expected, _ = answers(lora, held_out)
-merge_lora(lora)
-with tempfile.TemporaryDirectory() as directory:
-    lora.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    loaded = jaxgen.AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
-again, texts = answers(loaded, held_out)
-assert (again == expected).all()
-print(texts[0])
-print("ids:", again[0].tolist())
-
-# %% [markdown]
 # ## Further
 #
 # - The demo itself was made this way: `python -m jaxgen.demo.train` trains it from nothing.

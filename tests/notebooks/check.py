@@ -4,8 +4,8 @@
     python -m tests.notebooks.check DIRECTORY            compare executed copies with the committed notebooks
 
 CI copies notebooks/, executes the copy with `pytest --nbmake --overwrite`, and compares: every token id that a
-notebook prints (lines with `ids:`) must be the committed one, and each must have taken less than a minute. What a
-committed notebook must be like (`problems_of`) is tested by `test_notebooks.py`.
+notebook prints (lines with `ids:`) must be the committed one, and none may have taken far too long. What a committed
+notebook must be like (`problems_of`) is tested by `test_notebooks.py`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import nbformat
 
 ROOT = Path(__file__).parents[2] / "notebooks"
 NAMES = sorted(path.stem for path in ROOT.glob("*.py"))
-LONGEST_SECONDS = 60
+LONGEST_SECONDS = 120  # for CI, which executes two at a time and may be busy; alone, each is to take less than 60
 LARGEST_BYTES = 1_000_000
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
