@@ -137,6 +137,13 @@ def compare(one: Result, other: Result, key: str, other_key: str) -> dict[str, A
     }
 
 
+def processor() -> str:
+    """Whose processor it is."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 class Report:
     """The lines of the table, printed as they come."""
 
@@ -176,34 +183,50 @@ class Report:
 class Study:
     """All that is measured, in order."""
 
-    def __init__(self, directory: Path, pythons: list[str], quick: bool):
-        self.directory, self.pythons, self.quick = directory, pythons, quick
+    def __init__(self, directory: Path, pythons: list[str], quick: bool, results: Path | None):
+        self.directory, self.pythons, self.quick, self.results = directory, pythons, quick, results
+        self.start = time.monotonic()
         short, long = prompts_of(8 if quick else 24)
         self.table = variations(len(short))
         self.spec = {
             "prompts": short, "long": long, "new_tokens": 24, "modes": MODES,
-            "seeds": [0] if quick else [0, 1, 2**40], "weights": WEIGHTS[:1] if quick else WEIGHTS,
+            "seeds": [0] if quick else [0, 2**32 - 1], "weights": WEIGHTS[:1] if quick else WEIGHTS,
         }  # fmt: skip
         self.report, self.versions = Report(), {}
         self.draws: list[Line] = []
+        self.texts: Line = {}
         self.strict_cost: list[Line] = []
 
     def job(self, job: str, python: str = sys.executable, script: Path = JOBS, **more: Any) -> tuple[Result, Any]:
         return run(script, {**self.spec, "job": job, **more}, self.directory, python)
 
     def measure(self) -> None:
-        self.base, about = self.job("generate", variations=self.table)
-        self.versions["base"] = about["versions"]
         self.only_base = {"base": self.table["base"]}
         self.noise()
-        for level in ("L1", "L2"):
+        self.base, about = self.job("generate", variations=self.table)
+        self.versions["base"] = about["versions"]
+        for level in ("L1", "L2", "strict"):
             self.varied("jaxgen", self.base, level)
-        self.runs()
-        self.other_versions()
-        self.varied("jaxgen", self.base, "strict")
-        self.seeds()
-        self.transformers()
-        self.cost()
+        for part in (self.transformers, self.runs, self.other_versions, self.seeds, self.cost):
+            self.save()
+            part()
+        self.save()
+
+    def save(self) -> None:
+        """Write what is known by now: what was measured survives an error in what comes after."""
+        if self.results is None:
+            return
+        report = {
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "machine": {"cpu": processor(), "cores": len(os.sched_getaffinity(0))},
+            "versions": self.versions,
+            "seconds": round(time.monotonic() - self.start),
+            "draws": self.draws,
+            "lines": self.report.lines,
+            "vectorised": self.texts,
+            "strict_cost_tokens_per_second": self.strict_cost,
+        }
+        self.results.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     def varied(self, engine: str, result: Result, level: str) -> None:
         for name, variation in self.table.items():
@@ -301,27 +324,14 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[], help="an interpreter with jaxgen on another JAX")
     parser.add_argument("--quick", action="store_true", help="float32 only, fewer rows: under a minute")
     options = parser.parse_args()
-    start = time.monotonic()
     print(f"{'level':6} {'varied':35} {'engine':12} {'weights':8} {'greedy: other':14} {'sampled: other':14}  "
           "same bits  largest difference")  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
-        study = Study(Path(directory), options.python, options.quick)
+        study = Study(Path(directory), options.python, options.quick, options.json)
         study.measure()
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - study.start
     rows = [count for line in study.report.lines for count in line.values() if isinstance(count, dict)]
     print(f"{sum(count['rows'] for count in rows):,} rows compared in {seconds:.0f} s")
-    if options.json:
-        report = {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "machine": {"cpu": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))},
-            "versions": study.versions,
-            "seconds": round(seconds),
-            "draws": study.draws,
-            "lines": study.report.lines,
-            "vectorised": study.texts,
-            "strict_cost_tokens_per_second": study.strict_cost,
-        }
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -211,8 +211,8 @@ plt.show()
 # The texts are of the kind that the demo was trained on; for another model take text of the kind that it will see.
 
 # %%
-texts = [document.text for document in islice(documents(3), 96)]
-rows = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="np")
+texts = [document.text for document in islice(documents(3), 64)]
+rows = tokenizer(texts, padding=True, truncation=True, max_length=48, return_tensors="np")
 
 
 @nnx.jit
@@ -291,7 +291,7 @@ seconds = {name: [] for name in contestants}
 for _ in range(3):
     for name, one in contestants.items():  # in turns, so that they meet the same neighbours
         start = time.perf_counter()
-        one.generate(cat.input_ids, min_new_tokens=64, max_new_tokens=64)
+        one.generate(cat.input_ids, min_new_tokens=32, max_new_tokens=32)
         seconds[name].append(time.perf_counter() - start)
 best = {name: min(times[1:]) for name, times in seconds.items()}  # the first call compiles
 for name, least in best.items():
@@ -343,5 +343,5 @@ except jaxgen.JaxgenError as error:
 # ## In short
 #
 # - `load_in_4bit=True`: 3.5 times less memory for a 7B model, 4.125 bits per weight of a linear layer.
-# - Measure what it costs as a divergence on your own text. Smaller groups help a little, `gptq` or `autoround` more.
+# - Measure what it costs as a divergence on your own text. Smaller groups help little, `gptq` or `autoround` more.
 # - On a CPU it saves memory while generating only with `low_cpu_memory=True`, and no time.
