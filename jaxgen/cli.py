@@ -13,7 +13,7 @@ from jaxgen.errors import JaxgenError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a replay that differs, 2 for errors (a line on stderr), 130."""
+    """Run a command; returns 0, 1 if a replay differs, 2 for errors (a line on stderr), 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
     # Only what jaxgen says belongs on the terminal; transformers would remark that torch is not installed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

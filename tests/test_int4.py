@@ -248,6 +248,7 @@ def test_a_compiler_that_refuses_an_option_costs_speed_and_nothing_else(caplog: 
     assert traced == [True, False]
     (record,) = caplog.records
     assert "xla_no_such_option" in record.getMessage()
+    assert fused.compiler_options == {}  # those that it runs with now
 
 
 def test_errors_of_running_are_not_taken_for_errors_of_compiling():

@@ -173,6 +173,9 @@ BAD_CALLS = {
     "return type": (("x",), {"return_type": 3}, "return_type=3"),
     "batch size": (("x",), {"batch_size": 1.5}, "batch_size=1.5"),
     "surrogates": (("\udcff",), {}, "text 0"),
+    "several seeds": ((["x", "y"],), {"seed": [1, 2]}, "one seed or key for all texts"),
+    "too many row ids": (("x",), {"row_ids": ["a", "b"]}, "row_ids"),
+    "details without a dictionary": (("x",), {"top_logprobs": 3}, "top_logprobs"),
 }
 
 

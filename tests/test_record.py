@@ -160,13 +160,14 @@ def test_trained_weights_are_other_weights(inputs):
     assert replay(record).status == "identical"  # by its id: the demo
 
 
-def test_quantised_while_loading(inputs):
-    """The record says so, and replay does it again."""
+@pytest.mark.parametrize(("group_size", "said"), [(64, "Int4, groups of 64"), (-1, "Int4, groups of 256")])
+def test_quantised_while_loading(inputs, group_size, said):
+    """The record says so, and replay does it again; -1 is a group per row, as wide as that is."""
     model = jaxgen.AutoModelForCausalLM.from_pretrained(
-        demo.path(), dtype="float32", quantization_config=jaxgen.Int4Config(group_size=64)
+        demo.path(), dtype="float32", quantization_config=jaxgen.Int4Config(group_size=group_size)
     )
     record = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True).record
-    assert "Int4, groups of 64" in record.model["weights"]
+    assert said in record.model["weights"]
     assert replay(record).status == "identical"
 
 
@@ -344,3 +345,30 @@ def test_flags_that_name_paths(inputs, model, monkeypatch):
     flags = ["--xla_dump_to=(a path)", "(a path)", "--xla_cpu_multi_thread_eigen=false"]
     assert record.environment["xla_flags"] == flags
     assert "alice" not in record.to_json()
+
+
+def test_a_pipelines_record_is_of_its_own_tokenizer(model, tokenizer):
+    pipe = jaxgen.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    before = pipe("1, 2, 3", max_new_tokens=2, seed=1).record.tokenizer
+    pipe.tokenizer = load_tokenizer(demo.path())
+    pipe.tokenizer.chat_template = "another"
+    after = pipe("1, 2, 3", max_new_tokens=2, seed=1).record.tokenizer
+    assert before["files"] == after["files"] != {}
+    assert after["chat_template_sha256"] == hashlib.sha256(b"another").hexdigest() != before["chat_template_sha256"]
+
+
+def test_the_command_line_records_what_there_was(tmp_path, capsys, monkeypatch):
+    """Also where the reader of the text has left; and a directory that is missing is noticed before the generating."""
+    options = ["generate", "1, 2, 3", "I am a cat.", "--max-new-tokens", "2", "--batch-size", "1", "--record"]
+    assert cli.main([*options, str(tmp_path / "none" / "r.json")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "there is no directory" in captured.err
+
+    class Gone:
+        def write(self, _: str) -> None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(AttributeError, match="fileno"):  # it would be closed for good
+        cli.main([*options, str(tmp_path / "r.json")])
+    assert len(Record.load(tmp_path / "r.json").generations) == 1

@@ -27,8 +27,9 @@ class Origin:
     started: float
     weights: tuple[Any, ...] = ()  # references to the model's arrays, to see whether they have changed since
 
-    def __post_init__(self):
-        object.__setattr__(self, "weights", references(split(self.model)[1]))
+    def with_weights(self) -> "Origin":
+        """The same, with references to the weights: for results that are kept, since it takes a walk over the model."""
+        return dataclasses.replace(self, weights=references(split(self.model)[1]))
 
     def check(self) -> None:
         """Raise `JaxgenError` if the model has other weights by now than it generated with."""
@@ -136,7 +137,7 @@ def collect(state: Any, origin: Origin) -> "np.ndarray | GenerateOutput":
         generation_config=config,
         seed=request.seed,
         past_key_values=PastKeyValues(origin.model, state, rows, request.plan.recipe.drafts),
-        origin=origin,
+        origin=origin.with_weights(),
         seconds=time.time() - origin.started,
         **steps_kept(state.kept, rows, width),
         **drafting,
@@ -169,7 +170,7 @@ def _collect_beams(state: Any, origin: Origin) -> "np.ndarray | GenerateOutput":
         seed=request.seed,
         sequences_scores=best.scores,
         beam_indices=best.beam_indices,
-        origin=origin,
+        origin=origin.with_weights(),
         seconds=time.time() - origin.started,
         **kept,
     )

@@ -21,14 +21,16 @@ from jaxgen.records.provenance import compiler_options, environment, model_of, t
 SCHEMA, VERSION = "jaxgen.record", 1
 # Arguments of `generate` that decide tokens and are Python, which JSON does not hold; and others that only help.
 PYTHON = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
-_MODEL_TYPES: dict[str, Any] = {"id": str | None, "revision": str | None, "dtype": str, "weights": list,
-                                "parameters_sha256": str}  # fmt: skip
+_HELPERS = ("assistant_model", "past_key_values")
+# What replay reads of a record, and what it must be.
+_MODEL_TYPES: dict[str, Any] = {
+    "id": str | None, "revision": str | None, "dtype": str, "weights": list, "parameters_sha256": str,
+}  # fmt: skip
 _ENTRY_TYPES: dict[str, Any] = {
     "config": dict, "key": dict, "sampler_version": int, "row_ids": list, "prompt_ids": list,
     "negative_prompt_ids": list | None, "strict": dict | None, "python": list, "output_ids": list, "logprobs": list,
     "logprobs_sha256": str, "finish_reason": list,
 }  # fmt: skip
-_HELPERS = ("assistant_model", "past_key_values")
 
 
 @dataclasses.dataclass(frozen=True)

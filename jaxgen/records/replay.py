@@ -51,8 +51,8 @@ def replay(record: "Record | str | os.PathLike[str]", model: Any = None, **pytho
 
     The model is loaded by its hub id and revision; pass one (an object, directory or hub id) that was somewhere else,
     was quantised while loading, or was trained. `python` are functions that a record names but does not hold
-    (`logits_processor`, ...). An assistant is left out: it changes no token. Raises `JaxgenError` for a file that is
-    no record.
+    (`logits_processor`, ...), and `tokenizer`, for the stop strings of a model without one. An assistant is left out:
+    it changes no token. Raises `JaxgenError` for a file that is no record, and for other names in `python`.
 
     >>> model, tokenizer = getfixture("demo")
     >>> inputs = tokenizer(["1, 2, 3"], return_tensors="np")
