@@ -215,7 +215,7 @@ def quality() -> str:
         "Quality of int4",
         prose,
         table,
-        source("python benchmarks/quality.py", EPYC, results["versions"], "quality"),
+        source("python benchmarks/quality.py", XEON, results["versions"], "quality"),
     )
 
 
