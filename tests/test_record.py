@@ -151,6 +151,18 @@ def test_what_cannot_be_compared(model, inputs):
     assert "the weights are not the recorded ones" in replay(other, model).message
 
 
+def test_what_the_default_was_is_written_down(inputs, model):
+    """20 new tokens, if a row's context has room for them; else as many as it has, which no field says."""
+    out = model.generate(**inputs, return_dict_in_generate=True)
+    assert out.record.generations[0]["config"]["max_new_tokens"] == 20
+    assert replay(out.record, model).status == "identical"
+    nearly_full = np.full((1, model.config.max_position_embeddings - 3), 5)
+    record = model.generate(nearly_full, return_dict_in_generate=True).record
+    assert "max_new_tokens" not in record.generations[0]["config"]
+    assert [len(row) for row in record.generations[0]["output_ids"]] == [3]
+    assert replay(record, model).status == "identical"
+
+
 def test_trained_weights_are_other_weights(inputs):
     """What counts is what is in memory, not what the files say."""
     model = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")

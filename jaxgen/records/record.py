@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxgen.errors import JaxgenError
+from jaxgen.generation.config import DEFAULT_NEW_TOKENS
 from jaxgen.generation.sample import SAMPLER_VERSION
 from jaxgen.records.provenance import compiler_options, environment, model_of, tokenizer_of
 
@@ -153,7 +154,7 @@ def generation_of(output: Any) -> dict[str, Any]:
     logprobs = [row[:count] for row, count in zip(output.model_logprobs, output.lengths, strict=True)]
     rows = len(request.input_ids)
     return {
-        "config": _config(request.config),
+        "config": _config(request, rows),
         "key": {"impl": str(jax.random.key_impl(request.key)), "data": _key_data(request.key, rows)},
         "seed": list(output.seed) if isinstance(output.seed, tuple) else output.seed,
         "sampler_version": SAMPLER_VERSION,
@@ -201,9 +202,13 @@ def _check_types(where: str, value: Any, types: dict[str, Any]) -> None:
             raise JaxgenError(f"not a record: {where} has no {name!r}, or it is of another type")
 
 
-def _config(config: Any) -> dict[str, Any]:
-    """The fields that are set, as JSON has them; how the result is returned decides no token."""
+def _config(request: Any, rows: int) -> dict[str, Any]:
+    """The fields that were in effect, as JSON has them; how the result is returned decides no token."""
+    config = request.config
     fields = {k: v for k, v in config.to_hf().items() if not k.startswith("output_") and k != "return_dict_in_generate"}
+    room = (request.prompts.limits - request.prompts.lengths)[:rows]
+    if config.max_new_tokens is None and config.max_length is None and (room == DEFAULT_NEW_TOKENS).all():
+        fields["max_new_tokens"] = DEFAULT_NEW_TOKENS  # unless some row's context ends before
     return json.loads(json.dumps(fields))
 
 
