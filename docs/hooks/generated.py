@@ -235,7 +235,7 @@ def convert() -> str:
     )
     command = f"python benchmarks/convert.py --layers {r['layers']} --shards {r['source_files']}"
     table = rows_of(("bfloat16", "int4", "time", "most anonymous memory"), [row])
-    return part("Converting", prose, table, source(command, EPYC, _versions(r), "convert"))
+    return part("Converting", prose, table, source(command, XEON, _versions(r), "convert"))
 
 
 def gpu_aot() -> str:
