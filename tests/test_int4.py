@@ -24,7 +24,7 @@ from jaxgen.lowering import Target, target, tracing_for
 from jaxgen.model import QuantizedWeight
 from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
 from jaxgen.quant import matmul as forms
-from jaxgen.quant.int4 import pack, unpack
+from jaxgen.quant.int4 import pack, search_scale, unpack
 from jaxgen.text.tokenizer import load_tokenizer
 from tests.hf_files import CONFIG, hf_tensors, write_hf
 
@@ -89,6 +89,24 @@ def test_the_search_halves_nothing_but_a_third_of_the_error_energy(group, absmax
     assert (ours / naive) ** 2 < 0.72
 
 
+@pytest.mark.parametrize(("size", "allowed"), [(32, 1.01), (96, 1.0015), (128, 1.0015)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_search_misses_little_of_what_trying_all_scales_finds(size, allowed, weighted):
+    """In float64, by numpy: 512 scales of either sign, around the one that just reaches a group's largest weight."""
+    rng = np.random.default_rng(1)
+    groups = rng.standard_normal((256, size)).astype(np.float32).astype(np.float64)
+    importance = 1e6 * rng.exponential(1, size).astype(np.float32) if weighted else np.float32(1)
+
+    def errors(scale: np.ndarray) -> np.ndarray:
+        codes = np.clip(np.round(groups / scale[:, None]), -8, 7)
+        return (importance * np.square(groups - codes * scale[:, None])).sum(axis=1)
+
+    reaching = np.abs(groups).max(axis=1) / 8
+    least = np.min([errors(sign * f * reaching) for f in np.linspace(0.4, 1.4, 512) for sign in (1, -1)], axis=0)
+    found = search_scale(jnp.asarray(groups, jnp.float32), jnp.asarray(importance))
+    assert errors(np.asarray(found, np.float64)).sum() < allowed * least.sum()
+
+
 @pytest.mark.parametrize(
     ("group", "dtype", "expected"),
     [
@@ -98,8 +116,8 @@ def test_the_search_halves_nothing_but_a_third_of_the_error_energy(group, absmax
         (-1, "bfloat16", "9b649075c01fe007"),
     ],
 )
-def test_the_search_finds_the_same_on_every_jax_and_processor(group, dtype, expected):
-    """It did on all that CI has, when it was written; in float sums, two candidates can be equal but for rounding."""
+def test_the_search_finds_the_same_on_every_jax(group, dtype, expected):
+    """CI runs this on three versions. By sums of floats, jax 0.7.2 found another sign where two scales are as good."""
     weight = np.random.RandomState(0).standard_normal((1024, 4096)).astype(dtype)
     int4 = quantize(weight, group)
     assert hashlib.sha256(int4.packed.tobytes() + int4.scale.tobytes()).hexdigest()[:16] == expected
