@@ -1,29 +1,65 @@
 """A checkpoint's tokenizer, set up for generation, and what goes in and out of it."""
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxgen.errors import JaxgenError
+from jaxgen.errors import JaxgenError, UnsupportedError
+
+# Where transformers looks for the names of a repository's own classes, and how it writes them.
+_CONFIGS, _NAMES_CODE = ("tokenizer_config.json", "config.json"), "auto_map"
 
 
 def load_tokenizer(directory: Path) -> Any:
     """transformers' tokenizer of a checkpoint directory, padding on the left; pad defaults to end-of-sequence.
 
-    Raises `JaxgenError` if the directory holds no tokenizer that transformers can read.
+    Code from the repository never runs, and nothing asks whether it may: raises `UnsupportedError` for a repository
+    that needs its own. Raises `JaxgenError` if the directory holds no tokenizer that transformers can read and use.
     """
+    _refuse_code(directory)
     import transformers  # takes seconds; nothing but text needs it
 
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, padding_side="left")
-    except (OSError, ValueError, KeyError) as error:
-        raise JaxgenError(f"{directory}: no tokenizer that transformers can read: {error}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    with _telling(f"{directory}: no tokenizer that transformers can read"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, padding_side="left", trust_remote_code=False
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        # Much of what a damaged file holds is looked at only now.
+        tokenizer.decode(tokenizer("a")["input_ids"], skip_special_tokens=True)
     return tokenizer
+
+
+def _refuse_code(directory: Path) -> None:
+    """Raise for a repository whose tokenizer, or whose config, is code of its own; before transformers sees it."""
+    from jaxgen.convert.checkpoint import read_json
+
+    for name in _CONFIGS:
+        path = directory / name
+        if os.path.lexists(path) and (code := read_json(path).get(_NAMES_CODE)):
+            raise UnsupportedError(
+                f"{path}: {_NAMES_CODE}={code!r:.80} names code in the repository, which jaxgen never runs. If one of "
+                "transformers' own classes reads these files, remove the field"
+            )
+
+
+@contextlib.contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Turn whatever transformers and its Rust code raise on files that they cannot read into one `JaxgenError`."""
+    try:
+        yield
+    except JaxgenError:
+        raise
+    except BaseException as error:
+        # A panic in Rust is no Exception, and its class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise JaxgenError(f"{what}: {type(error).__name__}: {error!s:.300}") from error
 
 
 def tokenizer_for(model: Any, tokenizer: Any = None) -> Any:
