@@ -1,5 +1,6 @@
-"""GenerationConfig: HF's fields, HF's defaults and HF's order of precedence, as a frozen dataclass."""
+"""GenerationConfig: HF's fields, HF's defaults and HF's order of precedence, checked whenever one is set."""
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -33,17 +34,24 @@ DEFAULTS: dict[str, Any] = {
 DEFAULT_NEW_TOKENS = 20
 
 
-@dataclasses.dataclass(frozen=True, init=False)
+@dataclasses.dataclass(init=False)
 class GenerationConfig:
     """How to generate: HF's field names; `None` means that a less specific source decides.
 
-    Values are checked here: counts are positive, `temperature` > 0, `top_p` in (0, 1], and so on (`fields.CHECKS`).
-    Raises `JaxgenError` for a bad value or a misspelt name, and `UnsupportedError` for a field of transformers that
-    jaxgen refuses. Source: transformers `GenerationConfig`.
+    Values are checked here: counts are positive, `temperature` > 0, `top_p` in (0, 1], and so on (`fields.CHECKS`),
+    when it is made and when a field is set. Raises `JaxgenError` for a bad value or a misspelt name, and
+    `UnsupportedError` for a field of transformers that jaxgen refuses. Source: transformers `GenerationConfig`.
 
-    >>> GenerationConfig(max_new_tokens=5, do_sample=True, top_p=0.9).top_p
+    A config that has been hashed (as a static argument of `jax.jit`, for instance) does not change any more: what was
+    compiled for it would not know. `copy.copy(config)` does.
+
+    >>> config = GenerationConfig(max_new_tokens=5, do_sample=True)
+    >>> config.top_p = 0.9
+    >>> config.top_p
     0.9
     """
+
+    __slots__ = ("__dict__", "__weakref__", "_hash")
 
     # Length
     max_length: int | None = None
@@ -107,9 +115,25 @@ class GenerationConfig:
         """Take options by HF's names; written by hand so that a wrong name says what it should have been."""
         check_names(options)
         for field in dataclasses.fields(self):
-            value = options.get(field.name)
-            checked = None if value is None else CHECKS[field.name](field.name, plain(value))
-            object.__setattr__(self, field.name, checked)
+            object.__setattr__(self, field.name, _checked(field.name, options.get(field.name)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(self, "_hash"):
+            raise JaxgenError(
+                f"{name}={value!r:.60}: this GenerationConfig was hashed, as a static argument of jit is, and cannot "
+                "change any more; change copy.copy(config)"
+            )
+        check_names({name: value})
+        if name in CHECKS:  # anything else that passes does nothing here, as in the constructor
+            object.__setattr__(self, name, _checked(name, value))
+
+    def __hash__(self) -> int:
+        if not hasattr(self, "_hash"):
+            object.__setattr__(self, "_hash", hash(tuple(vars(self).values())))
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy may be changed
+        return _from_fields, (dict(vars(self)),)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -142,9 +166,71 @@ class GenerationConfig:
         ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return cls(**{name: value for name, value in ids.items() if value != -1})  # old configs' "none"
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name: "str | os.PathLike[str]",
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        cache_dir: "str | os.PathLike[str] | None" = None,
+        token: str | bool | None = None,
+        **options: Any,
+    ) -> "GenerationConfig":
+        """Read the generation_config.json of a directory or hub id; `options` are fields that replace what it says.
+
+        Raises `JaxgenError` if there is none. Source: transformers `GenerationConfig.from_pretrained`.
+
+        >>> from jaxgen import demo
+        >>> GenerationConfig.from_pretrained(demo.path(), max_new_tokens=5).max_new_tokens
+        5
+        """
+        from jaxgen.convert.hub import locate
+
+        placed: dict[str, Any] = {"local_files_only": local_files_only, "cache_dir": cache_dir, "token": token}
+        directory = locate(pretrained_model_name, revision=revision, files=("generation_config.json",), **placed)
+        config = cls.from_hf(directory / "generation_config.json")
+        config.update(**options)
+        return config
+
+    def update(self, **options: Any) -> None:
+        """Set several fields; checked as each alone."""
+        for name, value in options.items():
+            setattr(self, name, value)
+
     def to_hf(self) -> dict[str, Any]:
         """The generation_config.json that transformers reads back: the fields that are set."""
         return {k: _listed(v) for k, v in dataclasses.asdict(self).items() if v is not None and k != "top_logprobs"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """`to_hf`, under HF's name."""
+        return self.to_hf()
+
+
+class ModelDefaults(GenerationConfig):
+    """A model's own configuration: it says what the model has now, and setting a field gives the model a changed copy.
+
+    A copy, so that nothing that was compiled for the model as it was, and no other model, changes with it.
+    """
+
+    __slots__ = ("_model",)
+    __class__ = property(lambda self: GenerationConfig)  # equal to, printed and replaced as what it stands for
+
+    def __init__(self, model: Any):
+        object.__setattr__(self, "_model", model)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in CHECKS or name == "__dict__":
+            return getattr(object.__getattribute__(self, "_model").stored_generation_config, name)
+        return object.__getattribute__(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        changed = copy.copy(self)
+        setattr(changed, name, value)
+        self._model.generation_config = changed
+
+    def __hash__(self) -> int:
+        raise JaxgenError("model.generation_config follows the model, so jit cannot take it as static; copy.copy(it)")
 
 
 def resolve(
@@ -198,6 +284,14 @@ def check_names(fields: Mapping[str, Any]) -> None:
         inert, reason = REFUSED[name]
         if value is not None and not any(_same(value, harmless) for harmless in inert):
             raise UnsupportedError(f"{name}={value!r} is not supported by jaxgen: {reason}")
+
+
+def _checked(name: str, value: Any) -> Any:
+    return None if value is None else CHECKS[name](name, plain(value))
+
+
+def _from_fields(fields: dict[str, Any]) -> GenerationConfig:
+    return GenerationConfig(**fields)
 
 
 def _same(value: object, inert: object) -> bool:

@@ -6,6 +6,7 @@ The host side is numpy; the device runs two executables, `prefill` and `decode`,
 `generate` is the same path as a pure function, for use inside a caller's own jit.
 """
 
+import copy
 import time
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation import loop
-from jaxgen.generation.config import GenerationConfig, resolve
+from jaxgen.generation.config import GenerationConfig, ModelDefaults, resolve
 from jaxgen.generation.controls import Plan, Recipe
 from jaxgen.generation.fields import integer
 from jaxgen.generation.limits import row_limits
@@ -141,7 +142,7 @@ class GenerationMixin:
         options: dict[str, Any],
     ) -> Request:
         extras, fields = Extras.take(options)
-        config = resolve(fields, generation_config, self.generation_config)
+        config = resolve(fields, generation_config, self.stored_generation_config)
         return Request.read(self, input_ids, attention_mask, config, key, seed, row_ids, extras)
 
     def _feed(self, streamer: Any, request: Request, chunk_size: int | None) -> Any:
@@ -172,13 +173,27 @@ class GenerationMixin:
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The checkpoint's own generation defaults; assign a `GenerationConfig` (or transformers') to change them."""
-        return self._generation_defaults.value
+        """The model's own generation defaults: set a field of it, or assign another (transformers' too).
+
+        What is assigned is copied: changing it afterwards, or another model that has it too, changes nothing here.
+
+        >>> import copy
+        >>> model = copy.copy(getfixture("demo")[0])
+        >>> model.generation_config.max_new_tokens = 4
+        >>> model.generate([[1, 5]]).shape
+        (1, 6)
+        """
+        return ModelDefaults(self)
 
     @generation_config.setter
     def generation_config(self, config: Any) -> None:
         known = isinstance(config, GenerationConfig)
-        self._generation_defaults = Untracked(config if known else GenerationConfig.from_hf(config))
+        self._generation_defaults = Untracked(copy.copy(config) if known else GenerationConfig.from_hf(config))
+
+    @property
+    def stored_generation_config(self) -> GenerationConfig:
+        """What `generation_config` says now; nobody changes it."""
+        return self._generation_defaults.value
 
     @property
     def name_or_path(self) -> str | None:

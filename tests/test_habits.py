@@ -1,0 +1,86 @@
+"""What people write with transformers, written here: it works, or one line says what to write instead."""
+
+import copy
+import pickle
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxgen
+from jaxgen import GenerationConfig, JaxgenError
+
+IDS = np.array([[1, 5, 9]])
+
+
+@pytest.fixture(scope="module")
+def shared() -> Any:
+    return jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path())
+
+
+@pytest.fixture
+def model(shared: Any) -> Any:
+    """The demo model, to be changed: a module of its own, with the same arrays."""
+    return copy.copy(shared)
+
+
+class TestGenerationConfig:
+    def test_a_field_of_the_models_own_is_set(self, model: Any):
+        model.generation_config.max_new_tokens = 4
+        model.generation_config.pad_token_id = 7
+        assert model.generate(IDS, eos_token_id=None).shape == (1, 7)
+        assert model.generation_config.pad_token_id == model.generation_config.filler_id == 7
+
+    def test_what_was_taken_before_says_what_holds_now(self, model: Any):
+        config = model.generation_config
+        model.generation_config.max_new_tokens = 4
+        config.do_sample = True
+        assert (config.max_new_tokens, model.generation_config.do_sample) == (4, True)
+
+    def test_models_that_were_given_the_same_one_do_not_share_it(self, model: Any, shared: Any):
+        config = GenerationConfig(max_new_tokens=4)
+        model.generation_config = config
+        clone, other = nnx.clone(model), copy.copy(shared)
+        other.generation_config = model.generation_config
+        model.generation_config.max_new_tokens = config.max_new_tokens = 5
+        config.max_new_tokens = 6
+        given = [each.generation_config.max_new_tokens for each in (model, clone, other)]
+        assert given == [5, 4, 4]
+
+    def test_a_copy_belongs_to_no_model(self, model: Any):
+        changed = copy.deepcopy(model.generation_config)
+        changed.max_new_tokens = 4
+        assert model.generate(IDS, generation_config=changed).shape == (1, 7)
+        assert model.generation_config.max_new_tokens is None
+        assert type(changed) is GenerationConfig
+        assert pickle.loads(pickle.dumps(model.generation_config)) == model.generation_config
+        assert repr(model.generation_config) == repr(copy.copy(model.generation_config))
+
+    def test_what_was_compiled_for_other_values_is_compiled_again(self, model: Any):
+        generate = nnx.jit(jaxgen.generate)
+        widths = []
+        for number in (2, 3, 2):
+            model.generation_config.max_new_tokens = number
+            widths.append(generate(model, IDS).shape[1])
+        assert widths == [5, 6, 5]
+
+    def test_a_static_argument_of_jit_cannot_change_any_more(self):
+        config = GenerationConfig(max_new_tokens=4)
+        jax.jit(lambda x, config: x, static_argnames="config")(1, config=config)
+        with pytest.raises(JaxgenError, match="max_new_tokens=5: this GenerationConfig was hashed"):
+            config.max_new_tokens = 5
+        changed = copy.copy(config)
+        changed.max_new_tokens = 5
+        assert changed != config
+
+    @pytest.mark.parametrize(("name", "value"), [("max_new_token", 5), ("temperature", -1), ("dola_layers", "high")])
+    def test_what_is_set_is_checked(self, model: Any, name: str, value: Any):
+        with pytest.raises(JaxgenError, match=name):
+            setattr(model.generation_config, name, value)
+
+    def test_from_pretrained_and_to_dict(self):
+        config = GenerationConfig.from_pretrained(jaxgen.demo.path(), max_new_tokens=4)
+        assert GenerationConfig(**config.to_dict()) == config
+        assert (config.max_new_tokens, config.eos_token_id) == (4, 2)
