@@ -9,6 +9,7 @@ from typing import Any, no_type_check
 from jaxgen.errors import CheckpointError, UnsupportedError
 
 from .checkpoint import read_json
+from .patterns import Patterns
 
 CONFIG = "adapter_config.json"
 MERGE = (
@@ -27,6 +28,7 @@ _IGNORED = frozenset((
 _INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _OFF = (None, False, "", "none", [], {})  # what a field that adds something says when it does not
 
+_REGULAR = ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules")  # may hold regular expressions
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -47,6 +49,7 @@ class LoraConfig:
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
+    patterns: Patterns = dataclasses.field(init=False, compare=False, default_factory=lambda: Patterns(CONFIG))
 
     @classmethod
     def read(cls, directory: Path) -> "LoraConfig":
@@ -61,7 +64,7 @@ class LoraConfig:
                 f"{directory / CONFIG}: peft_type={fields.get('peft_type')!r} is not supported; jaxgen reads 'LORA'. "
                 f"If the adapter changes weights (prompts do not), {MERGE}"
             )
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = {field.name for field in dataclasses.fields(cls) if field.init}
         if refused := [f"{name}={value!r:.80}" for name, value in fields.items() if _changes(name, value, known)]:
             raise UnsupportedError(
                 f"{directory / CONFIG}: {', '.join(refused)}: not supported; jaxgen reads plain LoRA of linear "
@@ -78,8 +81,8 @@ class LoraConfig:
         if isinstance(wanted, str) and wanted.lower() == "all-linear":
             chosen = module != "lm_head"
         else:
-            chosen = _matches(wanted, module)
-        if not chosen or (self.exclude_modules and _matches(self.exclude_modules, module)):
+            chosen = self._names(wanted, module)
+        if not chosen or (self.exclude_modules and self._names(self.exclude_modules, module)):
             return False
         if self.layers_to_transform in (None, []):
             return True
@@ -89,12 +92,24 @@ class LoraConfig:
 
     def rank(self, module: str) -> int:
         """r of `module`."""
-        return _by_pattern(self.rank_pattern, module, self.r)
+        return self._by_pattern(self.rank_pattern, module, self.r)
 
     def scale(self, module: str) -> float:
         """What `B @ A` of `module` is multiplied by. Source: LoRA; with `use_rslora`, arXiv 2312.03732."""
         rank = self.rank(module)
-        return _by_pattern(self.alpha_pattern, module, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+        alpha = self._by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _names(self, wanted: str | list[str], module: str) -> bool:
+        """Whether a regular expression, or a list of ends of names, means the module."""
+        if isinstance(wanted, str):
+            return self.patterns.fullmatch(wanted, module)
+        return any(module == name or module.endswith(f".{name}") for name in wanted)
+
+    def _by_pattern(self, patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+        """The value of the first pattern that fits. Source: peft `get_pattern_key`."""
+        fitting = (v for key, v in (patterns or {}).items() if self.patterns.match(rf"(.*\.)?({key})$", module))
+        return next(fitting, default)
 
 
 def _changes(name: str, value: Any, known: set[str]) -> bool:
@@ -107,23 +122,18 @@ def _changes(name: str, value: Any, known: set[str]) -> bool:
 
 
 def _problems(config: LoraConfig) -> list[str]:
-    return [
-        f"{name}={getattr(config, name)!r:.80} must be {wanted}"
-        for name, (is_right, wanted) in _CHECKS.items()
-        if not is_right(getattr(config, name))
-    ]
-
-
-def _matches(wanted: str | list[str], module: str) -> bool:
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in wanted)
-
-
-def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that fits. Source: peft `get_pattern_key`."""
-    fitting = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
-    return next(fitting, default)
+    problems = []
+    for name, (is_right, wanted) in _CHECKS.items():
+        value = getattr(config, name)
+        if not is_right(value):
+            problems.append(f"{name}={value!r:.80} must be {wanted}")
+        elif name in _REGULAR and not isinstance(value, list):
+            for pattern in [value] if isinstance(value, str) else value or ():
+                try:
+                    config.patterns.check(pattern)
+                except CheckpointError as error:
+                    problems.append(f"{name}={value!r:.80}: {error.problems[0]}")
+    return problems
 
 
 def _is_int(value: Any, least: int = 0) -> bool:
@@ -138,19 +148,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
-def _is_regex(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except (re.error, OverflowError, RecursionError):
-        return False
-
-
 def _is_choice(value: Any) -> bool:
-    return _is_regex(value) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
 def _is_pattern(value: Any, holds: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(_is_regex, value)) and all(map(holds, value.values())))
+    return value is None or (isinstance(value, dict) and all(map(holds, value.values())))
 
 
 _CHECKS = {

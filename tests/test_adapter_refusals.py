@@ -67,6 +67,35 @@ def test_impossible_values_are_named_together(tmp_path):
     assert "r=0 must be a positive int" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "fields, why",
+    [
+        ({"target_modules": "(?>.*)"}, "target_modules='(?>.*)': .* jaxgen does not match atomic group"),
+        ({"exclude_modules": "a{99999999999999999999}"}, "exclude_modules='a{9+}': .* too large"),
+        ({"rank_pattern": {r"(q)\1": 2}}, "rank_pattern={.*}: .* jaxgen does not match groupref"),
+        ({"alpha_pattern": {"x(?i)": 2}}, "alpha_pattern={.*}: .* global flags not at the start"),
+    ],
+)
+def test_regular_expressions_that_cannot_be_used(tmp_path, fields, why):
+    adapter = write_adapter(tmp_path, {}, **fields)
+    with pytest.raises(CheckpointError, match=re.escape("adapter_config.json: ") + why.replace("(?>.*)", r"\(\?>.*\)")):
+        load(tmp_path, adapter=adapter)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_regular_expressions_that_backtrack_for_ever(tmp_path, field):
+    hf = hf_tensors(CONFIG)
+    write_hf(tmp_path / "base", CONFIG, hf)
+    bomb = "(([a-z0-9_.]+)+)+!"
+    fields = {field: bomb if field.endswith("modules") else {bomb: 1}}
+    adapter = write_adapter(tmp_path / "adapter", adapter_tensors(hf, scales(hf)), **fields)
+    if field == "target_modules":
+        with pytest.raises(CheckpointError, match="names no linear layer"):
+            load(tmp_path / "base", adapter=adapter)
+    else:
+        load(tmp_path / "base", adapter=adapter)
+
+
 def test_every_problem_of_base_and_adapter_before_any_weight_is_read(tmp_path, monkeypatch):
     def read(*arguments):
         raise AssertionError("a weight was read")

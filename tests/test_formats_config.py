@@ -85,14 +85,15 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("gptq-v1-symmetric", {"group_size": 0}, "group_size=0"),
     ("gptq-v1-symmetric", {"group_size": 7}, "groups of 7 do not divide"),
     ("gptq-v1-symmetric", {"sym": "yes"}, "sym='yes' .* must be true or false"),
-    ("gptq-v1-symmetric", {"dynamic": {"(": {}}}, r"'\(' is not a regular expression"),
+    ("gptq-v1-symmetric", {"dynamic": {"(": {}}}, r"'\(' cannot be used as a regular expression"),
     ("gptq-v1-symmetric", {"dynamic": {".*mlp": 3}}, "must be an object"),
     ("gptq-v1-symmetric", {"quant_method": 4}, "quant_method=4"),
     ("gptq-v1-symmetric", {"quant_method": None, "bits": None}, "no quant_method"),
     ("awq", {"modules_to_not_convert": "lm_head"}, "must be a list"),
     ("autoround-gptq", {"extra_config": {DOWN: 8}}, "must be an object"),
     ("compressed-g-idx", {"ignore": [3]}, "must hold texts only"),
-    ("compressed-g-idx", {"ignore": ["re:("]}, "is not a regular expression"),
+    ("compressed-g-idx", {"ignore": ["re:("]}, "cannot be used as a regular expression"),
+    ("compressed-g-idx", {"ignore": ["re:(a{99999999999999999999})"]}, "cannot be used as a regular expression"),
     ("compressed-g-idx", {"config_groups": {}}, "quantises nothing"),
     ("compressed-g-idx", {"config_groups": {"group_0": ["Linear"]}}, "must be an object"),
 ]
@@ -102,6 +103,20 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
 def test_malformed_configs_are_refused_by_field(tmp_path, case, fields, message):
     with pytest.raises(JaxgenError, match=message):
         load(changed(tmp_path, case, **fields))
+
+
+BOMB = "(([a-z0-9_.]+)+)+!"  # backtracks for ever in Python's re
+
+
+@pytest.mark.parametrize("case, fields", [
+    ("gptq-v1-symmetric", {"dynamic": {BOMB: {"bits": 8}}}),
+    ("autoround-gptq", {"extra_config": {
+        BOMB: {"bits": 8},
+        "model.layers.0.self_attn.o_proj": {"bits": 16}, "model.layers.0.self_attn.v_proj": {"group_size": 32}}}),
+    ("compressed-g-idx", {"ignore": ["lm_head", f"re:{BOMB}"]}),
+])  # fmt: skip
+def test_patterns_that_backtrack_for_ever_are_answered(tmp_path, case, fields):
+    load(changed(tmp_path, case, **fields))
 
 
 @pytest.mark.parametrize("targets, groups", [

@@ -1,13 +1,13 @@
 """AutoRound's own exports: tensors of GPTQ or AWQ, under a config that names the layout and each layer's exceptions."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoint import Checkpoint
+from ..patterns import Patterns
 from .awq import Awq
 from .gptq import Gptq
-from .modules import PackedModules, matches, setting, unsupported
+from .modules import PackedModules, setting, unsupported
 
 # Their names for GPTQ that stores zero points minus one, and as they are.
 _GPTQ = {
@@ -22,10 +22,10 @@ def open_autoround(fields: Mapping[str, Any], checkpoint: Checkpoint) -> PackedM
 
     Scales may be negative. Source: auto-round `inference/convert_model.py`.
     """
-    exceptions = setting(fields, "extra_config", {})
+    exceptions, patterns = setting(fields, "extra_config", {}), Patterns("config.json")
 
     def settings(module: str) -> Mapping[str, Any] | None:
-        found = [module] if module in exceptions else [key for key in exceptions if matches(key, module, re.search)]
+        found = [module] if module in exceptions else [key for key in exceptions if patterns.search(key, module)]
         effective = {**fields, **setting(exceptions, found[0], {})} if found else fields
         _check(effective, module)
         return None if setting(effective, "bits", 4, module) > 8 else effective

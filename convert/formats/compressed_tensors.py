@@ -11,7 +11,8 @@ from jaxgen.quant.config import WHOLE_ROWS
 
 from ..checkpoint import Checkpoint, Wanted
 from ..names import Part
-from .modules import PackedModules, Scheme, check_bits, group_size, matches, setting, unsupported
+from ..patterns import Patterns
+from .modules import PackedModules, Scheme, check_bits, group_size, setting, unsupported
 from .packing import from_words, int4, nibbles
 
 _LAYOUT = "pack-quantized"
@@ -76,12 +77,18 @@ def open_compressed_tensors(fields: Mapping[str, Any], checkpoint: Checkpoint) -
         targets |= dict.fromkeys(_texts(group, "targets"), weights)
     if not targets:
         raise JaxgenError("config.json: the quantisation has no config_groups with targets, so it quantises nothing")
-    ignored = _texts(fields, "ignore")
+    ignored, patterns = _texts(fields, "ignore"), Patterns("config.json")
+
+    def names(entry: str, module: str) -> bool:
+        """Whether an entry of targets or ignore means this linear layer: by class, name, or regular expression."""
+        if entry.startswith("re:"):
+            return patterns.match(entry.removeprefix("re:"), module)
+        return entry in ("Linear", module)
 
     def settings(module: str) -> Mapping[str, Any] | None:
-        if any(_names(entry, module) for entry in ignored):
+        if any(names(entry, module) for entry in ignored):
             return None
-        named = sorted((entry for entry in targets if _names(entry, module)), key=_generality)
+        named = sorted((entry for entry in targets if names(entry, module)), key=_generality)
         return targets[named[0]] if named else None
 
     schemes = dict.fromkeys(str(_scheme(weights, "config_groups")) for weights in targets.values())
@@ -116,13 +123,6 @@ def _texts(fields: Mapping[str, Any], name: str) -> list[str]:
     if not all(isinstance(entry, str) for entry in entries):
         raise JaxgenError(f"config.json: {name}={entries!r:.80} of the quantisation must hold texts only")
     return entries
-
-
-def _names(entry: str, module: str) -> bool:
-    """Whether an entry of targets or ignore means this linear layer: by class, by name, or by regular expression."""
-    if entry.startswith("re:"):
-        return matches(entry.removeprefix("re:"), module)
-    return entry in ("Linear", module)
 
 
 def _generality(entry: str) -> tuple[bool, bool, str]:

@@ -11,7 +11,8 @@ from jaxgen.quant.config import WHOLE_ROWS
 
 from ..checkpoint import Checkpoint, Wanted
 from ..names import Part
-from .modules import PackedModules, Scheme, Settings, check_bits, group_size, matches, setting, unsupported
+from ..patterns import Patterns
+from .modules import PackedModules, Scheme, Settings, check_bits, group_size, setting, unsupported
 from .packing import from_words, int4, nibbles
 
 logger = logging.getLogger("jaxgen")
@@ -86,13 +87,13 @@ def open_gptq(fields: Mapping[str, Any], checkpoint: Checkpoint) -> Gptq:
         raise unsupported(f"GPTQ packed into {fields['pack_dtype']}")
     if fields.get("adapter"):
         raise unsupported("GPTQ with an adapter of low rank")
-    head, dynamic = fields.get("lm_head"), setting(fields, "dynamic", {})
+    head, dynamic, patterns = fields.get("lm_head"), setting(fields, "dynamic", {}), Patterns("config.json")
 
     def settings(module: str) -> Mapping[str, Any] | None:
         if module == "lm_head" and head is False:
             return None
         for pattern in dynamic:
-            if matches(pattern.removeprefix("-:").removeprefix("+:"), module):
+            if patterns.match(pattern.removeprefix("-:").removeprefix("+:"), module):
                 return None if pattern.startswith("-:") else {**fields, **setting(dynamic, pattern, {})}
         return fields
 

@@ -1,9 +1,9 @@
 """What the packed formats of linear layers share: which modules are packed, and that file and config agree on it."""
 
 import dataclasses
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -54,7 +54,7 @@ class PackedModules(ABC):
     packed: ClassVar[str]  # the suffix that every packed module has, and no other
 
     def __init__(self, name: str, checkpoint: Checkpoint, settings: Settings):
-        self.name, self.checkpoint, self._settings = name, checkpoint, settings
+        self.name, self.checkpoint, self._settings = name, checkpoint, cache(settings)
 
     def stored(self, part: Part) -> dict[str, Wanted] | None:
         """The tensors that hold the weight; None if it is an ordinary tensor. Source: `formats.Format`.
@@ -154,11 +154,3 @@ def group_size(fields: Mapping[str, Any], default: int, where: str) -> int:
     if size != WHOLE_ROWS and size < 1:
         raise JaxgenError(f"config.json: group_size={size} of {where} must be positive, or -1 for whole rows")
     return size
-
-
-def matches(pattern: str, module: str, how: Callable[..., Any] = re.match) -> bool:
-    """Whether a regular expression of config.json matches a module; raises `CheckpointError` if it is none."""
-    try:
-        return how(pattern, module) is not None
-    except (re.error, RecursionError) as error:
-        raise CheckpointError("config.json", [f"{pattern!r:.80} is not a regular expression: {error}"]) from error
