@@ -5,12 +5,11 @@ import os
 from typing import Any
 
 from jaxgen.config import MistralConfig
-from jaxgen.errors import CheckpointError
 from jaxgen.generation.limits import free_bytes, kv_bytes_per_token
 
 from .checkpoint import Checkpoint
 from .hub import locate
-from .load import open_checkpoint
+from .load import check_tensors, open_checkpoint
 from .names import EMBEDDING, parameter_parts
 from .placement import as_device, as_dtype, auto_dtype
 
@@ -24,8 +23,7 @@ def describe(name_or_path: "str | os.PathLike[str]", dtype: str = "auto") -> str
     chosen = auto_dtype(device) if dtype == "auto" else as_dtype(dtype)
     place = locate(name_or_path)
     config, checkpoint, stored_as = open_checkpoint(place)
-    if checkpoint.problems:
-        raise CheckpointError(str(place), checkpoint.problems)
+    check_tensors(checkpoint, config, stored_as)  # a count of layers in config.json may be anything
     parts = [part for group in parameter_parts(config).values() for part in group]
     packed = {part.name: stored_as.stored(part) or {} for part in parts if stored_as and part.name != EMBEDDING}
     packed_bytes = sum(checkpoint.tensors[name].nbytes for stored in packed.values() for name in stored)
