@@ -8,6 +8,7 @@ from jaxtyping import Int
 
 from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError
+from jaxgen.text.utf8 import decode_utf8
 
 SEQUENCES = 128
 TOKENS = 2048
@@ -23,9 +24,10 @@ def read_calibration(
     model does not have.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
         raise JaxgenError(f"calibration {path}: cannot be read: {error}") from error
+    text = decode_utf8(data, f"calibration {path}")
     ids = np.array(tokenizer(text, verbose=False)["input_ids"], np.int32)
     length = min(tokens, config.max_position_embeddings)
     available = len(ids) // length

@@ -1,25 +1,35 @@
 """The command line: `jaxgen generate`, `chat`, `replay`, `inspect` and `convert`."""
 
+import _thread
 import argparse
 import contextlib
+import glob
 import json
 import os
+import re
+import shlex
 import sys
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from jaxgen.arguments import parser, settings_of
 from jaxgen.errors import JaxgenError
+from jaxgen.text.utf8 import decode_utf8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns 0, 1 if a replay differs, 2 for errors (a line on stderr), 130 for Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     # Only what jaxgen says belongs on the terminal; transformers would remark that torch is not installed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        code = options.run(options) or 0
-        sys.stdout.flush()
+        with _every_interrupt_counts(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = _COMMANDS[options.command](options) or 0
+            sys.stdout.flush()
     except JaxgenError as error:
         return _complain(error)
     except BrokenPipeError:  # the reader (head, less) has seen enough
@@ -37,103 +47,94 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: Exception) -> int:
-    sys.stderr.write("jaxgen: " + " ".join(str(error).split()) + "\n")
+    _say(str(error))
     return 2
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage around it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with 2."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+def _say(text: str) -> None:
+    """A line for the person at the terminal, beside the output."""
+    sys.stderr.write(f"jaxgen: {' '.join(text.split())}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="jaxgen", description="Hugging Face generate for JAX.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def _show_warning(message: Any, *_: Any, **__: Any) -> None:
+    """One line. What a killed command has kept half of is dropped: JAX would complain of it for ever."""
+    if damaged := re.match("Error reading persistent compilation cache entry for '(.*?)'", str(message)):
+        import jax
 
-    generate = commands.add_parser("generate", help="continue prompts", description="Continue prompts.")
-    generate.set_defaults(run=_generate)
-    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue; none or '-': lines of stdin")
-    generate.add_argument("--file", type=Path, help="read prompts from this file, one per line")
-    _add_sampling(generate)
-    generate.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
-    generate.add_argument("--record", type=Path, metavar="FILE", help="write what determined the text, for replay")
-    output = generate.add_mutually_exclusive_group()
-    output.add_argument("--stream", action="store_true", help="print text as it is generated")
-    output.add_argument("--json", action="store_true", help="print one JSON object per prompt and line")
-
-    chat = commands.add_parser("chat", help="talk to a model", description="Talk to a model; /help says how.")
-    chat.set_defaults(run=_chat)
-    _add_sampling(chat)
-    chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
-
-    replay = commands.add_parser(
-        "replay",
-        help="run a record again",
-        description="Run a record again and say whether the same came out: exit 0 for the same tokens, 1 for others, "
-        "2 if that cannot be said.",
-    )
-    replay.set_defaults(run=_replay)
-    replay.add_argument("record", metavar="RECORD", type=Path, help="a file that generate --record wrote")
-    replay.add_argument("--model", metavar="DIR_OR_ID", help="where the model is now, if it was a directory then")
-
-    inspect = commands.add_parser("inspect", help="describe a checkpoint", description="Describe a checkpoint.")
-    inspect.set_defaults(run=_inspect)
-    inspect.add_argument("model", metavar="DIR_OR_ID")
-    inspect.add_argument("--dtype", default="auto", help="as for generate: what the sizes are computed for")
-
-    convert = commands.add_parser(
-        "convert",
-        help="write a checkpoint with int4 weights",
-        description="Write a checkpoint with int4 weights, in compressed-tensors' format. Interrupted, it "
-        "goes on where it was when it is started again.",
-    )
-    convert.set_defaults(run=_convert)
-    convert.add_argument("source", metavar="SRC", help="checkpoint directory or hub id, not quantised")
-    convert.add_argument("target", metavar="DST", type=Path, help="new directory")
-    convert.add_argument("--bits", type=int, default=4, help="4 (default)")
-    convert.add_argument(
-        "--group-size", type=int, default=128, metavar="N", help="32, 64, 128 (default); -1: whole rows"
-    )
-    convert.add_argument("--method", default="rtn", help="rtn (default), gptq or autoround")
-    convert.add_argument("--calibration", type=Path, metavar="FILE", help="text for gptq and autoround")
-    convert.add_argument("--lm-head", action="store_true", help="quantise the output head too")
-    return parser
+        directory: str = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+        for path in Path(directory).glob(f"{glob.escape(damaged[1])}-*"):
+            path.unlink(missing_ok=True)
+        _say(f"what was kept of the compiled {damaged[1]} was damaged and is dropped")
+    else:
+        _say(str(message))
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that generates: the model, and how to choose tokens."""
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint directory or hub id (default: the demo)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the model's, or 20; 256 in a chat")
-    parser.add_argument("--do-sample", action=argparse.BooleanOptionalAction, help="sample, or search greedily")
-    parser.add_argument("--temperature", type=float)
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--min-p", type=float)
-    parser.add_argument("--seed", type=int, help="any int; the same seed gives the same text")
+@contextlib.contextmanager
+def _every_interrupt_counts() -> Iterator[None]:
+    """Ctrl-C also where Python drops its exception: in callbacks of the garbage collector, which importing JAX adds."""
+    before = sys.unraisablehook
+
+    def interrupt_again() -> None:
+        time.sleep(0.05)  # until the callback has returned
+        _thread.interrupt_main()
+
+    def hook(dropped: Any) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            _thread.start_new_thread(interrupt_again, ())
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _keep_compiled(options: argparse.Namespace) -> None:
+    """Keep compiled programs for the next command; where JAX was told of a directory already, that one is it."""
+    import jax
+
+    chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if options.no_compile_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif "JAX_COMPILATION_CACHE_DIR" not in os.environ and not chosen:
+        from jaxgen.generation.compiled import enable_compile_cache
+
+        try:
+            enable_compile_cache()
+        except (JaxgenError, OSError) as error:
+            _say(f"compiled programs are not kept (--no-compile-cache does not try): {error}")
+
+
+def _locate(options: argparse.Namespace) -> Path:
+    """Where the model is, downloaded if need be."""
+    from jaxgen import demo
+    from jaxgen.convert.hub import locate
+
+    directory = demo.path() if options.model is None else locate(options.model, revision=options.revision)
+    if options.revision is not None and (options.model is None or directory == Path(options.model).expanduser()):
+        raise JaxgenError(f"--revision {options.revision}: only hub ids have revisions, and {directory} is a directory")
+    return directory
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """Model, tokenizer and the options of `generate`; a fresh seed is chosen here, and told, where one is needed."""
-    from jaxgen import demo
-    from jaxgen.convert.hub import locate
     from jaxgen.convert.load import AutoModelForCausalLM
     from jaxgen.generation.config import resolve
+    from jaxgen.generation.request import Extras
     from jaxgen.generation.sample import random_key
     from jaxgen.text.tokenizer import load_tokenizer
 
-    directory = locate(options.model) if options.model else demo.path()
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=options.dtype)
-    tokenizer = load_tokenizer(directory)
-    names = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p")
-    settings = {name: value for name in names if (value := getattr(options, name)) is not None}
+    settings = settings_of(options)
     settings["num_return_sequences"] = 1  # one text per prompt, whatever the checkpoint's own defaults say
-    if options.seed is None and resolve(settings, None, model.generation_config).do_sample:
+    directory = _locate(options)
+    _keep_compiled(options)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=options.dtype, load_in_4bit=options.load_in_4bit)
+    tokenizer = load_tokenizer(directory)
+    if options.seed is None and resolve(Extras.take(settings)[1], None, model.generation_config).do_sample:
         options.seed = random_key(None, None)[1]
-        sys.stderr.write(f"jaxgen: --seed {options.seed} gives this text again\n")
+        _say(f"--seed {options.seed} gives this text again")
     return model, tokenizer, settings
 
 
@@ -146,16 +147,18 @@ def _generate(options: argparse.Namespace) -> None:
         raise JaxgenError(f"--record {options.record}: there is no directory {options.record.parent}")
     from jaxgen.records.record import Recording
 
-    prompts = _prompts(options)
+    places = _prompts(options)
+    prompts = list(places.values())
     model, tokenizer, settings = _load(options)
     if options.stream:
         _stream(model, tokenizer, prompts, settings, options.seed)
         return
     recording = Recording(tokenizer)
+    completed = _complete(model, tokenizer, prompts, settings, options, recording)
     try:
-        for prompt, completion, details in _complete(model, tokenizer, prompts, settings, options, recording):
+        for (index, prompt), (completion, details) in zip(places.items(), completed, strict=True):
             if options.json:
-                line = {"prompt": prompt, "completion": completion, **details}
+                line = {"index": index, "prompt": prompt, "completion": completion, **details}
                 sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
             else:
                 sys.stdout.write(prompt + completion + "\n")
@@ -165,34 +168,44 @@ def _generate(options: argparse.Namespace) -> None:
             recording.record().save(options.record)
 
 
-def _prompts(options: argparse.Namespace) -> list[str]:
-    """The prompts, from --file, from the arguments, or from standard input."""
+def _prompts(options: argparse.Namespace) -> dict[int, str]:
+    """The prompts by their place among the arguments, or by that of their line in --file or standard input."""
     if options.file is not None:
         if options.prompts:
             raise JaxgenError("prompts were given both as arguments and with --file; choose one")
+        source = f"--file {options.file}"
         try:
-            text = options.file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise JaxgenError(f"--file {options.file}: cannot be read: {error}") from error
+            data = options.file.read_bytes()
+        except (OSError, ValueError) as error:
+            raise JaxgenError(f"{source}: cannot be read: {error}") from error
+        text = decode_utf8(data, source)
     elif options.prompts and options.prompts != ["-"]:
-        return [_utf8(prompt) for prompt in options.prompts]
+        return {place: _utf8(prompt, f"prompt {place + 1}") for place, prompt in enumerate(options.prompts)}
     else:
-        try:
-            text = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise JaxgenError(f"standard input is not UTF-8 text: {error}") from error
-    prompts = [_utf8(line.removesuffix("\r")) for line in text.split("\n") if line.strip()]
+        source, text = "standard input", _read_stdin()
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+    prompts = {place: line for place, line in enumerate(lines) if line.strip()}
     if not prompts:
         raise JaxgenError("no prompts: give one as an argument, with --file, or on standard input")
+    if blank := [str(place + 1) for place in range(len(lines)) if place not in prompts]:
+        which = ", ".join(blank[:10]) + (f" and {len(blank) - 10} more" if len(blank) > 10 else "")
+        _say(f"{source}: nothing is generated for blank lines: {which}")
     return prompts
 
 
-def _utf8(prompt: str) -> str:
+def _read_stdin() -> str:
+    """All of standard input, which may be closed, and which a caller may have replaced by one of text."""
+    source = getattr(sys.stdin, "buffer", sys.stdin)
+    data = source.read() if source is not None else ""
+    return data if isinstance(data, str) else decode_utf8(data, "standard input")
+
+
+def _utf8(argument: str, source: str) -> str:
+    """An argument, in which Python hides bytes that are no UTF-8."""
     try:
-        prompt.encode()
+        return decode_utf8(argument.encode("utf-8", "surrogateescape"), source)
     except UnicodeEncodeError as error:
-        raise JaxgenError(f"prompt {prompt!r} is not UTF-8 text: {error}") from error
-    return prompt
+        raise JaxgenError(f"{source}: character {error.start + 1} is not UTF-8 text") from error
 
 
 def _complete(
@@ -202,8 +215,8 @@ def _complete(
     settings: dict[str, Any],
     options: argparse.Namespace,
     recording: Any,
-) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Each prompt with its continuation and details; row ids make a row's text independent of --batch-size.
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each prompt's continuation and details; row ids make a row's text independent of --batch-size.
 
     With --record, what each batch was is added to `recording`.
     """
@@ -217,17 +230,18 @@ def _complete(
             inputs["attention_mask"],
             seed=options.seed,
             row_ids=range(start, start + len(batch)),
+            tokenizer=tokenizer,  # for stop strings
             return_dict_in_generate=True,
             **settings,
         )
         if options.record is not None:
             recording.add(result)
         width = inputs["input_ids"].shape[1]
-        for row, prompt in enumerate(batch):
+        for row in range(len(batch)):
             count = result.lengths[row]
             tokens = result.sequences[row, width : width + count].tolist()
             own = inputs["input_ids"][row][inputs["attention_mask"][row] == 1].tolist()
-            yield prompt, continuation(tokenizer, own, tokens), {
+            yield continuation(tokenizer, own, tokens), {
                 "token_ids": tokens,
                 "logprobs": result.logprobs[row, :count].tolist(),
                 "finish_reason": result.finish_reason[row],
@@ -250,11 +264,11 @@ def _stream(model: Any, tokenizer: Any, prompts: list[str], settings: dict[str, 
 def _chat(options: argparse.Namespace) -> None:
     from jaxgen.text.chat import Session, converse, lines_of
 
-    system = None if options.system is None else _utf8(options.system)
+    system = None if options.system is None else _utf8(options.system, "--system")
     model, tokenizer, settings = _load(options)
     session = Session(model, tokenizer, system=system, seed=options.seed, **settings)
     if not sys.stdin.isatty():
-        converse(session, lines_of(sys.stdin), sys.stdout)
+        converse(session, lines_of(getattr(sys.stdin, "buffer", sys.stdin)), sys.stdout)
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() its line editing)
@@ -266,6 +280,7 @@ def _chat(options: argparse.Namespace) -> None:
 def _replay(options: argparse.Namespace) -> int:
     from jaxgen.records.replay import replay
 
+    _keep_compiled(options)
     result = replay(options.record, options.model)
     sys.stdout.write(f"{result}\n")
     return result.exit_code
@@ -274,15 +289,29 @@ def _replay(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> None:
     from jaxgen.convert.inspect import describe
 
-    sys.stdout.write(describe(options.model, dtype=options.dtype) + "\n")
+    sys.stdout.write(describe(_locate(options), dtype=options.dtype) + "\n")
 
 
 def _convert(options: argparse.Namespace) -> None:
+    from jaxgen.convert.checkpoint import Checkpoint
     from jaxgen.convert.convert import convert_checkpoint
 
+    if options.method != "rtn" and options.calibration is None:
+        raise JaxgenError(f"--method {options.method} needs calibration text: --calibration FILE, a UTF-8 text file")
+    source = _locate(options)
+    _keep_compiled(options)
     names = ("bits", "group_size", "method", "calibration", "lm_head")
-    convert_checkpoint(options.source, options.target, **{name: getattr(options, name) for name in names})
+    target = convert_checkpoint(source, options.target, **{name: getattr(options, name) for name in names})
+    before, after = (Checkpoint(place).total_bytes for place in (source, target))
+    sys.stdout.write(f"{target}: {_size(after)} of weights, where {source} has {_size(before)}\n")
+    sys.stdout.write(f'jaxgen generate "A list of colors: red, blue" --model {shlex.quote(str(target))}\n')
 
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+_COMMANDS = {"generate": _generate, "chat": _chat, "replay": _replay, "inspect": _inspect, "convert": _convert}
 
 if __name__ == "__main__":
     sys.exit(main())

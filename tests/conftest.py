@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["oracle/*"]
 if not importlib.util.find_spec("jax_plugins"):
     collect_ignore_glob.append("aot/*")
 
+
+# What the command line compiles stays out of the user's directory, unless a test says otherwise.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 
 # XLA:CPU maps some memory for every function it compiles, and crashes when Linux gives no more: 65530 maps by default.
 _MOST_MAPS = 30_000

@@ -258,6 +258,19 @@ def test_the_last_answer_gets_what_is_left_of_the_context(session, tokenizer):
     assert not said.startswith("(")
 
 
+def test_commands_that_cannot_be_done_are_told_and_the_chat_goes_on(session):
+    lines = {
+        "/save": "/save: usage: /save FILE", "/save  ": "/save: usage: /save FILE", "/seed": "/seed: usage: /seed N",
+        "/seed x": "not an int", "/reset all": "usage: /reset", "/exit now": "usage: /exit", "/quit": "no such command",
+        "/save ~nouser/x": "~nouser/x cannot be written", "/save .": "cannot be written",
+        "/save a\0b": "cannot be written", "/save /nowhere/at/all": "cannot be written",
+    }  # fmt: skip
+    said = talk(session, *lines)
+    assert len(said) == len(lines)
+    for answer, expected in zip(said, lines.values(), strict=True):
+        assert expected in answer
+
+
 def test_a_tokenizer_without_a_template(model, tokenizer):
     tokenizer.chat_template = None
     said = talk(Session(model, tokenizer), "Hello!")

@@ -1,15 +1,21 @@
 """The command line, run as a user runs it: text out, one line for errors, never a traceback."""
 
+import gc
 import io
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import jaxgen
 from jaxgen import JaxgenError, cli, demo
+from jaxgen.arguments import parser, settings_of
+from jaxgen.text.tokenizer import load_tokenizer
 
 COLORS = "A list of colors: red, blue"
 COLORS_CONTINUED = ", green, yellow, orange, purple, pink,"
@@ -22,16 +28,73 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.out
 
 
-def test_the_first_command_in_a_process_of_its_own():
+def command(*arguments: str, **environment: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of `python -m jaxgen` in a process of its own."""
     result = subprocess.run(
-        [sys.executable, "-m", "jaxgen.cli", "generate", COLORS],
+        [sys.executable, "-m", "jaxgen", *arguments],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
+        env=os.environ | environment,
     )
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == COLORS + COLORS_CONTINUED + "\n"
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_the_first_command_and_the_second_which_finds_compiled_programs(tmp_path: Path, monkeypatch):
+    """In the user's own directory, private, and it stays as it is with the same command, or with --no-compile-cache."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    directory = tmp_path / ".cache" / "jaxgen" / "compiled"
+    expected = (0, COLORS + COLORS_CONTINUED + "\n", "")
+    assert command("generate", COLORS, "--no-compile-cache", HOME=str(tmp_path)) == expected
+    assert not directory.exists()
+    assert command("generate", COLORS, HOME=str(tmp_path)) == expected
+    programs = {file.name for file in directory.glob("*-cache")}
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert {name.split("-")[0] for name in programs} >= {"jit__run_prefill", "jit__run_decode"}
+    assert command("generate", COLORS, HOME=str(tmp_path)) == expected
+    assert {file.name for file in directory.glob("*-cache")} == programs
+
+
+def test_a_damaged_program_is_told_in_a_line_and_dropped(tmp_path: Path, monkeypatch):
+    """A kill while JAX writes one leaves the half of it, which JAX would complain of for ever."""
+    options = {"HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    code = (
+        "import sys, jax, jaxgen.cli as cli; jax.config.update('jax_persistent_cache_min_compile_time_secs', 0); "
+        "cli._COMMANDS['inspect'] = lambda _: print(jax.jit(lambda x: x + 1)(1)); sys.exit(cli.main(['inspect', 'x']))"
+    )
+
+    def run() -> tuple[str, str]:
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | options
+        )
+        return result.stdout, result.stderr
+
+    assert run() == ("2\n", "")
+    entry = next(tmp_path.glob("jit__lambda*-cache"))
+    whole = entry.stat().st_size
+    os.truncate(entry, whole // 2)
+    said = "jaxgen: what was kept of the compiled jit__lambda was damaged and is dropped\n"
+    assert run() == ("2\n", said)
+    assert run() == ("2\n", "")
+    assert entry.stat().st_size > whole // 2
+
+
+def test_without_a_private_directory_it_says_so_and_goes_on(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".cache").write_text("a file")
+    cli._keep_compiled(parser().parse_args(["generate", "x"]))
+    said = capsys.readouterr().err
+    assert said.startswith("jaxgen: compiled programs are not kept (--no-compile-cache does not try): ")
+    assert said.count("\n") == 1
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr() == (f"jaxgen {jaxgen.__version__}\n", "")
 
 
 def test_several_prompts_in_batches_give_the_same(capsys):
@@ -43,19 +106,44 @@ def test_several_prompts_in_batches_give_the_same(capsys):
 
 
 def test_standard_input_and_files(capsys, monkeypatch, tmp_path: Path):
-    text = f"{COLORS}\n\n1, 2, 3\n"
+    """Lines stay where they are: --json counts all of them, and those without a prompt are named."""
+    text = f"{COLORS}\r\n\n1, 2, 3\n"
     expected = run(capsys, "generate", COLORS, "1, 2, 3")
-    for arguments in ([], ["-"]):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-        assert run(capsys, "generate", *arguments) == expected
-    (tmp_path / "prompts.txt").write_text(text)
-    assert run(capsys, "generate", "--file", str(tmp_path / "prompts.txt")) == expected
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    for source, arguments in {"standard input": [[], ["-"]], f"--file {path}": [["--file", str(path)]]}.items():
+        for argument in arguments:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+            assert cli.main(["generate", *argument]) == 0
+            blank = f"jaxgen: {source}: nothing is generated for blank lines: 2\n"
+            assert capsys.readouterr() == (expected, blank)
+    assert cli.main(["generate", "--json", "--file", str(path)]) == 0
+    assert [json.loads(line)["index"] for line in capsys.readouterr().out.splitlines()] == [0, 2]
+
+
+def test_many_blank_lines_are_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n" * 1000 + "1, 2, 3"))
+    assert cli.main(["generate", "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().err.endswith("blank lines: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 990 more\n")
+
+
+@pytest.mark.parametrize("arguments", [["generate"], ["generate", "--file", "FILE"], ["chat"]], ids=" ".join)
+def test_bytes_that_are_no_text_are_named_by_their_place(arguments: list[str], capsys, monkeypatch, tmp_path: Path):
+    data = b"1, 2, 3\nsecret \xff secret\n"
+    (tmp_path / "FILE").write_bytes(data)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(": line 2, byte 8 (0xff) is not UTF-8 text\n")
+    assert "secret" not in said
+    assert said.count("\n") == 1
 
 
 def test_json(capsys):
     lines = run(capsys, "generate", COLORS, "Portugal is", "--json").splitlines()
     first, second = map(json.loads, lines)
-    assert list(first) == ["prompt", "completion", "token_ids", "logprobs", "finish_reason"]
+    assert list(first) == ["index", "prompt", "completion", "token_ids", "logprobs", "finish_reason"]
     assert first["prompt"] == COLORS
     assert first["completion"] == COLORS_CONTINUED
     assert first["finish_reason"] == "length"
@@ -107,6 +195,62 @@ def test_inspect(capsys):
     assert "the weights fit" in rows["device"]
 
 
+OPTIONS = {
+    "beams": (["--num-beams", "3", "--set", "length_penalty=0.5"], {"num_beams": 3, "length_penalty": 0.5}),
+    "penalty": (["--repetition-penalty", "1.3"], {"repetition_penalty": 1.3}),
+    "stop": (["--stop", "yellow", "--stop", "orange"], {"stop_strings": ["yellow", "orange"]}),
+    "int": (["--set", "no_repeat_ngram_size=2", "--set", "min_new_tokens=5"],
+            {"no_repeat_ngram_size": 2, "min_new_tokens": 5}),
+    "words of Python": (["--set", "strict=True"], {"strict": True}),
+    "lists": (["--set", "bad_words_ids=[[3], [4, 5]]"], {"bad_words_ids": [[3], [4, 5]]}),
+    "a word": (["--set", "early_stopping=never", "--num-beams", "2"], {"early_stopping": "never", "num_beams": 2}),
+    "a text": (["--set", "stop_strings=purple, pink"], {"stop_strings": "purple, pink"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_become_those_of_generate(name: str):
+    arguments, options = OPTIONS[name]
+    assert settings_of(parser().parse_args(["generate", "x", *arguments])) == options
+
+
+@pytest.mark.parametrize("name", ["beams", "stop"])
+def test_options_give_what_generate_gives(name: str, capsys):
+    arguments, options = OPTIONS[name]
+    model = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path())
+    tokenizer = load_tokenizer(demo.path())
+    ids = model.generate(**tokenizer([COLORS], return_tensors="np"), tokenizer=tokenizer, **options)
+    expected = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    [line] = run(capsys, "generate", COLORS, *arguments, "--json").splitlines()
+    assert [COLORS + json.loads(line)["completion"]] == expected
+
+
+def test_four_bits(capsys):
+    model = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), load_in_4bit=True)
+    inputs = load_tokenizer(demo.path())([COLORS], return_tensors="np")
+    expected = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
+    assert cli.main(["generate", COLORS, "--load-in-4bit", "--max-new-tokens", "4", "--json"]) == 0
+    np.testing.assert_array_equal(json.loads(capsys.readouterr().out)["logprobs"], expected.logprobs[0])
+
+
+def test_an_interrupt_that_python_drops_ends_the_command(capsys, monkeypatch):
+    """As JAX's callback of the garbage collector did, in the first seconds, with the exception of a Ctrl-C."""
+
+    def interrupted(*_: object):
+        gc.callbacks.remove(interrupted)
+        raise KeyboardInterrupt
+
+    def work(_: object):
+        gc.callbacks.append(interrupted)
+        gc.collect()
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    monkeypatch.setitem(cli._COMMANDS, "inspect", work)
+    assert cli.main(["inspect", "x"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
 BAD = {
     "unknown model": (["generate", "x", "--model", "no/such-model-here"], "no/such-model-here"),
     "prompt not UTF-8": (["generate", "\udcff abc"], "not UTF-8"),
@@ -117,6 +261,22 @@ BAD = {
     "file and arguments": (["generate", "x", "--file", "y"], "--file"),
     "no such file": (["generate", "--file", "/nowhere/prompts.txt"], "/nowhere/prompts.txt"),
     "bad batch size": (["generate", "x", "--batch-size", "0"], "--batch-size 0"),
+    "no such option": (
+        ["generate", "x", "--set", "temprature=2"],
+        "temprature=...: generate has no such option; did you mean temperature?",
+    ),
+    "no value": (["generate", "x", "--set", "top_k=many"], "top_k='many'"),
+    "refused by generate": (["generate", "x", "--set", "penalty_alpha=0.6"], "penalty_alpha=0.6 is not supported"),
+    "of the command's own": (["generate", "x", "--set", "output_scores=true"], "prints one text per prompt"),
+    "twice": (["generate", "x", "--set", "top_k=3", "--top-k", "3"], "top_k is given twice"),
+    "an argument of generate": (["chat", "--set", "seed=3"], "seed=...: generate has no such option"),
+    "the revision of a directory": (
+        ["generate", "x", "--model", str(demo.path()), "--revision", "v1"],
+        "--revision v1",
+    ),
+    "the revision of the demo": (["chat", "--revision", "v1"], "--revision v1"),
+    "no such revision": (["inspect", "no/such-model-here", "--revision", "v1"], "no/such-model-here"),
+    "no calibration": (["convert", str(demo.path()), "DST", "--method", "gptq"], "--calibration FILE"),
     "inspect nothing": (["inspect", "./nowhere"], "./nowhere"),
 }
 
@@ -139,7 +299,9 @@ def test_no_prompts(capsys, monkeypatch):
     assert "no prompts" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--tempreature", "1"], ["--max-new-tokens", "x"], ["--json", "--stream"]])
+@pytest.mark.parametrize(
+    "arguments", [["--tempreature", "1"], ["--max-new-tokens", "x"], ["--json", "--stream"], ["--set", "top_k"]]
+)
 def test_usage_errors_are_one_line_too(arguments: list[str], capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["generate", "x", *arguments])
@@ -148,7 +310,5 @@ def test_usage_errors_are_one_line_too(arguments: list[str], capsys):
 
 
 def test_a_directory_without_a_tokenizer(tmp_path: Path):
-    from jaxgen.text.tokenizer import load_tokenizer
-
     with pytest.raises(JaxgenError, match="no tokenizer"):
         load_tokenizer(tmp_path)

@@ -91,6 +91,18 @@ def test_numbers_do_not_recompile(model):
     assert not compilations
 
 
+def test_an_option_that_was_not_in_use_compiles_both_programs_once(model):
+    """As docs/howto/compile.md says: which options are in use is part of the program."""
+    model.generate(prompt(9), max_new_tokens=20, do_sample=True, seed=1)
+    with counted() as compilations:
+        model.generate(prompt(9), max_new_tokens=20, do_sample=True, seed=1, top_p=0.9)
+    assert len(compilations) == 2
+    with counted() as compilations:
+        model.generate(prompt(9), max_new_tokens=20, do_sample=True, seed=1, top_p=0.5)
+        model.generate(prompt(9), max_new_tokens=20, do_sample=True, seed=1)
+    assert not compilations
+
+
 def test_changing_the_models_defaults_does_not_recompile(model):
     model.generate(prompt(9), max_new_tokens=20)
     before = model.generation_config

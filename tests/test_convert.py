@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors import safe_open
 
 import jaxgen
 from jaxgen import AutoModelForCausalLM, CheckpointError, JaxgenError, cli, demo
+from jaxgen.arguments import parser
 from jaxgen.convert import assemble, convert, convert_checkpoint
 from jaxgen.convert.calibration import read_calibration
 from jaxgen.convert.checkpoint import Checkpoint
@@ -541,7 +543,7 @@ def test_calibration_is_cut_from_the_text(tmp_path):
     with pytest.raises(JaxgenError, match=r"text\.txt has \d tokens; one sequence takes 512"):
         read_calibration(path, tokenizer, config)
     path.write_bytes(b"\xff\xff")
-    with pytest.raises(JaxgenError, match="cannot be read"):
+    with pytest.raises(JaxgenError, match=r"text\.txt: line 1, byte 1 \(0xff\) is not UTF-8 text"):
         read_calibration(path, tokenizer, config)
 
 
@@ -550,12 +552,16 @@ def test_the_command(source, tmp_path, capsys):
     assert cli.main(["convert", str(source), str(target), "--group-size", "-1", "--lm-head"]) == 0
     expected = convert_checkpoint(source, tmp_path / "expected", group_size=-1, lm_head=True)
     assert files_in(target) == files_in(expected)
-    capsys.readouterr()
+    first, second = capsys.readouterr().out.splitlines()
+    before, after = (Checkpoint(place).total_bytes for place in (source, target))
+    assert first == f"{target}: {after / 1e6:.2f} MB of weights, where {source} has {before / 1e6:.2f} MB"
+    assert shlex.split(second)[-2:] == ["--model", str(target)]
+    parser().parse_args(shlex.split(second)[1:])
     for arguments, message in (
         ([str(target), str(tmp_path / "again")], "already quantised"),
         ([str(source), str(target)], "is not empty"),
         ([str(source), str(tmp_path / "again"), "--bits", "3"], "bits=3"),
-        ([str(source), str(tmp_path / "again"), "--method", "gptq"], "needs calibration"),
+        ([str(source), str(tmp_path / "again"), "--method", "gptq"], "--calibration FILE"),
     ):
         assert cli.main(["convert", *arguments]) == 2
         captured = capsys.readouterr()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import jaxgen
-from jaxgen.cli import _parser
+from jaxgen.arguments import parser
 from jaxgen.generation.config import DEFAULT_NEW_TOKENS, DEFAULTS
 from jaxgen.generation.support import table
 
@@ -103,7 +103,7 @@ def test_a_page_that_says_something_else_is_noticed(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
 def test_the_commands_that_are_shown_exist(page: Path):
     for line in re.findall(r"^    (jaxgen .*)$", page.read_text(encoding="utf-8"), re.M):
-        _parser().parse_args(shlex.split(line, comments=True)[1:])
+        parser().parse_args(shlex.split(line, comments=True)[1:])
 
 
 def test_every_page_is_in_the_navigation():

@@ -73,13 +73,12 @@ def support() -> str:
 
 def command_line() -> str:
     """The help of every command."""
-    from jaxgen.cli import _parser
+    from jaxgen.arguments import parser
 
     before = {name: os.environ.get(name) for name in ("COLUMNS", "NO_COLOR")}
     os.environ.update(COLUMNS="90", NO_COLOR="1")
     try:
-        parser = _parser()
-        actions = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        actions = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
         return "\n".join(
             f"## jaxgen {name}\n\n```text\n{command.format_help()}```\n"
             for action in actions

@@ -1,5 +1,6 @@
 """A conversation with a model: the turns, and the terminal around them."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Generator
@@ -13,6 +14,7 @@ from jaxgen.generation.past import PastKeyValues
 from jaxgen.generation.sample import random_key
 from jaxgen.text.inputs import Messages, encode
 from jaxgen.text.stream import TextStream
+from jaxgen.text.utf8 import decode_utf8
 
 DEFAULT_NEW_TOKENS = 256  # 20, as generate has it, is no answer
 HELP = """\
@@ -87,15 +89,22 @@ class Session:
             **settings,
         )
 
-    def save(self, path: Path) -> None:
-        """Write the messages as JSON; a file of that name is replaced as a whole, or not at all."""
+    def save(self, path: str | Path) -> None:
+        """Write the messages as JSON; a file of that name is replaced as a whole, or not at all.
+
+        Raises `JaxgenError` for a name that cannot be one of a file, and where nothing can be written.
+        """
         text = json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n"
-        aside = path.parent / f".{path.name}.{os.getpid()}"
         try:
-            aside.write_text(text, encoding="utf-8")
-            aside.replace(path)
-        except OSError as error:
-            aside.unlink(missing_ok=True)
+            path = Path(path).expanduser()
+            aside = path.with_name(f".{path.name}.{os.getpid()}")
+            try:
+                aside.write_text(text, encoding="utf-8")
+                aside.replace(path)
+            except OSError:
+                aside.unlink(missing_ok=True)
+                raise
+        except (OSError, ValueError, RuntimeError) as error:  # the last: no such user's home
             raise JaxgenError(f"{path} cannot be written: {error}") from error
 
 
@@ -104,13 +113,14 @@ Reader = Callable[[str], str]
 
 
 def lines_of(source: Any) -> Reader:
-    """Questions from a text stream that is no terminal: nothing is shown before them."""
+    """Questions from a stream of bytes or text that is no terminal: nothing is shown before them."""
+    number = itertools.count(1)
 
     def read(_prompt: str) -> str:
         line = source.readline()
         if not line:
             raise EOFError
-        return line
+        return line if isinstance(line, str) else decode_utf8(line, "the input", next(number))
 
     return read
 
@@ -161,13 +171,15 @@ def _command(session: Session, line: str) -> str:
     if name == "/reset" and not argument:
         session.reset()
         return "(forgotten)\n"
-    if name == "/seed":
+    if name == "/seed" and argument:
         try:
             session.seed = int(argument)
         except ValueError as error:
-            raise JaxgenError(f"/seed {argument}: not an int") from error
+            raise JaxgenError(f"/seed {argument:.80}: not an int") from error
         return f"(seed {session.seed})\n"
     if name == "/save" and argument:
-        session.save(Path(argument).expanduser())
+        session.save(argument)
         return f"({len(session.messages)} messages in {argument})\n"
-    raise JaxgenError(f"{line}: no such command; /help lists them")
+    if usage := next((help for help in HELP.splitlines() if help.split()[0] == name), None):
+        raise JaxgenError(f"{line:.80}: usage: {usage.split('  ')[0]}")
+    raise JaxgenError(f"{line:.80}: no such command; /help lists them")

@@ -1,0 +1,165 @@
+"""What may stand on the command line: the commands, their options, and how these become options of `generate`."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jaxgen
+from jaxgen.errors import JaxgenError
+
+# Options of `generate` that have a name of their own on the command line.
+NAMED = (
+    "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams",
+    "stop_strings",
+)  # fmt: skip
+# Options that decide what `generate` returns, which the commands decide themselves.
+_RETURNED = ("num_return_sequences", "return_dict_in_generate", "top_logprobs")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage around it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> Parser:
+    """The parser of every command; `command` of what it returns is the command's name."""
+    parser = Parser(prog="jaxgen", description="Hugging Face generate for JAX.")
+    parser.add_argument("--version", action="version", version=f"jaxgen {jaxgen.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    generate = commands.add_parser("generate", help="continue prompts", description="Continue prompts.")
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue; none or '-': lines of stdin")
+    generate.add_argument("--file", type=Path, help="read prompts from this file, one per line")
+    _add_generating(generate)
+    generate.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
+    generate.add_argument("--record", type=Path, metavar="FILE", help="write what determined the text, for replay")
+    output = generate.add_mutually_exclusive_group()
+    output.add_argument("--stream", action="store_true", help="print text as it is generated")
+    output.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object per prompt and line; its index counts the lines of the input from 0",
+    )
+
+    chat = commands.add_parser("chat", help="talk to a model", description="Talk to a model; /help says how.")
+    _add_generating(chat)
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+
+    replay = commands.add_parser(
+        "replay",
+        help="run a record again",
+        description="Run a record again and say whether the same came out: exit 0 for the same tokens, 1 for others, "
+        "2 if that cannot be said.",
+    )
+    replay.add_argument("record", metavar="RECORD", type=Path, help="a file that generate --record wrote")
+    replay.add_argument("--model", metavar="DIR_OR_ID", help="where the model is now, if it was a directory then")
+    _add_compile_cache(replay)
+
+    inspect = commands.add_parser("inspect", help="describe a checkpoint", description="Describe a checkpoint.")
+    inspect.add_argument("model", metavar="DIR_OR_ID")
+    _add_revision(inspect)
+    inspect.add_argument("--dtype", default="auto", help="as for generate: what the sizes are computed for")
+
+    _add_convert(commands)
+    return parser
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="write a checkpoint with int4 weights",
+        description="Write a checkpoint with int4 weights, in compressed-tensors' format. Interrupted, it "
+        "goes on where it was when it is started again.",
+    )
+    convert.add_argument("model", metavar="SRC", help="checkpoint directory or hub id, not quantised")
+    convert.add_argument("target", metavar="DST", type=Path, help="new directory")
+    _add_revision(convert)
+    convert.add_argument("--bits", type=int, default=4, help="4 (default)")
+    convert.add_argument(
+        "--group-size", type=int, default=128, metavar="N", help="32, 64, 128 (default); -1: whole rows"
+    )
+    convert.add_argument("--method", default="rtn", help="rtn (default), gptq or autoround")
+    convert.add_argument("--calibration", type=Path, metavar="FILE", help="text for gptq and autoround")
+    convert.add_argument("--lm-head", action="store_true", help="quantise the output head too")
+    _add_compile_cache(convert)
+
+
+def _add_generating(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that generates: the model, and how to choose tokens."""
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint directory or hub id (default: the demo)")
+    _add_revision(parser)
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--load-in-4bit", action="store_true", help="quantise the linear layers while loading")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the model's, or 20; 256 in a chat")
+    parser.add_argument("--do-sample", action=argparse.BooleanOptionalAction, help="sample, or search greedily")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--repetition-penalty", type=float)
+    parser.add_argument("--num-beams", type=int, metavar="N", help="search with this many beams")
+    parser.add_argument(
+        "--stop", action="append", dest="stop_strings", metavar="TEXT", help="end a text with this; may be repeated"
+    )
+    parser.add_argument("--seed", type=int, help="any int; the same seed gives the same text")
+    parser.add_argument(
+        "--set",
+        action="append",
+        type=_assignment,
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other option of generate, such as no_repeat_ngram_size=3; values as in JSON; may be repeated",
+    )
+    _add_compile_cache(parser)
+
+
+def _add_revision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)")
+
+
+def _add_compile_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-compile-cache",
+        action="store_true",
+        help="compile anew, and keep nothing of it (otherwise in ~/.cache/jaxgen/compiled)",
+    )
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """The name and the value of NAME=VALUE: JSON, Python's True, False and None, or else the text as it stands."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    words = {"True": True, "False": False, "None": None}
+    if value in words:
+        return name, words[value]
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `generate` that were given; raises `JaxgenError` for one that `--set` cannot give."""
+    from jaxgen.generation.config import GenerationConfig
+    from jaxgen.generation.fields import REFUSED
+
+    settings = {name: value for name in NAMED if (value := getattr(options, name)) is not None}
+    known = {*(field.name for field in dataclasses.fields(GenerationConfig)), *REFUSED, "strict"}
+    for name, value in options.set:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise JaxgenError(f"--set {name}=...: generate has no such option{hint}")
+        if name in _RETURNED or name.startswith("output_"):
+            raise JaxgenError(f"--set {name}=...: this command prints one text per prompt; use it in Python")
+        if name in settings:
+            raise JaxgenError(f"--set {name}=...: {name} is given twice")
+        settings[name] = value
+    return settings
