@@ -1,5 +1,6 @@
 """PEFT LoRA adapters: `W + scale * B @ A`, added to weights of floats, and kept beside quantised ones."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +14,13 @@ from .adapter_config import CONFIG, MERGE, LoraConfig
 from .checkpoint import DTYPES, Checkpoint
 from .names import EMBEDDING, Part
 
+logger = logging.getLogger("jaxgen")
+
 _WEIGHTS = "adapter_model.safetensors"
 FILES = (CONFIG, _WEIGHTS)  # all that jaxgen reads of an adapter
 
+_PREFIX = "base_model.model."  # of peft's names
+_WITHOUT = "peft's save_pretrained(..., save_embedding_layers=False) leaves out untrained embeddings and heads"
 _CHUNK = 4 << 20  # elements of `B @ A` at a time
 _SHOWN = 5
 
@@ -46,10 +51,14 @@ class Adapter:
         problems = list(self._file.problems)
         if not targets:
             problems.append(f"target_modules={self._config.target_modules!r:.80} names no linear layer of the base")
+        for name, keys in self._config.idle_patterns(targets).items():
+            # One letter wrong in a name, and the scale of a layer is another: peft says so, too.
+            logger.warning("%s: %s names no adapted layer in %s", CONFIG, name, ", ".join(map(repr, keys[:_SHOWN])))
         wanted = {}
         for module, part in targets.items():
             (rows, width), rank = part.shape, self._config.rank(module)
             wanted |= {_key(part, "A"): (rank, width), _key(part, "B"): (rows, rank)}
+        wanted |= {name: part.shape for name, part in self._copies(parts).items() if _module(part) in targets}
         for name, shape in wanted.items():
             info = self._file.tensors.get(name)
             if info is None:
@@ -62,6 +71,34 @@ class Adapter:
         if unexpected := sorted(self._file.tensors.keys() - wanted.keys()):
             problems.append(_unexpected(unexpected))
         return [f"{_WEIGHTS}: {problem}" for problem in problems]
+
+    def copy_problems(self, base: Checkpoint, parts: Sequence[Part]) -> list[str]:
+        """Copies of the base's weights in the adapter that are not the base's; reads them, after `problems`.
+
+        peft saves one of an adapted head, and would load it over the base's.
+        """
+        problems = []
+        for name, part in self._copies(parts).items():
+            info = base.tensors.get(part.name)
+            if info is None or info.dtype not in DTYPES or info.shape != part.shape:
+                problems.append(
+                    f"{name!r}: the base holds this weight quantised, so that it cannot be compared; {_WITHOUT}"
+                )
+                continue
+            # In the adapter's precision, and as integers, in which a NaN equals itself.
+            dtype = DTYPES[self._file.tensors[name].dtype]
+            ours, theirs = (np.empty(part.shape, dtype) for _ in range(2))
+            with np.errstate(over="ignore"):
+                base.read_into(part.name, ours)
+            self._file.read_into(name, theirs)
+            bits = f"u{dtype.itemsize}"
+            if not np.array_equal(ours.view(bits), theirs.view(bits)):
+                problems.append(f"{name!r} differs from the base's {part.name!r}: is this the base? If so, {MERGE}")
+        return [f"{_WEIGHTS}: {problem}" for problem in problems]
+
+    def _copies(self, parts: Sequence[Part]) -> dict[str, Part]:
+        named = {f"{_PREFIX}{_module(part)}.base_layer.weight": part for part in parts if len(part.shape) == 2}
+        return {name: part for name, part in named.items() if name in self._file.tensors}
 
     def adapts(self, part: Part) -> bool:
         """Whether the adapter changes `part`."""
@@ -108,13 +145,12 @@ def _module(part: Part) -> str:
 
 
 def _key(part: Part, letter: str) -> str:
-    return f"base_model.model.{_module(part)}.lora_{letter}.weight"
+    return f"{_PREFIX}{_module(part)}.lora_{letter}.weight"
 
 
 def _unexpected(names: Sequence[str]) -> str:
     shown = ", ".join(map(repr, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
     return (
         f"{shown}: no LoRA factor of a linear layer of the base that {CONFIG} targets (embeddings, biases and whole "
-        "modules are not supported). If this is the right base: peft's save_pretrained(..., "
-        f"save_embedding_layers=False) leaves out untrained embeddings and heads; for trained ones, {MERGE}"
+        f"modules are not supported). If this is the right base: {_WITHOUT}; for trained ones, {MERGE}"
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, no_type_check
 
@@ -78,17 +79,16 @@ class LoraConfig:
     def targets(self, module: str) -> bool:
         """Whether the linear layer `module` is adapted. Source: peft `check_target_module_exists`."""
         wanted = self.target_modules or []
-        if isinstance(wanted, str) and wanted.lower() == "all-linear":
-            chosen = module != "lm_head"
-        else:
-            chosen = self._names(wanted, module)
-        if not chosen or (self.exclude_modules and self._names(self.exclude_modules, module)):
+        if self.exclude_modules and self._names(self.exclude_modules, module):
             return False
-        if self.layers_to_transform in (None, []):
-            return True
+        if isinstance(wanted, str) and wanted.lower() == "all-linear":
+            return module != "lm_head"
+        # A whole name, and an expression for whole names, hold in every layer.
+        if isinstance(wanted, str) or module in wanted or self.layers_to_transform in (None, []):
+            return self._names(wanted, module)
         layers = self.layers_to_transform if isinstance(self.layers_to_transform, list) else [self.layers_to_transform]
         layer = _LAYER.match(module)
-        return layer is not None and int(layer[1]) in layers
+        return layer is not None and int(layer[1]) in layers and self._names(wanted, module)
 
     def rank(self, module: str) -> int:
         """r of `module`."""
@@ -100,6 +100,18 @@ class LoraConfig:
         alpha = self._by_pattern(self.alpha_pattern, module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def idle_patterns(self, modules: Collection[str]) -> dict[str, list[str]]:
+        """The keys of `rank_pattern` and `alpha_pattern` that fit none of the modules, by field."""
+        fields = {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
+        idle = {name: [key for key in keys if not self._fits_any(key, modules)] for name, keys in fields.items()}
+        return {name: keys for name, keys in idle.items() if keys}
+
+    def _fits_any(self, key: str, modules: Collection[str]) -> bool:
+        return any(self._fits(key, module) for module in modules)
+
+    def _fits(self, key: str, module: str) -> bool:
+        return self.patterns.match(rf"(.*\.)?({key})$", module)
+
     def _names(self, wanted: str | list[str], module: str) -> bool:
         """Whether a regular expression, or a list of ends of names, means the module."""
         if isinstance(wanted, str):
@@ -108,8 +120,7 @@ class LoraConfig:
 
     def _by_pattern(self, patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
         """The value of the first pattern that fits. Source: peft `get_pattern_key`."""
-        fitting = (v for key, v in (patterns or {}).items() if self.patterns.match(rf"(.*\.)?({key})$", module))
-        return next(fitting, default)
+        return next((value for key, value in (patterns or {}).items() if self._fits(key, module)), default)
 
 
 def _changes(name: str, value: Any, known: set[str]) -> bool:
@@ -133,7 +144,17 @@ def _problems(config: LoraConfig) -> list[str]:
                     config.patterns.check(pattern)
                 except CheckpointError as error:
                     problems.append(f"{name}={value!r:.80}: {error.problems[0]}")
-    return problems
+    return problems + _contradictions(config)
+
+
+def _contradictions(config: LoraConfig) -> list[str]:
+    """Fields that exclude each other, or need each other, in peft too. Source: peft `LoraConfig.__post_init__`."""
+    given = [name for name in ("layers_to_transform", "layers_pattern") if getattr(config, name) is not None]
+    if isinstance(config.target_modules, str):
+        return [f"{name}={getattr(config, name)!r:.80} needs a list of target_modules, not a text" for name in given]
+    if config.layers_pattern and config.layers_to_transform is None:
+        return [f"layers_pattern={config.layers_pattern!r:.80} needs layers_to_transform"]
+    return []
 
 
 def _is_int(value: Any, least: int = 0) -> bool:

@@ -244,7 +244,7 @@ def check_tensors(
     if not problems and config.tie_word_embeddings and HEAD in checkpoint.tensors:
         problems += _tied_head_problems(checkpoint)
     if adapter is not None:
-        problems += adapter.problems(parts)
+        problems += adapter.problems(parts) or ([] if problems else adapter.copy_problems(checkpoint, parts))
     if problems:
         raise CheckpointError(str(checkpoint.directory), problems)
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from re import _constants as c  # pyright: ignore[reportAttributeAccessIssue]  (Python's own parser has no public name)
 from re import _parser as parser  # pyright: ignore[reportAttributeAccessIssue]
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, no_type_check
 
 from jaxgen.errors import CheckpointError
 
@@ -79,6 +79,7 @@ class Patterns:
             self._steps += match.steps
 
 
+@no_type_check  # in tests, where every step would be
 class _Match:
     """One name against one pattern; sets of positions in the name are ints, position p being bit p."""
 
@@ -198,6 +199,7 @@ def _kinds(items: _Items) -> Iterator[Any]:
             yield from _kinds(value[-1])
 
 
+@no_type_check
 def _takes(kind: Any, value: Any, letter: str) -> bool:
     if kind is c.ANY:
         return True

@@ -156,7 +156,7 @@ _NULLABLE = ("sliding_window", "head_dim", "bos_token_id", "eos_token_id", "pad_
 _ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
-def _rope_theta(fields: Mapping[str, Any]) -> float:
+def _rope_theta(fields: Mapping[str, Any]) -> Any:
     found = {"rope_theta": fields["rope_theta"]} if fields.get("rope_theta") is not None else {}
     for name in ("rope_scaling", "rope_parameters"):
         rope = fields.get(name)

@@ -221,3 +221,44 @@ def test_factors_have_the_compute_dtype(tmp_path, monkeypatch):
     np.testing.assert_array_equal(weight.up, (3 * tensors[key(name, "B")]).astype(jnp.bfloat16))
     with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.o_proj': values beyond float16's 65504"):
         load(tmp_path / "base", adapter=adapter, dtype="float16")
+
+
+@pytest.mark.parametrize("code", ["F32", "BF16", "F16"])
+def test_a_copy_of_the_bases_head_is_taken_if_it_is_one(tmp_path, code):
+    hf = hf_tensors(CONFIG)
+    write_hf(tmp_path / "base", CONFIG, hf)
+    tensors = adapter_tensors(hf, scales(hf, r"lm_head\.weight"))
+    copy = hf["lm_head.weight"].astype(DTYPES[code])
+    name = "base_model.model.lm_head.base_layer.weight"
+    adapter = write_adapter(tmp_path / "adapter", tensors | {name: copy}, target_modules=["lm_head"])
+    with_copy = load(tmp_path / "base", adapter=adapter)
+    without = load(tmp_path / "base", adapter=write_adapter(tmp_path / "plain", tensors, target_modules=["lm_head"]))
+    np.testing.assert_array_equal(with_copy.lm_head.weight[...], without.lm_head.weight[...])
+    copy[0, 0] *= 2
+    write_adapter(adapter, tensors | {name: copy}, target_modules=["lm_head"])
+    with pytest.raises(CheckpointError, match=rf"'{name}' differs from the base's 'lm_head.weight': is this the base"):
+        load(tmp_path / "base", adapter=adapter)
+
+
+def test_patterns_that_fit_nothing_are_told(tmp_path, caplog):
+    hf = hf_tensors(CONFIG)
+    write_hf(tmp_path / "base", CONFIG, hf)
+    fields = {"alpha_pattern": {"q_prok": 5, "v_proj": 6}, "rank_pattern": {"up_proj": 2}}  # of rank 2 all the same
+    load(tmp_path / "base", adapter=write_adapter(tmp_path / "adapter", adapter_tensors(hf, scales(hf)), **fields))
+    assert caplog.messages == ["adapter_config.json: alpha_pattern names no adapted layer in 'q_prok'"]
+
+
+def test_fields_that_need_or_exclude_each_other(tmp_path):
+    hf = hf_tensors(CONFIG)
+    write_hf(tmp_path / "base", CONFIG, hf)
+    for fields, message in (
+        ({"layers_pattern": "layers"}, "layers_pattern='layers' needs layers_to_transform"),
+        (
+            {"target_modules": "all-linear", "layers_to_transform": [0]},
+            r"layers_to_transform=\[0\] needs a list of target",
+        ),
+        ({"target_modules": ".*q_proj", "layers_pattern": []}, r"layers_pattern=\[\] needs a list of target_modules"),
+    ):
+        adapter = write_adapter(tmp_path / "adapter", adapter_tensors(hf, scales(hf)), **fields)
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path / "base", adapter=adapter)

@@ -1,11 +1,15 @@
 """LoRA adapters that peft writes, against peft on torch: the same logits, or a refusal."""
 
+import itertools
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 
@@ -89,9 +93,94 @@ def test_the_head_can_be_adapted(tmp_path):
     theirs = write(tmp_path / "lora", tmp_path / "base", lora(target_modules=["lm_head"]), save_embedding_layers=False)
     ours = load(tmp_path / "base", adapter=tmp_path / "lora", dtype="float32")
     np.testing.assert_allclose(ours(jnp.asarray(IDS)), torch_logits(theirs), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("code", ["F32", "BF16"])
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+def test_an_adapted_head_is_saved_with_a_copy_of_the_base(tmp_path, code, saved):
+    write_hf(tmp_path / "base", CONFIG, hf_tensors(CONFIG, code))
+    config = lora(target_modules=["lm_head", "q_proj"])
+    theirs = write(tmp_path / "lora", tmp_path / "base", config, torch_dtype=saved)
+    assert "base_model.model.lm_head.base_layer.weight" in safetensors.numpy.load_file(
+        tmp_path / "lora" / "adapter_model.safetensors"
+    )
+    ours = load(tmp_path / "base", adapter=tmp_path / "lora", dtype="float32")
+    atol = 1e-4 if saved == torch.float32 else 0.6  # bfloat16 of numbers up to 24
+    np.testing.assert_allclose(ours(jnp.asarray(IDS)), torch_logits(theirs), atol=atol, rtol=0)
+    with torch.no_grad():
+        theirs.base_model.model.lm_head.base_layer.weight[3, 4] *= 1.5
     theirs.save_pretrained(tmp_path / "lora")
-    with pytest.raises(CheckpointError, match=r"lm_head\.base_layer\.weight.*save_embedding_layers=False"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.base_layer\.weight' differs from the base's 'lm_head.weight'"):
         load(tmp_path / "base", adapter=tmp_path / "lora")
+
+
+# Fields, and what tensors: lost, added or changed, one or two at a time.
+DAMAGE: dict[str, dict[str, Any]] = {
+    "layers_to_transform lost": {"layers_to_transform": None, "layers_pattern": "layers"},
+    "layers of a regex": {"target_modules": r".*\.[qv]_proj", "layers_to_transform": [1]},
+    "layers of all-linear": {"target_modules": "all-linear", "layers_to_transform": [1]},
+    "pattern of a regex": {"target_modules": r".*\.[qv]_proj", "layers_pattern": "layers"},
+    "no layer of a regex": {"target_modules": r".*\.[qv]_proj", "layers_to_transform": []},
+    "head and layers": {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1]},
+    "a whole name and layers": {
+        "target_modules": ["model.layers.0.mlp.up_proj", "q_proj"], "layers_to_transform": [1],
+    },
+    "a layer that is not there": {"layers_to_transform": [1, 7]},
+    "a name that is not there": {"target_modules": ["q_proj", "nothing"]},
+    "an excluded whole name": {"target_modules": ["lm_head", "q_proj"], "exclude_modules": ["lm_head"]},
+    "patterns of nothing": {"rank_pattern": {"nothing": 1}, "alpha_pattern": {"nothing": 5}},
+}  # fmt: skip
+LOST = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "layers_to_transform", "peft_type")
+
+
+def peft_loads(base: Path, adapter: Path) -> np.ndarray | None:
+    """peft's logits; None where it complains: raises, or warns that tensors are missing."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            loaded = peft.PeftModel.from_pretrained(model, adapter)
+        except Exception:
+            return None
+    return None if any("missing adapter keys" in str(warning.message) for warning in caught) else torch_logits(loaded)
+
+
+def check_against_peft(base: Path, adapter: Path) -> bool:
+    """Whether jaxgen loads the adapter; then peft does, without a complaint, and has the same logits."""
+    try:
+        ours = load(base, adapter=adapter, dtype="float32")
+    except JaxgenError:
+        return False
+    expected = peft_loads(base, adapter)
+    assert expected is not None, "peft complains"
+    np.testing.assert_allclose(ours(jnp.asarray(IDS)), expected, atol=1e-4, rtol=0)
+    return True
+
+
+def test_no_adapter_is_accepted_of_which_peft_complains(tmp_path):
+    write_hf(tmp_path / "base", CONFIG, hf_tensors(CONFIG))
+    config = lora(target_modules=[*LINEAR, "lm_head"], rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 7})
+    write(tmp_path / "lora", tmp_path / "base", config, save_embedding_layers=False)
+    config_path, weights_path = (
+        tmp_path / "lora" / name for name in ("adapter_config.json", "adapter_model.safetensors")
+    )
+    fields, tensors = json.loads(config_path.read_text()), safetensors.numpy.load_file(weights_path)
+    assert check_against_peft(tmp_path / "base", tmp_path / "lora")
+    accepted = 0
+    for lost in itertools.combinations(LOST, 2):
+        config_path.write_text(json.dumps({name: value for name, value in fields.items() if name not in lost}))
+        accepted += check_against_peft(tmp_path / "base", tmp_path / "lora")
+    for changes in DAMAGE.values():
+        config_path.write_text(json.dumps(fields | changes))
+        for part in ("", "layers.1.", "q_proj", "layers.1.self_attn.q_proj"):  # the tensors of these only
+            kept = {name: tensor for name, tensor in tensors.items() if part in name}
+            safetensors.numpy.save_file(kept, weights_path)
+            accepted += check_against_peft(tmp_path / "base", tmp_path / "lora")
+    config_path.write_text(json.dumps(fields))
+    for lost in itertools.combinations(list(tensors)[:3] + list(tensors)[-3:], 2):
+        safetensors.numpy.save_file({name: tensors[name] for name in tensors if name not in lost}, weights_path)
+        assert not check_against_peft(tmp_path / "base", tmp_path / "lora")
+    assert accepted > 5
 
 
 def test_merging_with_peft_as_the_refusals_advise(tmp_path):
