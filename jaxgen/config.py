@@ -27,7 +27,8 @@ _FIXED = {
 }
 
 # Fields that say nothing about the mathematics of inference. The generation settings that transformers 4 kept
-# in config.json are here too: transformers 5 ignores them in favour of generation_config.json.
+# in config.json are here too: transformers 5 ignores them in favour of generation_config.json. It ignores
+# use_sliding_window as well, which belongs to Qwen2: what counts is sliding_window.
 _IGNORED = frozenset(
     """
     _name_or_path architectures attention_dropout cross_attention_hidden_size decoder_start_token_id dtype
@@ -35,6 +36,8 @@ _IGNORED = frozenset(
     output_hidden_states prefix problem_type pruned_heads return_dict sep_token_id suppress_tokens
     task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript
     transformers_version unk_token_id use_bfloat16 use_cache _attn_implementation_autoset attn_implementation
+    _attn_implementation _flash_attn_2_enabled use_flash_attention_2 gradient_checkpointing model_max_length
+    use_sliding_window
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
     no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
@@ -75,7 +78,7 @@ class MistralConfig:
 
     def __post_init__(self):
         problems = [
-            f"{name}={getattr(self, name)!r} must be {wanted}"
+            f"{name}={getattr(self, name)!r:.80} must be {wanted}"
             for name, (is_right, wanted) in _CHECKS.items()
             if not is_right(getattr(self, name)) and not (getattr(self, name) is None and name in _NULLABLE)
         ]
@@ -112,8 +115,8 @@ class MistralConfig:
         """Read a Hugging Face config: a dict, a config.json, or the directory that holds one.
 
         Reads both `rope_theta`/`rope_scaling` (transformers 4) and `rope_parameters` (transformers 5).
-        Raises `UnsupportedError`, naming field and value, for anything that would change the mathematics and
-        that jaxgen does not implement, and for any field it does not know.
+        Raises one `UnsupportedError`, naming each field and value that would change the mathematics and that
+        jaxgen does not implement, and each field that it does not know; `JaxgenError` for other wrong values.
 
         >>> MistralConfig.from_hf({"model_type": "mistral", "sliding_window": None}).sliding_window is None
         True
@@ -121,24 +124,20 @@ class MistralConfig:
         fields = _read_json(source)
         if fields.get("model_type") is None:
             raise UnsupportedError("config: model_type is missing; jaxgen reads model_type='mistral'")
-        rope_theta = _rope_theta(fields)
-        known = {field.name for field in dataclasses.fields(cls)}
-        kept = {}
-        for name, value in fields.items():
-            if name in _FIXED:
-                # Compare types too: JSON's 0 and false are equal in Python, and neither should pass for the other.
-                if not any(value == fixed and type(value) is type(fixed) for fixed in (*_FIXED[name], None)):
-                    supported = " or ".join(repr(fixed) for fixed in _FIXED[name])
-                    raise UnsupportedError(f"config: {name}={value!r} is not supported; jaxgen implements {supported}")
-            elif name in known:
-                kept[name] = tuple(value) if isinstance(value, list) else value
-            elif name not in _IGNORED and name not in _ROPE_FIELDS and not name.startswith("unsloth_"):
-                raise UnsupportedError(
-                    f"config: {name}={value!r} is not a field of MistralConfig that jaxgen knows; "
-                    "it may change the mathematics. Remove it from config.json if it does not"
-                )
-        kept["rope_theta"] = rope_theta
-        return cls(**kept)
+        if refusal := _refusal("model_type", fields["model_type"]):  # whose other fields say nothing to us
+            raise UnsupportedError(f"config: {refusal}")
+        refused = [refusal for name, value in fields.items() if (refusal := _refusal(name, value))]
+        rope_theta, problems = _rope_theta(fields, refused)
+        kept: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in fields.items() if name in _FIELDS
+        }
+        try:
+            config = cls(**{**kept, "rope_theta": rope_theta})
+        except JaxgenError as error:
+            config, problems = None, [*problems, str(error)]
+        if config is None or refused or problems:
+            raise (UnsupportedError if refused else JaxgenError)("config: " + "; ".join([*refused, *problems]))
+        return config
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that transformers 4 and 5 read back as this model (without the weights' dtype)."""
@@ -152,28 +151,49 @@ class MistralConfig:
         }
 
 
+_FIELDS = frozenset(field.name for field in dataclasses.fields(MistralConfig))
 _NULLABLE = ("sliding_window", "head_dim", "bos_token_id", "eos_token_id", "pad_token_id")
 _ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
-def _rope_theta(fields: Mapping[str, Any]) -> Any:
+def _refusal(name: str, value: Any) -> str | None:
+    """Why a field of config.json is refused, whatever the others say."""
+    if name in _FIXED:
+        # Compare types too: JSON's 0 and false are equal in Python, and neither should pass for the other.
+        if any(value == fixed and type(value) is type(fixed) for fixed in (*_FIXED[name], None)):
+            return None
+        supported = " or ".join(repr(fixed) for fixed in _FIXED[name])
+        return f"{name}={value!r:.80} is not supported; jaxgen implements {supported}"
+    if name in _FIELDS or name in _IGNORED or name in _ROPE_FIELDS or name.startswith("unsloth_"):
+        return None
+    return (
+        f"{name:.80}={value!r:.80} is not a field of MistralConfig that jaxgen knows; "
+        "it may change the mathematics. Remove it from config.json if it does not"
+    )
+
+
+def _rope_theta(fields: Mapping[str, Any], refused: list[str]) -> tuple[Any, list[str]]:
+    """The base of the rotary positions, and what is wrong with them; what is `refused` is added to that."""
     found = {"rope_theta": fields["rope_theta"]} if fields.get("rope_theta") is not None else {}
+    problems = []
     for name in ("rope_scaling", "rope_parameters"):
         rope = fields.get(name)
         if rope is None:
             continue
         if not isinstance(rope, Mapping):
-            raise JaxgenError(f"config: {name}={rope!r} must be an object or null")
+            problems.append(f"{name}={rope!r:.80} must be an object or null")
+            continue
         for key, value in rope.items():
             if key == "rope_theta":
                 found[f"{name}.rope_theta"] = value
             elif not (key in ("rope_type", "type") and value in ("default", None)):
-                raise UnsupportedError(
-                    f"config: {name}.{key}={value!r} is not supported; jaxgen implements rope_type='default'"
+                refused.append(
+                    f"{name}.{key:.80}={value!r:.80} is not supported; jaxgen implements rope_type='default'"
                 )
-    if any(value != theta for theta in found.values() for value in found.values()):
-        raise JaxgenError(f"config: contradicting RoPE bases: {found}")
-    return next(iter(found.values()), 10000.0)
+    theta = next(iter(found.values()), 10000.0)
+    if any(value != theta for value in found.values()):
+        problems.append(f"contradicting RoPE bases: {found!r:.200}")
+    return theta, problems
 
 
 def _read_json(source: "str | os.PathLike[str] | Mapping[str, Any]") -> dict[str, Any]:
@@ -191,7 +211,7 @@ def _read_json(source: "str | os.PathLike[str] | Mapping[str, Any]") -> dict[str
 
 
 def _is_int(value: object, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= _MOST
 
 
 def _is_positive_int(value: object) -> bool:
@@ -199,26 +219,28 @@ def _is_positive_int(value: object) -> bool:
 
 
 def _is_positive_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and _LEAST_FLOAT <= value <= _MOST_FLOAT
 
 
 def _is_token_id(value: object) -> bool:
     return _is_int(value, -1)  # old configs write -1 for "none"
 
 
+# What int32 and float32 hold, in which the model is computed; the least is the least that is not rounded to nothing.
+_MOST, _LEAST_FLOAT, _MOST_FLOAT = 2**31 - 1, 1.1754944e-38, 3.4028235e38
 _CHECKS = {
     **dict.fromkeys(
         (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
         ),
-        (_is_positive_int, "a positive int"),
+        (_is_positive_int, "a positive int below 2**31"),
     ),
-    **dict.fromkeys(("rms_norm_eps", "rope_theta"), (_is_positive_number, "a positive number")),
-    **dict.fromkeys(("bos_token_id", "pad_token_id"), (_is_token_id, "a token id")),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta"), (_is_positive_number, "a positive number that float32 holds")),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), (_is_token_id, "a token id, below 2**31")),
     "eos_token_id": (
         lambda value: all(map(_is_token_id, value if isinstance(value, tuple) else (value,))),
-        "a token id, or several",
+        "a token id below 2**31, or several",
     ),
     "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
 }  # fmt: skip

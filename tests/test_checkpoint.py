@@ -126,13 +126,39 @@ def test_index_and_shards_must_agree(tmp_path):
     assert problems(tmp_path) == [f"{second} holds {NORM!r}, which {INDEX} does not list"]
     write_index(tmp_path, weight_map | {NORM: 5}, total)
     assert problems(tmp_path)[0] == f"{INDEX}: shard of {NORM!r} is 5, not a file name"
-    for wrong in (total + 1, "many", True, [total]):
-        write_index(tmp_path, weight_map, wrong)
-        expected = f"{INDEX}: metadata.total_size={wrong!r}, but the shards hold {total} bytes of tensors"
-        assert problems(tmp_path) == [expected]
+
+
+def test_what_an_index_says_beside_the_tensors_is_only_noted(tmp_path, caplog):
+    hf = hf_tensors(CONFIG)
+    weight_map = write_hf(tmp_path, CONFIG, hf, shards=2)
+    first, total = next(iter(weight_map.values())), sum(tensor.nbytes for tensor in hf.values())
     for right in (total, float(total), None):
         write_index(tmp_path, weight_map, right)
-        load(tmp_path)
+        expected = parameters(load(tmp_path))
+    assert not caplog.records
+    for wrong in (total + 1, "many", True, [total], 10**400):
+        caplog.clear()
+        write_index(tmp_path, weight_map, wrong)
+        assert same_bits(parameters(load(tmp_path)), expected)
+        (record,) = caplog.records
+        text = f"{INDEX}: metadata.total_size={wrong!r:.80}, but the shards hold {total} bytes of tensors"
+        assert record.getMessage() == text
+    caplog.clear()
+    buffers = ("model.layers.1.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+    write_index(tmp_path, weight_map | dict.fromkeys(buffers, first), total)
+    assert same_bits(parameters(load(tmp_path)), expected)
+    (record,) = caplog.records
+    assert f"lists {buffers[0]!r} (2 of this kind), which no shard holds and no model reads" in record.getMessage()
+
+
+def test_a_weight_that_no_shard_holds_stays_an_error(tmp_path):
+    hf = hf_tensors(CONFIG)
+    weight_map = write_hf(tmp_path, CONFIG, hf, shards=2)
+    last = list(weight_map.values())[-1]
+    (tmp_path / last).write_bytes(
+        safetensors_bytes({n: hf[n] for n, s in weight_map.items() if s == last and n != NORM})
+    )
+    assert problems(tmp_path) == [f"{INDEX} places {NORM!r} in {last}, but no shard holds it"]
 
 
 def test_duplicates(tmp_path):

@@ -184,12 +184,63 @@ def test_model_type_is_required():
         ("rms_norm_eps", 0.0),
         ("rms_norm_eps", math.nan),
         ("rope_theta", math.inf),
+        # What int32 and float32 do not hold.
+        *(
+            (name, value)
+            for name in ("sliding_window", "max_position_embeddings", "vocab_size", "eos_token_id")
+            for value in (2**31, 2**63)
+        ),
+        *((name, value) for name in ("rms_norm_eps", "rope_theta") for value in (10**40, 1e39, 1e-39, 1e-300, -1.0)),
     ],
 )
 def test_sizes_that_do_not_fit_raise(name: str, value: Any):
     with pytest.raises(JaxgenError) as raised:
         MistralConfig.from_hf(HUB["7B-v0.1"] | {name: value})
     assert f"{name}={value!r}" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "rms_norm_eps", "rope_theta", "eos_token_id"])
+def test_numbers_of_hundreds_of_digits_are_cut(name: str):
+    with pytest.raises(JaxgenError, match=rf"{name}=10+ must be") as raised:
+        MistralConfig.from_hf(HUB["7B-v0.1"] | {name: 10**400})
+    assert len(str(raised.value)) < 200
+
+
+@pytest.mark.parametrize("value", [2**31 - 1, 1])
+def test_the_largest_window_is_one(value: int):
+    assert MistralConfig(sliding_window=value).sliding_window == value
+
+
+# What training and serving programs leave in config.json, none of which changes a number in transformers.
+HARMLESS: dict[str, Any] = {
+    "use_flash_attention_2": True,
+    "_flash_attn_2_enabled": True,
+    "_attn_implementation": "flash_attention_2",
+    "_attn_implementation_autoset": True,
+    "gradient_checkpointing": True,
+    "use_sliding_window": False,
+    "model_max_length": 4096,
+    "use_cache": False,
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_fields_that_change_no_number_are_passed_over(name: str):
+    assert MistralConfig.from_hf(HUB["7B-v0.1"] | {name: HARMLESS[name]}) == MistralConfig.from_hf(HUB["7B-v0.1"])
+
+
+def test_everything_that_is_refused_is_named_at_once():
+    fields = {"mlp_bias": True, "logit_scale": 2.0, "rope_scaling": {"type": "yarn", "factor": 2.0}, "vocab_size": 0}
+    with pytest.raises(UnsupportedError) as raised:
+        MistralConfig.from_hf(HUB["7B-v0.1"] | fields)
+    for problem in ("mlp_bias=True", "logit_scale=2.0", "rope_scaling.type='yarn'", "factor=2.0", "vocab_size=0"):
+        assert problem in str(raised.value)
+
+
+def test_another_kind_of_model_is_all_that_is_said_of_it():
+    with pytest.raises(UnsupportedError) as raised:
+        MistralConfig.from_hf(HUB["7B-v0.1"] | {"model_type": "mixtral", "num_local_experts": 8})
+    assert "num_local_experts" not in str(raised.value)
 
 
 def test_all_problems_are_named_at_once():

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -347,14 +346,6 @@ def test_ggml_blocks_are_read_as_their_library_reads_them(kind):
         np.testing.assert_allclose(weight.dequantize(), expected, rtol=0, atol=4e-7 * abs(expected).max())
     else:
         np.testing.assert_array_equal(FLOATS[kind](rows), expected)
-
-
-def test_without_its_package_gguf_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    for place, name in ((tmp_path / "model.gguf", None), (tmp_path, "model.gguf")):
-        with pytest.raises(JaxgenError, match=r'pip install "jaxgen\[gguf\]"'):
-            load(place, gguf_file=name)
 
 
 @pytest.mark.parametrize("name", ["other.gguf", "model.bin", "", 7])

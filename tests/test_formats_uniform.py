@@ -159,6 +159,18 @@ def test_autoround_exceptions_may_be_regular_expressions(tmp_path):
     np.testing.assert_array_equal(load(directory)(jnp.asarray(IDS)), load(UNIFORM / "autoround-gptq")(jnp.asarray(IDS)))
 
 
+@pytest.mark.parametrize("case, backend", [
+    ("autoround-gptqmodel", "auto_round:exllamav2"), ("autoround-gptqmodel", "auto_round:tritonv2"),
+    ("autoround-gptq", "auto_gptq:exllamav2"), ("autoround-gptq", "gptq:exllamav2"),
+    ("autoround-gptq", "auto_round:gptq"), ("autoround-awq", "auto_round:awq"),
+])  # fmt: skip
+def test_autoround_of_before_packing_formats_says_its_backend(tmp_path, case, backend):
+    old = changed(tmp_path, case, quant_method="intel/auto-round", packing_format=None, backend=backend)
+    assert same(read(old, DOWN), read(UNIFORM / case, DOWN))
+    with pytest.raises(UnsupportedError, match=r"AutoRound in the layout 'auto_round:marlin' is not supported"):
+        load(changed(tmp_path, case, quant_method="intel/auto-round", packing_format=None, backend="auto_round:marlin"))
+
+
 @pytest.mark.parametrize(
     "one, other", [("auto_round:gptq", "auto_round:auto_gptq"), ("auto_round", "auto_round:gptqmodel")]
 )

@@ -46,6 +46,7 @@ _OPENERS = {
     "gptq": ("gptq", "open_gptq"),
     "awq": ("awq", "open_awq"),
     "auto-round": ("autoround", "open_autoround"),
+    "intel/auto-round": ("autoround", "open_autoround"),  # until April 2025
     "bitsandbytes": ("bitsandbytes", "open_bitsandbytes"),
     "mlx": ("mlx", "open_mlx"),
 }

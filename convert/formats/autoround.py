@@ -15,6 +15,16 @@ _GPTQ = {
     **dict.fromkeys(("auto_round", "auto_round:gptqmodel"), 2),
 }
 _AWQ = ("auto_round:auto_awq", "auto_round:awq")
+# What came before `packing_format`: `backend`, a layout and the kernel that was to run it. Source: auto-round 0.4
+# `export_to_autoround/export.py` (kernels of its own keep zero points as they are) and `auto_round/backend.py`.
+_BACKENDS = {
+    **dict.fromkeys(("auto_round:exllamav2", "auto_round:triton", "auto_round:tritonv2"), "auto_round"),
+    **dict.fromkeys(
+        (f"{layout}:{kernel}" for layout in ("gptq", "auto_gptq")
+         for kernel in ("exllamav2", "exllama", "triton", "tritonv2", "cuda")),
+        "auto_round:gptq",
+    ),
+}  # fmt: skip
 
 
 def open_autoround(fields: Mapping[str, Any], checkpoint: Checkpoint) -> PackedModules:
@@ -30,13 +40,18 @@ def open_autoround(fields: Mapping[str, Any], checkpoint: Checkpoint) -> PackedM
         _check(effective, module)
         return None if setting(effective, "bits", 4, module) > 8 else effective
 
-    layout = setting(fields, "packing_format", "auto")
+    layout = setting(fields, "packing_format", "") or _layout_of(setting(fields, "backend", "auto"))
     _check(fields, "the checkpoint")
     if layout in _GPTQ:
         return Gptq("AutoRound in the layout of GPTQ", _GPTQ[layout], checkpoint, settings, fields)
     if layout in _AWQ:
         return Awq("AutoRound in the layout of AWQ GEMM", checkpoint, settings, fields)
     raise unsupported(f"AutoRound in the layout {layout!r}")
+
+
+def _layout_of(backend: str) -> str:
+    """The packing format that a `backend` stands for; an unknown one is its own, and refused by that name."""
+    return _BACKENDS.get(backend) or backend
 
 
 def _check(fields: Mapping[str, Any], where: str) -> None:

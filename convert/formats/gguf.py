@@ -1,23 +1,24 @@
 """GGUF: llama.cpp's one-file checkpoints, as tensors with HF's names and in HF's order of rows.
 
-Source: llama.cpp's `convert_hf_to_gguf.py` (names, permutation) and gguf-py (the file).
+Source: llama.cpp's `convert_hf_to_gguf.py` (names, permutation) and gguf-py's `constants.py` (names of metadata).
 """
 
+import difflib
 import re
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from jaxgen.config import MistralConfig
-from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
+from jaxgen.errors import CheckpointError, UnsupportedError
 from jaxgen.quant import Int4
 
 from ..checkpoint import DTYPES, Checkpoint, TensorInfo, Wanted
 from ..names import EMBEDDING, HEAD, Part
 from .ggml_blocks import FLOATS, FOUR_BITS
+from .gguf_header import GgufArray, read_header
 
 _ARCHITECTURE = "llama"  # llama.cpp's name for Mistral as well
 _NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
@@ -35,20 +36,21 @@ _LAYER_NAMES = {
 }
 _REQUIRED = {
     "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
 }
 _OPTIONAL = {
-    "context_length": "max_position_embeddings",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.sliding_window": "sliding_window",
     "attention.key_length": "head_dim",
     "attention.value_length": "head_dim",
     "rope.dimension_count": "head_dim",
-    "rope.freq_base": "rope_theta",
 }
+_FLOATS = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
 # Metadata that changes the mathematics unless it has this value, and some that never does.
 _NEUTRAL = {
     "expert_count": 0,
@@ -58,17 +60,32 @@ _NEUTRAL = {
     "attention.causal": True,
 }
 _IGNORED = ("vocab_size", "tensor_data_layout")
-_MAX_ENTRIES = 4_000_000  # several times those of the largest vocabularies
+# Whose metadata says nothing of the mathematics: the format's own, and what programs that quantise leave behind.
+_OTHERS = ("general", "tokenizer", "split", "quantize", "imatrix", "mradermacher", "unsloth")
+_SPLIT = ("split.no", "split.count", "split.tensors.count")
+_TOKEN_IDS = {
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
+_OTHER_TOKEN_IDS = tuple(
+    f"tokenizer.ggml.{name}_token_id"
+    for name in "eot eom unknown unk seperator sep cls mask prefix suffix middle".split()
+)
+_FILE_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 14: "Q4_K_S", 15: "Q4_K_M", 18: "Q6_K", 32: "BF16"
+}  # fmt: skip
 _CHUNK_BYTES = 4 << 20
 
 
 def open_gguf(path: Path) -> "tuple[MistralConfig, GgufCheckpoint, Gguf]":
-    """The config, the tensors and the format of a .gguf file; needs the extra `gguf`.
+    """The config, the tensors and the format of a .gguf file.
 
     Types of more than four bits (Q6_K and Q8_0) become floats. Sliding windows are not in the files that llama.cpp
     makes of Mistral: attention is full then, as in llama.cpp.
-    Raises `JaxgenError` without gguf, `CheckpointError` for a damaged file, and `UnsupportedError` for other
-    architectures, scaled rotary positions, experts, split files, and types of tensors that jaxgen does not read.
+    Raises `CheckpointError` for a damaged file, `JaxgenError` for sizes that do not fit together, and
+    `UnsupportedError` for other architectures, metadata that nobody knows, scaled rotary positions, experts, split
+    files, and types of tensors that jaxgen does not read.
     """
     checkpoint = GgufCheckpoint(path)
     return checkpoint.config, checkpoint, Gguf(checkpoint)
@@ -88,15 +105,7 @@ class GgufCheckpoint(Checkpoint):
         self.config = _config(self.metadata, self.tensors)
 
     def _scan_shard(self, shard: str) -> bool:
-        path = self.directory / shard
-        try:
-            self.metadata, found = _parse(path)
-        except JaxgenError:
-            raise
-        except Exception as error:  # whatever the parser stumbles over
-            problem = f"{shard} ({path.stat().st_size} bytes) is truncated, damaged or not GGUF: {error!r:.300}"
-            self.problems.append(f"{problem}; download it again")
-            return False
+        self.metadata, found = read_header(self.directory / shard)
         for tensor in found:
             name = _hf_name(tensor.name)
             if name in self.tensors:
@@ -138,7 +147,8 @@ class Gguf:
         """For example "GGUF Q4_K_M (Q4_K, Q6_K)"."""
         tensors, kinds = self._checkpoint.tensors, self._checkpoint.kinds
         matrices = sorted({kinds[name] for name, info in tensors.items() if len(info.shape) == 2})
-        return f"GGUF {self._checkpoint.metadata['file_type']} ({', '.join(matrices)})"
+        file_type = _FILE_TYPES.get(self._checkpoint.metadata.get("general.file_type"), "of mixed types")
+        return f"GGUF {file_type} ({', '.join(matrices)})"
 
     def stored(self, part: Part) -> dict[str, Wanted] | None:
         """As `Format.stored`."""
@@ -150,70 +160,36 @@ class Gguf:
         return FOUR_BITS[self._checkpoint.kinds[part.name]](self._checkpoint.rows(part.name))
 
 
-class _Tensor(NamedTuple):
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-def _parse(path: Path) -> tuple[dict[str, Any], list[_Tensor]]:
-    """Metadata and tensors as the file names them; raises whatever gguf raises for a damaged file."""
-    try:
-        gguf: Any = import_module("gguf")  # not this module, which has the same name
-    except ImportError as error:
-        raise JaxgenError(f'{path.name}: reading GGUF needs a package: pip install "jaxgen[gguf]"') from error
-
-    class Reader(gguf.GGUFReader):
-        """Stops where the file ends, and gguf's would read an endless array of nothing."""
-
-        entries = 0
-
-        def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
-            part = super()._get(offset, dtype, count, override_order)
-            self.entries += 1
-            if len(part) < count:
-                raise ValueError(f"the file ends before {count} items at byte {offset}")
-            if self.entries > _MAX_ENTRIES:
-                raise ValueError(f"more than {_MAX_ENTRIES} entries of metadata")
-            return part
-
-    with np.errstate(all="raise"):
-        reader = Reader(path)
-    if reader.byte_order != "I":
-        raise UnsupportedError(f"{path.name} is big-endian; jaxgen reads little-endian GGUF")
-    metadata = {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if not name.startswith("tokenizer.") or name.endswith("_token_id")
-    }
-    if metadata.get("split.count", 1) > 1:
-        raise UnsupportedError(f"{path.name} is split; join the parts with `llama-gguf-split --merge` first")
-    named = {kind.value: kind.name.removeprefix("MOSTLY_") for kind in gguf.LlamaFileType}
-    metadata["file_type"] = named.get(metadata.get("general.file_type"), "of mixed types")
-    expected, tensors = int(reader.data_offset), []
-    for tensor in reader.tensors:
-        kind, shape = tensor.tensor_type.name, tuple(reversed(tensor.shape.tolist()))
-        if kind not in (DTYPES if len(shape) == 1 else (*FOUR_BITS, *FLOATS)):
-            known = ", ".join((*FOUR_BITS, *FLOATS))
-            raise UnsupportedError(
-                f"{path.name}: {tensor.name!r} is of type {kind}; jaxgen reads {known}, and vectors as floats. "
-                "Take a Q4_K_M, Q4_0 or Q8_0 file of the model, or the original with load_in_4bit=True"
-            )
-        begin = int(tensor.data_offset)
-        if begin != expected:
-            raise ValueError(f"{tensor.name!r} begins at byte {begin} instead of {expected}")
-        tensors.append(_Tensor(tensor.name, kind, shape, begin, begin + int(tensor.n_bytes)))
-        expected = -(-tensors[-1].end // int(reader.alignment)) * int(reader.alignment)
-    return metadata, tensors
-
-
 def _config(metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> MistralConfig:
     """The model that metadata and tensors describe."""
+    own = _own_metadata(metadata, tensors)
+    fields: dict[str, Any] = {"sliding_window": None, "num_key_value_heads": own["attention.head_count"]}
+    for name, field in {**_REQUIRED, **_OPTIONAL}.items():
+        if name in own:
+            fields[field] = own[name]
+    sizes = {name: own[name] for name, field in _OPTIONAL.items() if field == "head_dim" and name in own}
+    if any(size != fields["head_dim"] for size in sizes.values()):
+        raise UnsupportedError(f"{sizes}: jaxgen implements one size of heads, rotated as a whole")
+    fields |= {field: metadata.get(name) for field, name in _TOKEN_IDS.items()}
+    rows = tensors[EMBEDDING].shape[0] if EMBEDDING in tensors else None
+    tokens = metadata.get("tokenizer.ggml.tokens", own.get("vocab_size"))
+    tokens = tokens.count if isinstance(tokens, GgufArray) else tokens
+    if rows is not None and tokens is not None and rows != tokens:
+        raise CheckpointError("GGUF metadata", [f"the vocabulary has {tokens!r:.80} tokens, but {rows} embeddings"])
+    return MistralConfig(
+        **fields,
+        vocab_size=rows or 1,  # no embedding is an error that is reported with the others
+        tie_word_embeddings=HEAD not in tensors,
+    )
+
+
+def _own_metadata(metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Any]:
+    """The architecture's metadata, without its prefix; raises for all that the file says and jaxgen does not know."""
     architecture = metadata.get("general.architecture")
     if architecture != _ARCHITECTURE:
-        raise UnsupportedError(f"general.architecture={architecture!r} is not supported; jaxgen reads 'llama'")
+        raise UnsupportedError(f"general.architecture={architecture!r:.80} is not supported; jaxgen reads 'llama'")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise UnsupportedError("the file is split; join the parts with `llama-gguf-split --merge` first")
     if "rope_freqs.weight" in tensors:
         raise UnsupportedError("tensor 'rope_freqs.weight': scaled rotary positions are not supported")
     prefix = f"{_ARCHITECTURE}."
@@ -221,25 +197,36 @@ def _config(metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> Mistral
     for name, value in own.items():
         known = name in _REQUIRED or name in _OPTIONAL or name in _IGNORED
         if not known and (name not in _NEUTRAL or value != _NEUTRAL[name]):
-            raise UnsupportedError(f"{prefix}{name}={value!r:.80} is not supported; it would change the mathematics")
-    if missing := sorted(_REQUIRED.keys() - own.keys()):
-        raise CheckpointError("GGUF metadata", [f"{prefix}{name} is missing" for name in missing])
-    fields = {"sliding_window": None, "num_key_value_heads": own["attention.head_count"]}
-    for name, field in {**_REQUIRED, **_OPTIONAL}.items():
-        if name in own:
-            fields[field] = own[name]
-    sizes = {name: own[name] for name, field in _OPTIONAL.items() if field == "head_dim" and name in own}
-    if any(size != fields["head_dim"] for size in sizes.values()):
-        raise UnsupportedError(f"{sizes}: jaxgen implements one size of heads, rotated as a whole")
-    embedding = tensors[EMBEDDING].shape if EMBEDDING in tensors else ()
-    return MistralConfig(
-        **fields,
-        vocab_size=embedding[0] if embedding else 1,  # no embedding is an error that is reported with the others
-        tie_word_embeddings=HEAD not in tensors,
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_id=metadata.get("tokenizer.ggml.eos_token_id"),
-        pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
-    )
+            raise UnsupportedError(
+                f"{prefix}{name:.80}={value!r:.80} is not supported; it would change the mathematics"
+            )
+        if name in _FLOATS and not isinstance(value, float):
+            raise CheckpointError("GGUF metadata", [f"{prefix}{name}={value!r:.80} must be a floating-point number"])
+    problems = [f"{prefix}{name} is missing" for name in sorted(_REQUIRED.keys() - own.keys())]
+    problems += _foreign(metadata)
+    if problems:
+        raise CheckpointError("GGUF metadata", problems)
+    return own
+
+
+def _foreign(metadata: dict[str, Any]) -> list[str]:
+    """Fields that may be damaged ones of the architecture or of the special tokens, and special tokens missed."""
+    known = (*_OTHERS, _ARCHITECTURE)
+    problems = [
+        f"{name!r:.80} is of no known kind; jaxgen knows {', '.join(known)}: it may be a damaged name"
+        for name in metadata
+        if name.split(".")[0] not in known or (name.startswith("split.") and name not in _SPLIT)
+    ]
+    absent = [name for name in _TOKEN_IDS.values() if name not in metadata]
+    for name in metadata:
+        if name in _OTHER_TOKEN_IDS or name in _TOKEN_IDS.values():
+            continue
+        if near := difflib.get_close_matches(name, absent, n=1, cutoff=0.9):
+            problems.append(f"{near[0]} is missing, and {name!r:.80} may be that, damaged")
+    has_tokens = metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
+    if has_tokens and _TOKEN_IDS["eos_token_id"] in absent:
+        problems.append(f"{_TOKEN_IDS['eos_token_id']} is missing")
+    return problems
 
 
 def _hf_name(name: str) -> str:

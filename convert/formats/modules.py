@@ -20,8 +20,8 @@ from .packing import column_order
 Settings = Callable[[str], Mapping[str, Any] | None]
 
 _READ = (
-    "compressed-tensors (pack-quantized), GPTQ, AWQ (GEMM), AutoRound, bitsandbytes (NF4, FP4), MLX and GGUF, "
-    "of 4 bits each"
+    "compressed-tensors (pack-quantized), GPTQ, AWQ (GEMM), AutoRound (in the layouts of these two), "
+    "bitsandbytes (NF4, FP4), MLX and GGUF, of 4 bits each"
 )
 
 
