@@ -147,7 +147,7 @@ class Gguf:
         """For example "GGUF Q4_K_M (Q4_K, Q6_K)"."""
         tensors, kinds = self._checkpoint.tensors, self._checkpoint.kinds
         matrices = sorted({kinds[name] for name, info in tensors.items() if len(info.shape) == 2})
-        file_type = _FILE_TYPES.get(self._checkpoint.metadata.get("general.file_type"), "of mixed types")
+        file_type = _FILE_TYPES.get(self._checkpoint.metadata.get("general.file_type", -1), "of mixed types")
         return f"GGUF {file_type} ({', '.join(matrices)})"
 
     def stored(self, part: Part) -> dict[str, Wanted] | None:
