@@ -43,6 +43,15 @@ def mutate_json(draw: random.Random, value: Any) -> str:
     return json.dumps(value)
 
 
+def mutate_text(draw: random.Random, text: str) -> str:
+    """`text` with one to three of its characters lost, repeated, or replaced by others of it or strange ones."""
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        place = draw.randrange(len(text))
+        other = draw.choice((draw.choice(text), draw.choice("\0{}%|-(\"'1*.é"), text[place] * 2, ""))
+        text = text[:place] + other + text[place + 1 :]
+    return text
+
+
 def mutate_bytes(draw: random.Random, data: bytes) -> bytes:
     """`data` with a bit flipped, cut short, or with some bytes lost, repeated or replaced."""
     changed, place, kind = bytearray(data), draw.randrange(len(data)), draw.randrange(5)

@@ -274,7 +274,7 @@ def test_commands_that_cannot_be_done_are_told_and_the_chat_goes_on(session):
 def test_a_tokenizer_without_a_template(model, tokenizer):
     tokenizer.chat_template = None
     said = talk(Session(model, tokenizer), "Hello!")
-    assert said[0].startswith("(the tokenizer's chat template cannot write this chat: ")
+    assert "the tokenizer's chat template cannot write this chat: " in said[0]
     with pytest.raises(JaxgenError, match="chat template"):
         next(iter(Session(model, tokenizer).ask("Hello!")))
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxgen.errors import JaxgenError
+from jaxgen.text.template import apply_chat_template
+from jaxgen.text.tokenizer import telling
 
 Messages = list[dict[str, Any]]  # a chat: each message has "role" and "content"
 
@@ -54,15 +56,15 @@ def encode(tokenizer: Any, text: str | Messages, continue_final_message: bool | 
     """The tokenizer's `input_ids` and `attention_mask` (lists) of a text, or of a chat through its template.
 
     `options` go to the tokenizer, or to `apply_chat_template` (`tools`, for instance). Raises `JaxgenError` for a
-    chat where there is no template, or where the template refuses it.
+    chat where there is no template, or where the template refuses it, fails, or takes too long.
     """
-    import jinja2
-
+    where = f"{place}: " if (place := getattr(tokenizer, "name_or_path", None)) else ""
     if isinstance(text, str):
-        return tokenizer(text, **options)
+        with telling(f"{where}the tokenizer cannot encode this text"):
+            return tokenizer(text, **options)
     goes_on = continues_final_message(text, continue_final_message)
     options = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on} | options
-    try:
+    with telling(f"{where}the tokenizer's chat template cannot write this chat"):
+        if type(tokenizer).apply_chat_template.__module__ == "transformers.tokenization_utils_base":
+            return apply_chat_template(tokenizer, text, **options)
         return tokenizer.apply_chat_template(text, tokenize=True, return_dict=True, **options)
-    except (ValueError, jinja2.TemplateError) as error:
-        raise JaxgenError(f"the tokenizer's chat template cannot write this chat: {error}") from error

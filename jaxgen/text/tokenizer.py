@@ -24,7 +24,7 @@ def load_tokenizer(directory: Path) -> Any:
     _refuse_code(directory)
     import transformers  # takes seconds; nothing but text needs it
 
-    with _telling(f"{directory}: no tokenizer that transformers can read"):
+    with telling(f"{directory}: no tokenizer that transformers can read"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             directory, local_files_only=True, padding_side="left", trust_remote_code=False
         )
@@ -49,17 +49,19 @@ def _refuse_code(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _telling(what: str) -> Iterator[None]:
-    """Turn whatever transformers and its Rust code raise on files that they cannot read into one `JaxgenError`."""
+def telling(what: str) -> Iterator[None]:
+    """Turn whatever transformers and its Rust code raise, on files from anywhere, into one `JaxgenError`."""
     try:
         yield
-    except JaxgenError:
+    except UnsupportedError:
         raise
     except BaseException as error:
         # A panic in Rust is no Exception, and its class cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise JaxgenError(f"{what}: {type(error).__name__}: {error!s:.300}") from error
+        reason = f"{error!s:.500}"
+        expected = isinstance(error, ValueError | OSError) and reason
+        raise JaxgenError(f"{what}: {reason if expected else f'{type(error).__name__}: {reason}'}") from error
 
 
 def tokenizer_for(model: Any, tokenizer: Any = None) -> Any:

@@ -1,0 +1,81 @@
+"""Damaged tokenizer files: a tokenizer that can be used, or one typed error; never anything else."""
+
+import json
+import logging
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxgen import JaxgenError, demo
+from jaxgen.text.inputs import encode
+from jaxgen.text.tokenizer import load_tokenizer
+from tests.mutate import mutate_bytes, mutate_json
+
+CHAT = [{"role": "user", "content": "Hello!"}]
+
+
+@pytest.fixture
+def directory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Path:
+    caplog.set_level(logging.CRITICAL)
+    shutil.copytree(demo.path(), tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def used(directory: Path) -> bool:
+    """Whether the tokenizer loads, and text goes through it; False for typed errors, which name the directory."""
+    try:
+        tokenizer = load_tokenizer(directory)
+        for text in ("A list of colors: red, blue", "", "é\n 🙂", CHAT):
+            ids = encode(tokenizer, text)["input_ids"]
+            assert all(isinstance(token, int) for token in ids)
+            assert isinstance(tokenizer.decode(ids), str)
+        return True
+    except JaxgenError as error:
+        assert str(directory) in str(error) and len(str(error)) < 2000
+        return False
+
+
+def test_damaged_settings(directory):
+    path, draw = directory / "tokenizer_config.json", random.Random(0)
+    fields = json.loads(path.read_text()) | {"padding_side": "right", "model_max_length": 512, "legacy": False}
+    good = 0
+    for _ in range(200):
+        path.write_text(mutate_json(draw, fields))
+        good += used(directory)
+    assert 20 < good < 190
+
+
+def test_damaged_configs_beside_it(directory):
+    path, draw = directory / "config.json", random.Random(0)
+    fields = json.loads(path.read_text())
+    for _ in range(100):
+        path.write_text(mutate_json(draw, fields))
+        used(directory)
+
+
+@pytest.mark.parametrize(
+    "part", ["model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "all"]
+)
+def test_damaged_tokenizers(directory, part):
+    path, draw = directory / "tokenizer.json", random.Random(part)
+    fields = json.loads(path.read_text())
+    for _ in range(40):
+        # The vocabulary is most of the file; what reads it is the rest.
+        changed: Any = (
+            fields if part == "all" else fields | {part: json.loads(mutate_json(draw, {part: fields[part]})).get(part)}
+        )
+        path.write_text(mutate_json(draw, changed) if part == "all" else json.dumps(changed))
+        used(directory)
+
+
+def test_damaged_bytes(directory):
+    draw = random.Random(0)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        data = (directory / name).read_bytes()
+        for _ in range(60):
+            (directory / name).write_bytes(mutate_bytes(draw, data))
+            used(directory)
+        (directory / name).write_bytes(data)
