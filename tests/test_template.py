@@ -83,6 +83,7 @@ def test_ids_are_those_of_transformers(tokenizer, name):
 
 def test_one_of_several_templates(tokenizer):
     tokenizer.chat_template = {"default": CHATML, "tool_use": "tools {{ messages[0].content }}", "other": "o"}
+    given: dict[str, Any]
     for given in ({}, {"tools": [current_weather]}, {"chat_template": "other"}):
         assert dict(encode(tokenizer, CHAT, **given)) == theirs(tokenizer, **given)
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxgen.errors import JaxgenError, UnsupportedError
 
 SECONDS = 5  # of a processor, for one chat
@@ -57,7 +59,7 @@ _OF_TOKENIZER = ("padding", "truncation", "max_length", "return_tensors")
 
 
 def _schema(tool: Any) -> Any:
-    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import get_json_schema
 
     return get_json_schema(tool) if callable(tool) else tool
 
@@ -78,9 +80,7 @@ def _plain(value: Any) -> Any:
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return dict(value)
-    return (
-        value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else f"<{type(value).__name__}>"
-    )
+    return value.item() if isinstance(value, np.generic) else f"<{type(value).__name__}>"
 
 
 class _Process:
