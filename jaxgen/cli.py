@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import glob
 import json
+import logging
 import os
 import re
 import shlex
@@ -54,6 +55,21 @@ def _complain(error: Exception) -> int:
 def _say(text: str) -> None:
     """A line for the person at the terminal, beside the output."""
     sys.stderr.write(f"jaxgen: {' '.join(text.split())}\n")
+
+
+@contextlib.contextmanager
+def _telling(name: str) -> Iterator[None]:
+    """What this logger says is told on the terminal."""
+    logger, handler = logging.getLogger(name), logging.Handler()
+    handler.emit = lambda record: _say(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
@@ -301,7 +317,8 @@ def _convert(options: argparse.Namespace) -> None:
     source = _locate(options)
     _keep_compiled(options)
     names = ("bits", "group_size", "method", "calibration", "lm_head")
-    target = convert_checkpoint(source, options.target, **{name: getattr(options, name) for name in names})
+    with _telling("jaxgen.convert"):
+        target = convert_checkpoint(source, options.target, **{name: getattr(options, name) for name in names})
     before, after = (Checkpoint(place).total_bytes for place in (source, target))
     sys.stdout.write(f"{target}: {_size(after)} of weights, where {source} has {_size(before)}\n")
     sys.stdout.write(f'jaxgen generate "A list of colors: red, blue" --model {shlex.quote(str(target))}\n')

@@ -1,6 +1,7 @@
 """Offline quantisation: GPTQ against the paper's equations, AutoRound's promises, and the order of quality."""
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxgen import AutoModelForCausalLM, CheckpointError, JaxgenError, demo
 from jaxgen.config import MistralConfig
 from jaxgen.convert.checkpoint import Checkpoint
 from jaxgen.convert.names import parameter_parts
-from jaxgen.convert.quantize import blocks
+from jaxgen.convert.quantize import blocks, cost
 from jaxgen.convert.quantize.autoround import AutoRound
 from jaxgen.convert.quantize.blocks import quantized_blocks
 from jaxgen.convert.quantize.forward import advance, gram_of_inputs, linear_names, output
@@ -197,6 +198,28 @@ def test_finished_layers_are_replayed(small, method):
     replayed, after = all_of(small, method, finished={0: other}.get)
     assert same(replayed, other)
     assert not same(after, second), "the second layer did not see what the first one gives it"
+
+
+@pytest.mark.parametrize(("method", "passes"), [("gptq", 6), ("autoround", 3 * 200 * 8 / 16 + 7)])
+def test_what_it_will_take_is_said_beforehand(small, method, passes, monkeypatch, caplog):
+    """A method's passes over the text, times the layers that are left, times what was measured of one."""
+    monkeypatch.setattr(cost, "seconds_of_a_pass", lambda *_: 100.0)
+    caplog.set_level(logging.INFO, "jaxgen.convert")
+    text = ids()[np.arange(16) % len(ids())]
+    blocks_left = quantized_blocks(*small, text, group_size=16, method=method, finished={0: {}}.get)
+    monkeypatch.setattr(Layers, "join", lambda self, layer, weights, quantized: weights)
+    next(blocks_left)
+    assert not caplog.messages
+    monkeypatch.setattr(blocks._METHODS[method], "__call__", lambda *_: pytest.fail(caplog.messages[0]))
+    layers, length = small[1].num_hidden_layers - 1, text.shape[1]
+    said = f"{method} looks at 16 sequences of {length} tokens in each of {layers} layers: about {{}}, and some for"
+    with pytest.raises(pytest.fail.Exception, match=said.format(cost.duration(passes * layers * 100))):
+        next(blocks_left)
+
+
+def test_a_pass_is_measured(small):
+    hidden = embedded(small[0])
+    assert cost.seconds_of_a_pass(small[1], Layers(*small).read(0), hidden) > 0
 
 
 def test_unknown_methods_and_groups_that_do_not_divide_are_refused(small):

@@ -52,6 +52,11 @@ class AutoRound:
         self._optimizer = optax.chain(optax.ema(_MOMENTUM), optax.sign_sgd(schedule))
         self._step, self._loss = jax.jit(self._descend), jax.jit(self._error)
 
+    def passes(self, sequences: int) -> float:
+        """How often a layer's work is that of the whole text going forward through it, once, about."""
+        steps = self._iterations * min(self._batch, sequences) / sequences
+        return 3 * steps + _CHECKS + 3  # a gradient is two passes more; the rest is looks at the text
+
     def __call__(self, weights: Weights, hidden: Hidden, targets: Hidden) -> dict[str, Int4]:
         """The int4 weights with which a layer makes of `hidden` about `targets`: what the exact model has there.
 

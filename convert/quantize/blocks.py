@@ -12,6 +12,7 @@ from jaxgen.quant import Int4
 from ..checkpoint import Checkpoint
 from ..names import EMBEDDING
 from .autoround import AutoRound
+from .cost import say_cost
 from .forward import advance
 from .gptq import Gptq
 from .layers import Layers
@@ -32,8 +33,9 @@ def quantized_blocks(
 
     `calibration`: ids of N sequences without padding, whose hidden states stay in host memory (float32 `[N, T, D]`,
     twice for "autoround"). `method`: "gptq" or "autoround". `finished`: the weights of a layer that an interrupted
-    run has made already; they are yielded and built upon as they are. Raises `JaxgenError` for another method, and
-    for groups that do not divide the rows; `CheckpointError` for weights that are not finite.
+    run has made already; they are yielded and built upon as they are. About how long the others will take is said
+    by the logger "jaxgen.convert", beforehand. Raises `JaxgenError` for another method, and for groups that do not
+    divide the rows; `CheckpointError` for weights that are not finite.
     """
     if method not in _METHODS:
         raise JaxgenError(f"method={method!r} must be one of {', '.join(map(repr, _METHODS))}")
@@ -41,12 +43,17 @@ def quantized_blocks(
     quantize = _METHODS[method](config, group_size)
     hidden = checkpoint.read(EMBEDDING)[calibration].astype(np.float32)
     exact = hidden.copy() if quantize.needs_targets else None
+    said = False
     for layer in range(config.num_hidden_layers):
         weights = layers.read(layer)
         if exact is not None:
             advance(config, weights, exact)
         quantized = finished(layer)
         if quantized is None:
+            if not said:
+                passes, left = quantize.passes(len(hidden)), config.num_hidden_layers - layer
+                say_cost(config, weights, hidden, method=method, passes=passes, layers=left)
+                said = True
             quantized = layers.split(layer, quantize(weights, hidden, exact))
         yield layer, quantized
         advance(config, layers.join(layer, weights, quantized), hidden)

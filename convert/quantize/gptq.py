@@ -33,6 +33,10 @@ class Gptq:
     def __init__(self, config: MistralConfig, group_size: int):
         self._config, self._group_size = config, group_size
 
+    def passes(self, sequences: int) -> float:
+        """How often a layer's work is that of the whole text going forward through it, once, about."""
+        return 6  # four linear layers, each with the inputs it gets, and the product of these with themselves
+
     def __call__(self, weights: Weights, hidden: Hidden, targets: None = None) -> dict[str, Int4]:
         """The int4 weights of a layer whose inputs are `hidden`."""
         weights, quantized = dict(weights), {}
