@@ -1,8 +1,6 @@
 """`python -m jaxgen`: the command `jaxgen`."""
 
-import sys
-
-from jaxgen.cli import main
+from jaxgen.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -9,16 +9,29 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxgen.arguments import parser, settings_of
 from jaxgen.errors import JaxgenError
 from jaxgen.text.utf8 import decode_utf8
+
+
+def command() -> NoReturn:
+    """The program `jaxgen`: `main`, and its end."""
+    code = main()
+    if code == 130:
+        # At once: Python would take down what JAX, which may still compute, needs; that ended in a segmentation fault.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Only what jaxgen says belongs on the terminal; transformers would remark that torch is not installed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        _import_jax()
         with _every_interrupt_counts(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code = _COMMANDS[options.command](options) or 0
@@ -83,6 +97,18 @@ def _show_warning(message: Any, *_: Any, **__: Any) -> None:
         _say(f"what was kept of the compiled {damaged[1]} was damaged and is dropped")
     else:
         _say(str(message))
+
+
+def _import_jax() -> None:
+    """Import JAX, where Ctrl-C ends the process: C extensions that it interrupts make another error of it, or abort."""
+    mine = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not that of a program that calls `main`
+    if mine and "jax" not in sys.modules and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            import flax.nnx  # noqa: F401
+            import jax  # noqa: F401
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
@@ -331,4 +357,4 @@ def _size(count: int) -> str:
 _COMMANDS = {"generate": _generate, "chat": _chat, "replay": _replay, "inspect": _inspect, "convert": _convert}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -249,6 +250,27 @@ def test_an_interrupt_that_python_drops_ends_the_command(capsys, monkeypatch):
     monkeypatch.setitem(cli._COMMANDS, "inspect", work)
     assert cli.main(["inspect", "x"]) == 130
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
+@pytest.mark.parametrize("moment", [0.0, 0.1, 0.2, "text"])
+def test_ctrl_c_ends_a_command_at_any_time(moment: float | str):
+    """By the signal while JAX is imported, whose extensions would abort, and with 130 and no crash afterwards."""
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from jaxgen.cli import command; "
+        "print('here', flush=True); command()"
+    )
+    arguments = ["generate", COLORS, "--max-new-tokens", "450", "--stream", "--no-compile-cache"]
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"here\n"
+    if moment == "text":
+        process.stdout.read(len(COLORS) + 2)
+    else:
+        time.sleep(float(moment))
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode in ((130,) if moment == "text" else (130, -signal.SIGINT))
 
 
 BAD = {
