@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import shutil
 from pathlib import Path
@@ -79,3 +80,26 @@ def test_damaged_bytes(directory):
             (directory / name).write_bytes(mutate_bytes(draw, data))
             used(directory)
         (directory / name).write_bytes(data)
+
+
+def test_files_that_are_none(directory):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
+        path, kept = directory / name, directory / "kept"
+        if path.exists():
+            path.rename(kept)
+        for make in (
+            os.mkfifo,
+            lambda p: p.symlink_to("/dev/zero"),
+            lambda p: p.symlink_to(directory / "no"),
+        ):
+            make(path)
+            if path.exists() or name != "special_tokens_map.json":  # which may be a link to nothing
+                assert not used(directory)
+            path.unlink()
+        with path.open("wb") as file:
+            file.truncate(10**11)
+        assert not used(directory)
+        path.unlink()
+        if kept.exists():
+            kept.rename(path)
+    assert used(directory)

@@ -81,6 +81,16 @@ def test_ids_are_those_of_transformers(tokenizer, name):
         assert dict(encode(tokenizer, begun)) == expected
 
 
+def test_tokenizers_that_write_chats_in_their_own_way(tokenizer):
+    class Own(type(tokenizer)):
+        def apply_chat_template(self, chat: Any, **options: Any) -> Any:
+            return {"input_ids": [len(chat)], "options": sorted(options)}
+
+    tokenizer.__class__ = Own
+    options = ["add_generation_prompt", "continue_final_message", "return_dict", "tokenize"]
+    assert encode(tokenizer, CHAT) == {"input_ids": [4], "options": options}
+
+
 def test_one_of_several_templates(tokenizer):
     tokenizer.chat_template = {"default": CHATML, "tool_use": "tools {{ messages[0].content }}", "other": "o"}
     given: dict[str, Any]

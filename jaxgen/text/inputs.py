@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxgen.errors import JaxgenError
-from jaxgen.text.template import apply_chat_template
+from jaxgen.text.template import apply_chat_template, has_template_of_jinja
 from jaxgen.text.tokenizer import telling
 
 Messages = list[dict[str, Any]]  # a chat: each message has "role" and "content"
@@ -65,6 +65,6 @@ def encode(tokenizer: Any, text: str | Messages, continue_final_message: bool | 
     goes_on = continues_final_message(text, continue_final_message)
     options = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on} | options
     with telling(f"{where}the tokenizer's chat template cannot write this chat"):
-        if type(tokenizer).apply_chat_template.__module__ == "transformers.tokenization_utils_base":
+        if has_template_of_jinja(tokenizer):
             return apply_chat_template(tokenizer, text, **options)
         return tokenizer.apply_chat_template(text, tokenize=True, return_dict=True, **options)

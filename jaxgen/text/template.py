@@ -25,6 +25,13 @@ _PROGRAM = Path(__file__).with_name("template_process.py")
 _REFUSED = ("sanitize_control_tokens", "return_assistant_tokens_mask")
 
 
+def has_template_of_jinja(tokenizer: Any) -> bool:
+    """Whether this is a tokenizer of transformers that writes chats by its template, rather than in its own way."""
+    owners = [kind.__module__ for kind in type(tokenizer).__mro__ if "apply_chat_template" in vars(kind)]
+    theirs = [owner for owner in owners if not owner.startswith("jaxgen.")]  # ours only add to it
+    return theirs[:1] == ["transformers.tokenization_utils_base"]
+
+
 def apply_chat_template(
     tokenizer: Any,
     chat: Sequence[Mapping[str, Any]],
