@@ -135,7 +135,7 @@ def _assignment(text: str) -> tuple[str, Any]:
     """The name and the value of NAME=VALUE: JSON, Python's True, False and None, or else the text as it stands."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not NAME=VALUE")
     words = {"True": True, "False": False, "None": None}
     if value in words:
         return name, words[value]

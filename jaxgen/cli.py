@@ -22,6 +22,8 @@ from jaxgen.arguments import parser, settings_of
 from jaxgen.errors import JaxgenError
 from jaxgen.text.utf8 import decode_utf8
 
+_LONGEST = 1600  # characters of a message: what went wrong may be as long as what was given
+
 
 def command() -> NoReturn:
     """The program `jaxgen`: `main`, and its end."""
@@ -67,8 +69,10 @@ def _complain(error: Exception) -> int:
 
 
 def _say(text: str) -> None:
-    """A line for the person at the terminal, beside the output."""
-    sys.stderr.write(f"jaxgen: {' '.join(text.split())}\n")
+    """A line for the person at the terminal, beside the output; one of at most a screen."""
+    line = " ".join(text.split())
+    line = line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"
+    sys.stderr.write(f"jaxgen: {line}\n")
 
 
 @contextlib.contextmanager

@@ -288,6 +288,7 @@ BAD = {
         "temprature=...: generate has no such option; did you mean temperature?",
     ),
     "no value": (["generate", "x", "--set", "top_k=many"], "top_k='many'"),
+    "a long value": (["generate", "x", "--set", "top_k=" + "[" * 9999], "must be an int"),
     "refused by generate": (["generate", "x", "--set", "penalty_alpha=0.6"], "penalty_alpha=0.6 is not supported"),
     "of the command's own": (["generate", "x", "--set", "output_scores=true"], "prints one text per prompt"),
     "twice": (["generate", "x", "--set", "top_k=3", "--top-k", "3"], "top_k is given twice"),
@@ -313,6 +314,7 @@ def test_errors_are_one_line(name: str, capsys, monkeypatch):
     assert captured.err.startswith("jaxgen: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+    assert len(captured.err) < 2000
 
 
 def test_no_prompts(capsys, monkeypatch):
