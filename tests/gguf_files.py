@@ -22,7 +22,8 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-SHAPE = CONFIG | {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+# Matrices large enough that another type is another number of bytes, in spite of the padding to 32.
+SHAPE = CONFIG | {"vocab_size": 24, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
 METADATA: dict[str, Any] = {
     "general.architecture": "llama",
     "general.name": "Tiny Mistral",

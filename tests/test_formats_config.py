@@ -143,6 +143,17 @@ def test_compressed_config_is_found_in_either_field(tmp_path, field):
     assert stored_as is not None and field not in plain
 
 
+@pytest.mark.parametrize("case, lost, damaged", [
+    ("gptq-v2-asymmetric", "checkpoint_format", "checkpoint_formas"),
+    ("autoround-gptqmodel", "packing_format", "packingformat"),
+    ("awq", "group_size", "group__size"),
+])  # fmt: skip
+def test_a_damaged_name_is_no_absent_field(tmp_path, case, lost, damaged):
+    value = json.loads((UNIFORM / case / "config.json").read_text())["quantization_config"][lost]
+    with pytest.raises(JaxgenError, match=f"'{damaged}' of the quantisation is no field of it; was it '{lost}'"):
+        load(changed(tmp_path, case, **{lost: None, damaged: value}))
+
+
 CONTRADICTIONS = {
     "ignore": ("compressed-g-idx", {"ignore": ["lm_head", "re:.*q_proj"]}),
     "targets": ("compressed-symmetric", {"config_groups": {"group_0": {

@@ -98,7 +98,7 @@ def test_damaged_names_of_fields_are_noticed(tmp_path, name, other, message):
     ("llama.rope.freq_base", float("nan"), "rope_theta=nan"),
     ("llama.attention.head_count", [4, 4], "num_attention_heads=GgufArray"),
     ("llama.attention.head_count", 4.0, r"num_attention_heads=4\.0"),
-    ("tokenizer.ggml.tokens", ["a"], "the vocabulary has 1 tokens, but 11 embeddings"),
+    ("tokenizer.ggml.tokens", ["a"], "the vocabulary has 1 tokens, but 24 embeddings"),
     ("tokenizer.ggml.eos_token_id", 2**32 - 1, "eos_token_id=4294967295"),
     ("general.alignment", 48, "general.alignment=48 is not a power of two"),
     ("general.alignment", 64, "begins at byte|where the file ends"),

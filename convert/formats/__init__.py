@@ -9,7 +9,7 @@ from jaxgen.quant import Int4, Lookup4
 
 from ..checkpoint import Checkpoint, Wanted, read_json
 from ..names import Part
-from .modules import setting, unsupported
+from .modules import almost, setting, unsupported
 
 
 @runtime_checkable
@@ -50,6 +50,16 @@ _OPENERS = {
     "bitsandbytes": ("bitsandbytes", "open_bitsandbytes"),
     "mlx": ("mlx", "open_mlx"),
 }
+
+# What readers look for, and do without where it is absent: a damaged name must not pass for an absent one.
+_NAMES = frozenset(
+    """
+    quant_method bits group_size sym desc_act static_groups checkpoint_format format is_marlin_format pack_dtype adapter
+    lm_head dynamic zero_point version backend modules_to_not_convert packing_format extra_config act_bits super_bits
+    rotation_config data_type config_groups ignore kv_cache_scheme transform_config sparsity_config load_in_4bit
+    load_in_8bit _load_in_4bit _load_in_8bit mode
+    """.split()
+)
 
 _OLD_GPTQ = "quantize_config.json"  # where AutoGPTQ wrote it before transformers had a field for it
 _PACKED = (".qweight", ".weight_packed", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".W_q")
@@ -97,6 +107,10 @@ def _method(name: str, quantization: Mapping[str, Any]) -> str:
 
 
 def _open(method: str, quantization: Mapping[str, Any], checkpoint: Checkpoint) -> Format:
+    absent = [name for name in _NAMES if quantization.get(name) is None]
+    for name in quantization:
+        if name not in _NAMES and (meant := almost(name, absent)):
+            raise JaxgenError(f"config.json: {name!r:.80} of the quantisation is no field of it; was it {meant!r}?")
     if method not in _OPENERS:
         raise unsupported(f"the quantisation {method!r}")
     module, function = _OPENERS[method]

@@ -45,14 +45,17 @@ def open_bitsandbytes(fields: Mapping[str, Any], checkpoint: Checkpoint) -> "Bit
 
 
 class BitsAndBytes:
-    """A `Format`: which tensors are quantised, and in which blocks, is what the tensors say."""
+    """A `Format`: which tensors are quantised, and in which blocks, is what the tensors say.
+
+    Raises `CheckpointError` if the first of them says nothing that can be.
+    """
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
         self._read_states: dict[str, _State] = {}
+        self.name = self._described()
 
-    @property
-    def name(self) -> str:
+    def _described(self) -> str:
         """For example "bitsandbytes NF4, double quantised, block 64"."""
         name = next((name for name in self._checkpoint.tensors if _STATE in name), None)
         if name is None:

@@ -3,7 +3,6 @@
 Source: llama.cpp's `convert_hf_to_gguf.py` (names, permutation) and gguf-py's `constants.py` (names of metadata).
 """
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ..checkpoint import DTYPES, Checkpoint, TensorInfo, Wanted
 from ..names import EMBEDDING, HEAD, Part
 from .ggml_blocks import FLOATS, FOUR_BITS
 from .gguf_header import GgufArray, read_header
+from .modules import almost
 
 _ARCHITECTURE = "llama"  # llama.cpp's name for Mistral as well
 _NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
@@ -221,8 +221,8 @@ def _foreign(metadata: dict[str, Any]) -> list[str]:
     for name in metadata:
         if name in _OTHER_TOKEN_IDS or name in _TOKEN_IDS.values():
             continue
-        if near := difflib.get_close_matches(name, absent, n=1, cutoff=0.9):
-            problems.append(f"{near[0]} is missing, and {name!r:.80} may be that, damaged")
+        if near := almost(name, absent):
+            problems.append(f"{near} is missing, and {name!r:.80} may be that, damaged")
     has_tokens = metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
     if has_tokens and _TOKEN_IDS["eos_token_id"] in absent:
         problems.append(f"{_TOKEN_IDS['eos_token_id']} is missing")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, ClassVar
 
@@ -140,6 +140,16 @@ def setting(fields: Mapping[str, Any], name: str, default: Any, where: str = "")
             f"{wanted[type(default)]}"
         )
     return value
+
+
+def almost(name: str, wanted: Iterable[str]) -> str | None:
+    """The one of the `wanted` names from which `name` differs by one letter: changed, lost or added."""
+    for other in wanted:
+        short, long = sorted((name, other), key=len)
+        same = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
+        if name != other and short[same + (len(short) == len(long)) :] == long[same + 1 :]:
+            return other
+    return None
 
 
 def check_bits(label: str, module: str, bits: int) -> None:

@@ -1,0 +1,288 @@
+"""Damaged checkpoints of every format: one typed error, or exactly the model that the files still describe.
+
+Nothing is compiled: tensors are read as loading reads them, and compared bit by bit with those of the whole checkpoint.
+"""
+
+import json
+import random
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxgen.config import MistralConfig
+from jaxgen.convert.load import check_tensors, open_checkpoint
+from jaxgen.convert.names import parameter_parts
+from jaxgen.errors import JaxgenError
+from tests.formats.files import UNIFORM
+from tests.gguf_files import METADATA, gguf_bytes
+from tests.hf_files import CONFIG, hf_tensors, write_hf
+from tests.mutate import mutate_bytes, mutate_json
+from tests.test_formats_tables import BNB, MLX, bnb_tensors, is_linear, mlx_tensors, write_both
+
+INDEX = "model.safetensors.index.json"
+FIELDS = CONFIG | {
+    "rope_theta": 1e6, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "sliding_window": 9, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float32", "hidden_act": "silu", "attention_bias": False,
+}  # fmt: skip
+Model = tuple[MistralConfig, dict[str, Any]]
+
+
+def read(place: Path) -> Model | None:
+    """Config and tensors, these as what they hold in order; None for a typed error. Anything else fails the test."""
+    try:
+        config, checkpoint, stored_as = open_checkpoint(place)
+        check_tensors(checkpoint, config, stored_as)
+        tensors = {}
+        for part in (part for parts in parameter_parts(config).values() for part in parts):
+            if stored_as is not None and stored_as.stored(part) is not None:
+                weight = stored_as.read(part)
+                names = ("packed", "scale", "offset", "permutation", "table")
+                tensors[part.name] = [bits(getattr(weight, name, None)) for name in names]
+            else:
+                buffer = np.empty(part.shape, np.float32)
+                checkpoint.read_into(part.name, buffer)
+                tensors[part.name] = bits(buffer)
+    except JaxgenError as error:
+        assert len(str(error)) < 6000 and "\n" not in str(error)
+        return None
+    return config, tensors
+
+
+def bits(array: Any) -> Any:
+    return None if array is None else (str(array.dtype), array.shape, np.ascontiguousarray(array).tobytes())
+
+
+def described(fields: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a config.json, read without looking at what they mean."""
+    defaults = dict(vars(MistralConfig()))
+    said = {name: fields.get(name, default) for name, default in defaults.items()}
+    if said["rope_theta"] is None:
+        said["rope_theta"] = defaults["rope_theta"]
+    if fields.get("head_dim") is None:
+        said["head_dim"] = said["hidden_size"] // said["num_attention_heads"]
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+
+
+class Tally:
+    """Counts outcomes, so that a test of nothing does not pass."""
+
+    def __init__(self):
+        self.errors = self.same = self.other = 0
+
+    def judge(self, found: Model | None, whole: Model, may_say: Callable[[MistralConfig], bool], what: str) -> None:
+        """Fails unless `found` is an error, the `whole` model, or its tensors under settings that the file says."""
+        if found is None:
+            self.errors += 1
+            return
+        changed = [name for name in found[1] if found[1][name] != whole[1].get(name)]
+        assert not changed and found[1].keys() == whole[1].keys(), f"other tensors {changed}: {what}"
+        if found[0] == whole[0]:
+            self.same += 1
+            return
+        assert may_say(found[0]), f"{found[0]}: {what}"
+        self.other += 1
+
+
+def judge_config(tally: Tally, directory: Path, text: str | bytes, whole: Model) -> None:
+    (directory / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    found = read(directory)
+
+    def says(config: MistralConfig) -> bool:
+        return vars(config) == described(json.loads(text))
+
+    tally.judge(found, whole, says, repr(text))
+    if found is not None:  # also where the settings are those of before: they are what the file says
+        assert says(found[0]), text
+
+
+def test_config_json(tmp_path):
+    write_hf(tmp_path, FIELDS, hf_tensors(FIELDS))
+    whole, tally, draw = read(tmp_path), Tally(), random.Random(0)
+    assert whole is not None
+    text = json.dumps(FIELDS).encode()
+    for place in range(len(text)):  # one bit of every byte
+        changed = text[:place] + bytes([text[place] ^ 1 << draw.randrange(8)]) + text[place + 1 :]
+        judge_config(tally, tmp_path, changed, whole)
+    for _ in range(400):
+        judge_config(tally, tmp_path, mutate_json(draw, FIELDS), whole)
+    assert tally.errors > 500 and tally.other > 20, vars(tally)
+
+
+def test_a_tied_model(tmp_path):
+    fields = FIELDS | {"tie_word_embeddings": True}
+    write_hf(tmp_path, fields, hf_tensors(fields))
+    whole, tally, draw = read(tmp_path), Tally(), random.Random(1)
+    assert whole is not None
+    for _ in range(150):
+        judge_config(tally, tmp_path, mutate_json(draw, fields), whole)
+    assert tally.errors > 50
+
+
+def test_headers_of_safetensors(tmp_path):
+    write_hf(tmp_path, CONFIG, hf_tensors(CONFIG, "BF16"))
+    path, draw, tally = tmp_path / "model.safetensors", random.Random(2), Tally()
+    whole, data = read(tmp_path), path.read_bytes()
+    assert whole is not None
+    length = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:length])
+
+    def judge(changed: bytes) -> None:
+        path.write_bytes(changed)
+        tally.judge(read(tmp_path), whole, lambda config: False, repr(changed[:length]))
+
+    for change in (-8, -1, 1, 8, 1 << 20, 1 << 62):
+        judge(max(0, length - 8 + change).to_bytes(8, "little") + data[8:])
+    for _ in range(300):
+        judge(mutate_bytes(draw, data[:length]) + data[length:])
+    for _ in range(300):
+        text = mutate_json(draw, header).encode()
+        judge(len(text).to_bytes(8, "little") + text + data[length:])
+    for changed in (data[:-1], data + b"\0", data + data, data[:length], data[:7], b""):
+        judge(changed)
+    assert tally.errors > 400
+
+
+def test_indices(tmp_path):
+    weight_map = write_hf(tmp_path, CONFIG, hf_tensors(CONFIG), shards=3)
+    whole, draw, tally = read(tmp_path), random.Random(3), Tally()
+    assert whole is not None
+    index = {"metadata": {"total_size": 2 * 1000}, "weight_map": weight_map}
+    text = json.dumps(index).encode()
+    for attempt in range(500):
+        changed = mutate_json(draw, index).encode() if attempt % 2 else mutate_bytes(draw, text)
+        (tmp_path / INDEX).write_bytes(changed)
+        tally.judge(read(tmp_path), whole, lambda config: False, repr(changed))
+    assert tally.errors > 200 and tally.same > 20, vars(tally)
+
+
+QUANTISED = [path.name for path in sorted(UNIFORM.iterdir()) if path.is_dir()]
+
+
+def bitsandbytes(directory: Path) -> Path:
+    return write_both(directory, {"quantization_config": BNB}, bnb_tensors, is_linear)[0]
+
+
+def mlx(directory: Path) -> Path:
+    return write_both(directory, {"quantization": MLX, "quantization_config": MLX}, mlx_tensors, lambda name: True)[0]
+
+
+@pytest.mark.parametrize("case", [*QUANTISED, bitsandbytes, mlx])
+def test_quantisation_configs(tmp_path, case):
+    if isinstance(case, str):
+        directory = tmp_path
+        for name in ("config.json", "model.safetensors"):
+            (directory / name).write_bytes((UNIFORM / case / name).read_bytes())
+    else:
+        directory = case(tmp_path)
+    fields = json.loads((directory / "config.json").read_text())
+    whole, tally, draw = read(directory), Tally(), random.Random(str(case)[:20] if isinstance(case, str) else 5)
+    assert whole is not None
+    name = "quantization" if "quantization" in fields else "quantization_config"
+    settings = fields[name]
+    for attempt in range(100):
+        if attempt % 2:
+            changed = json.loads(mutate_json(draw, settings))
+            if lost := LAYOUTS & settings.keys() - {key for key in changed if changed[key] is not None}:
+                changed |= {key: settings[key] for key in lost if not renamed(key, changed)}
+        else:
+            changed = renaming(draw, settings)
+        for field in (name, "quantization_config") if name == "quantization" else (name,):
+            fields[field] = changed
+        judge_config(tally, directory, json.dumps(fields), whole)
+    assert tally.errors >= 15, vars(tally)
+
+
+# Of which layout zero points are is said here only: a file without is one of the default layout.
+LAYOUTS = {"checkpoint_format", "format", "packing_format"}
+
+
+def renamed(key: str, fields: dict[str, Any]) -> bool:
+    return any(len(name) == len(key) and sum(map(str.__ne__, name, key)) == 1 for name in fields)
+
+
+def renaming(draw: random.Random, value: dict[str, Any]) -> dict[str, Any]:
+    """One key, of this object or one inside, with a bit flipped."""
+    value = json.loads(json.dumps(value))
+    holders = [value, *(inner for inner in value.values() if isinstance(inner, dict) and inner)]
+    holder = draw.choice(holders)
+    key = draw.choice(list(holder))
+    place = draw.randrange(len(key))
+    holder[key[:place] + chr(ord(key[place]) ^ 1 << draw.randrange(5)) + key[place + 1 :]] = holder.pop(key)
+    return value
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_bitsandbytes_says_of_a_tensor(tmp_path, nested):
+    directory = bitsandbytes(tmp_path)
+    path, draw, tally = directory / "model.safetensors", random.Random(6), Tally()
+    whole, data = read(directory), path.read_bytes()
+    assert whole is not None
+    start = data.index(b'{"quant_type"')
+    state = data[start : data.index(b"}", start) + 1]
+    for attempt in range(150):
+        if nested:  # every value, at the length that the tensor has
+            text = mutate_json(draw, json.loads(state)).encode()
+            if len(text) > len(state):
+                continue
+            changed = text.ljust(len(state))
+        else:
+            place = attempt % len(state)
+            changed = state[:place] + bytes([state[place] ^ 1 << draw.randrange(8)]) + state[place + 1 :]
+        path.write_bytes(data[:start] + changed + data[start + len(state) :])
+        tally.judge(read(directory), whole, lambda config: False, repr(changed))
+    assert tally.errors > 40, vars(tally)
+
+
+# GGUF.
+
+_GGUF_FIELDS = {
+    "llama.context_length": "max_position_embeddings",
+    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "llama.rope.freq_base": "rope_theta",
+    "tokenizer.ggml.bos_token_id": "bos_token_id",
+    "tokenizer.ggml.eos_token_id": "eos_token_id",
+    "tokenizer.ggml.padding_token_id": "pad_token_id",
+}
+
+
+def gguf_says(data: bytes, whole: bytes) -> Callable[[MistralConfig], bool]:
+    """Whether a config has the values that stand in the file at the places of the fields."""
+    said = {}
+    for name, field in _GGUF_FIELDS.items():
+        place = whole.index(name.encode()) + len(name) + 4
+        said[field] = struct.unpack_from("<f" if isinstance(METADATA[name], float) else "<I", data, place)[0]
+    return lambda config: all(getattr(config, field) == value for field, value in said.items())
+
+
+def damaged_gguf(data: bytes, header: int, draw: random.Random) -> Iterator[bytes]:
+    """One bit of every byte of the header, every number in it by one, and the file cut and continued."""
+    for place in range(header):
+        yield data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :]
+    places = [8, 16, *(place for place in range(24, header - 8) if not any(data[place + 4 : place + 8]))]
+    for place in draw.sample(places, min(len(places), 300)):
+        (number,) = struct.unpack_from("<Q", data, place)
+        for change in (-1, 1):
+            yield data[:place] + struct.pack("<Q", (number + change) % 2**64) + data[place + 8 :]
+    for _ in range(300):
+        yield mutate_bytes(draw, data[:header]) + data[header:]
+    for more in (1, 31, 32, 64, 1000):
+        yield data + bytes(more)
+        yield data[:-more]
+
+
+@pytest.mark.parametrize("kind, tied", [("Q4_0", False), ("F32", True)])
+def test_gguf(tmp_path, kind, tied):
+    path, data, tally = tmp_path / "m.gguf", gguf_bytes(kind=kind, tied=tied), Tally()
+    path.write_bytes(data)
+    whole, draw = read(path), random.Random(7)
+    assert whole is not None
+    last = data.rindex(b".weight") + len(b".weight")  # its name; then dimensions, type and offset
+    header = last + 4 + 8 * struct.unpack_from("<I", data, last)[0] + 12
+    for changed in damaged_gguf(data, header, draw):
+        path.write_bytes(changed)
+        tally.judge(read(path), whole, gguf_says(changed, data), "a field of the file")
+    assert tally.errors > 1500 and tally.same > 20 and tally.other > 5, vars(tally)
