@@ -1,4 +1,4 @@
-"""Damaged checkpoints of every format: one typed error, or exactly the model that the files still describe.
+"""Some 6,500 damaged checkpoints of every format: one typed error, or exactly the model that the files still describe.
 
 Nothing is compiled: tensors are read as loading reads them, and compared bit by bit with those of the whole checkpoint.
 """
@@ -258,16 +258,16 @@ def gguf_says(data: bytes, whole: bytes) -> Callable[[MistralConfig], bool]:
     return lambda config: all(getattr(config, field) == value for field, value in said.items())
 
 
-def damaged_gguf(data: bytes, header: int, draw: random.Random) -> Iterator[bytes]:
-    """One bit of every byte of the header, every number in it by one, and the file cut and continued."""
-    for place in range(header):
+def damaged_gguf(data: bytes, header: int, odd: int, draw: random.Random) -> Iterator[bytes]:
+    """One bit of every second byte of the header, numbers in it by one, and the file cut and continued."""
+    for place in range(odd, header, 2):
         yield data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :]
     places = [8, 16, *(place for place in range(24, header - 8) if not any(data[place + 4 : place + 8]))]
-    for place in draw.sample(places, min(len(places), 300)):
+    for place in places[odd::4]:
         (number,) = struct.unpack_from("<Q", data, place)
         for change in (-1, 1):
             yield data[:place] + struct.pack("<Q", (number + change) % 2**64) + data[place + 8 :]
-    for _ in range(300):
+    for _ in range(150):
         yield mutate_bytes(draw, data[:header]) + data[header:]
     for more in (1, 31, 32, 64, 1000):
         yield data + bytes(more)
@@ -282,7 +282,7 @@ def test_gguf(tmp_path, kind, tied):
     assert whole is not None
     last = data.rindex(b".weight") + len(b".weight")  # its name; then dimensions, type and offset
     header = last + 4 + 8 * struct.unpack_from("<I", data, last)[0] + 12
-    for changed in damaged_gguf(data, header, draw):
+    for changed in damaged_gguf(data, header, tied, draw):
         path.write_bytes(changed)
         tally.judge(read(path), whole, gguf_says(changed, data), "a field of the file")
-    assert tally.errors > 1500 and tally.same > 20 and tally.other > 5, vars(tally)
+    assert tally.errors > 1000 and tally.same > 20 and tally.other > 5, vars(tally)
