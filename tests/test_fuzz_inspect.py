@@ -10,6 +10,7 @@ import pytest
 from jaxgen.convert.inspect import describe
 from jaxgen.errors import CheckpointError, JaxgenError
 from tests.formats.files import UNIFORM
+from tests.gguf_files import gguf_bytes
 from tests.hf_files import CONFIG, hf_tensors, write_hf
 from tests.mutate import mutate_bytes, mutate_json
 
@@ -58,4 +59,22 @@ def test_damaged_headers(tmp_path):
     length = 8 + int.from_bytes(data[:8], "little")
     for _ in range(300):
         path.write_bytes(mutate_bytes(draw, data[:length]) + data[length:])
+        described(tmp_path)
+
+
+def test_damaged_gguf(tmp_path):
+    path, draw, data = tmp_path / "model.gguf", random.Random(0), gguf_bytes()
+    path.write_bytes(data)
+    assert "GGUF" in describe(path)
+    for _ in range(200):
+        path.write_bytes(mutate_bytes(draw, data[:2000]) + data[2000:])
+        described(path)
+
+
+def test_damaged_indexes(tmp_path):
+    write_hf(tmp_path, CONFIG, hf_tensors(CONFIG), 3)
+    path, draw = tmp_path / "model.safetensors.index.json", random.Random(0)
+    fields = json.loads(path.read_text())
+    for _ in range(150):
+        path.write_text(mutate_json(draw, fields))
         described(tmp_path)

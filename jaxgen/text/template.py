@@ -125,6 +125,7 @@ class _Process:
             answer = b""
         except BaseException:  # Ctrl-C: its answer would be taken for the next one's
             self._popen.kill()
+            self.end()
             raise
         finally:
             timer.cancel()
