@@ -34,7 +34,7 @@ TEMPLATES = {
     ),
     "tools and documents": (
         "{{ tools | tojson(indent=1) }}{% for d in documents %}{{ d.title }}{% endfor %}{{ strftime_now('%Y') }}"
-        "{{ messages | length }}{{ 'tool_calls' in messages[2] }}{{ extra | default('nothing') }}"
+        "{{ messages | length }}{{ extra | default('nothing') }}"
     ),
 }  # fmt: skip
 
@@ -98,10 +98,11 @@ def test_one_of_several_templates(tokenizer):
         assert dict(encode(tokenizer, CHAT, **given)) == theirs(tokenizer, **given)
 
 
-def test_objects_in_messages_are_plain_to_a_template(tokenizer):
-    tokenizer.chat_template = "{{ messages[0].content[0].image }} {{ messages[0].content[0].n }}"
-    chat = [{"role": "user", "content": [{"image": object(), "n": demo}]}]
-    assert dict(encode(tokenizer, chat)) == theirs(tokenizer, chat)
+def test_what_a_template_sees_is_plain(tokenizer):
+    """As in the newest transformers; older ones hand over objects, and keys without a value."""
+    tokenizer.chat_template = "{{ messages[0].content[0].image }} {{ 'name' in messages[0] }}"
+    chat = [{"role": "user", "content": [{"image": object()}], "name": None}]
+    assert tokenizer.decode(encode(tokenizer, chat)["input_ids"]) == "<object> False"
 
 
 BOMBS = {
