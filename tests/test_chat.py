@@ -310,6 +310,6 @@ def test_bad_options_of_the_command_are_one_line(capsys, monkeypatch):
 
 
 def test_input_that_is_no_text(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"/help\nsecret \xff\n"), encoding="utf-8"))
     assert cli.main(["chat"]) == 2
-    assert "not UTF-8" in capsys.readouterr().err
+    assert capsys.readouterr().err == "jaxgen: the input: line 2, byte 8 (0xff) is not UTF-8 text\n"
