@@ -103,3 +103,30 @@ def test_files_that_are_none(directory):
         if kept.exists():
             kept.rename(path)
     assert used(directory)
+
+
+LONGER = {
+    "replacements": {"normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 12}},
+    "of expressions": {"decoder": {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"Regex": ""}, "content": "aa"}] * 30}},
+    "of bytes": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 60}},
+    "nested": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}] * 2}] * 2}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LONGER)
+def test_texts_that_grow_without_end(directory, case):
+    path = directory / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | LONGER[case]))
+    with pytest.raises(JaxgenError, match=r"tokenizer\.json: (normalizer|decoder): makes a text more than 10000 times"):
+        load_tokenizer(directory)
+
+
+def test_expressions_that_backtrack_are_ended_by_their_library(directory):
+    path = directory / "tokenizer.json"
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": split}))
+    with pytest.raises(JaxgenError, match=r"the tokenizer cannot encode this text: PanicException: .*retry-limit"):
+        encode(load_tokenizer(directory), "x" * 40)

@@ -70,7 +70,7 @@ def test_code_is_refused_by_name_before_transformers_sees_it(tmp_path, mark, mon
 
 @pytest.mark.parametrize("named", NAMED)
 def test_transformers_is_told_not_to_run_it_either(tmp_path, mark, monkeypatch, named):
-    monkeypatch.setattr("jaxgen.text.tokenizer._refuse_code", lambda directory: None)
+    monkeypatch.setattr("jaxgen.text.tokenizer_files._refuse_code", lambda directory: None)
     try:
         load_tokenizer(repository(tmp_path / "own", mark, *NAMED[named]))
     except JaxgenError as error:

@@ -1,8 +1,6 @@
 """A checkpoint's tokenizer, set up for generation, and what goes in and out of it."""
 
 import contextlib
-import os
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxgen.errors import JaxgenError, UnsupportedError
-
-# Where transformers looks for the names of a repository's own classes, and how it writes them.
-_CONFIGS, _NAMES_CODE = ("tokenizer_config.json", "config.json"), "auto_map"
-
-_FILES = (
-    "config.json", "tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.*",
-)  # fmt: skip
-_MOST_BYTES = 100_000_000  # the largest vocabularies take 40 million
+from jaxgen.text.tokenizer_files import check_files
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -28,8 +18,7 @@ def load_tokenizer(directory: Path) -> Any:
     Code from the repository never runs, and nothing asks whether it may: raises `UnsupportedError` for a repository
     that needs its own. Raises `JaxgenError` if the directory holds no tokenizer that transformers can read and use.
     """
-    _refuse_files(directory)
-    _refuse_code(directory)
+    check_files(directory)
     import transformers  # takes seconds; nothing but text needs it
 
     with telling(f"{directory}: no tokenizer that transformers can read"):
@@ -41,32 +30,6 @@ def load_tokenizer(directory: Path) -> Any:
         # Much of what a damaged file holds is looked at only now.
         tokenizer.decode(tokenizer("a")["input_ids"], skip_special_tokens=True)
     return tokenizer
-
-
-def _refuse_code(directory: Path) -> None:
-    """Raise for a repository whose tokenizer, or whose config, is code of its own; before transformers sees it."""
-    from jaxgen.convert.checkpoint import read_json
-
-    for name in _CONFIGS:
-        path = directory / name
-        if os.path.lexists(path) and (code := read_json(path).get(_NAMES_CODE)):
-            raise UnsupportedError(
-                f"{path}: {_NAMES_CODE}={code!r:.80} names code in the repository, which jaxgen never runs. If one of "
-                "transformers' own classes reads these files, remove the field"
-            )
-
-
-def _refuse_files(directory: Path) -> None:
-    """Raise for files of a tokenizer that reading would never end, or that would fill the memory."""
-    for path in sorted(path for pattern in _FILES for path in directory.glob(pattern) if not path.is_dir()):
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise JaxgenError(f"{path}: cannot be read: {error.strerror}") from error
-        if not stat.S_ISREG(status.st_mode):
-            raise JaxgenError(f"{path}: is not a regular file")
-        if status.st_size > _MOST_BYTES:
-            raise JaxgenError(f"{path}: {status.st_size} bytes are more than a tokenizer's file has, {_MOST_BYTES}")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,85 @@
+"""A tokenizer's files, before transformers reads them: no code, no pipes, nothing that would fill the memory."""
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxgen.errors import JaxgenError, UnsupportedError
+
+_FILES = (
+    "config.json", "tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.*",
+)  # fmt: skip
+_MOST_BYTES = 100_000_000  # the largest vocabularies take 40 million
+_MOST_GROWTH = 10_000  # how much longer a text may become
+
+# Where transformers looks for the names of a repository's own classes, and how it writes them.
+_CONFIGS, _NAMES_CODE = ("tokenizer_config.json", "config.json"), "auto_map"
+
+
+def check_files(directory: Path) -> None:
+    """Raise for files that must not be read: `UnsupportedError` for code, `JaxgenError` for the rest."""
+    _check_kinds(directory)
+    _refuse_code(directory)
+    _check_growth(directory / "tokenizer.json")
+
+
+def _check_kinds(directory: Path) -> None:
+    for path in sorted(path for pattern in _FILES for path in directory.glob(pattern) if not path.is_dir()):
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise JaxgenError(f"{path}: cannot be read: {error.strerror}") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise JaxgenError(f"{path}: is not a regular file")
+        if status.st_size > _MOST_BYTES:
+            raise JaxgenError(f"{path}: {status.st_size} bytes are more than a tokenizer's file has, {_MOST_BYTES}")
+
+
+def _refuse_code(directory: Path) -> None:
+    from jaxgen.convert.checkpoint import read_json
+
+    for name in _CONFIGS:
+        path = directory / name
+        if os.path.lexists(path) and (code := read_json(path).get(_NAMES_CODE)):
+            raise UnsupportedError(
+                f"{path}: {_NAMES_CODE}={code!r:.80} names code in the repository, which jaxgen never runs. If one of "
+                "transformers' own classes reads these files, remove the field"
+            )
+
+
+def _check_growth(path: Path) -> None:
+    """Raise where each step of a normalizer or decoder makes text longer, so that a letter would fill the memory."""
+    if not path.exists():
+        return
+    try:
+        fields = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise JaxgenError(f"{path}: cannot be read as JSON: {error}") from error
+    for name in ("normalizer", "decoder"):
+        steps = _steps(fields.get(name)) if isinstance(fields, dict) else ()
+        if (growth := math.prod(map(_growth, steps))) > _MOST_GROWTH:
+            raise JaxgenError(f"{path}: {name}: makes a text more than {_MOST_GROWTH} times longer ({growth:.3g})")
+
+
+def _steps(step: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(step, dict):
+        yield step
+        for inner in (step.get("normalizers"), step.get("decoders")):
+            for one in inner if isinstance(inner, list) else ():
+                yield from _steps(one)
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """How many times longer a step may make a text, at most."""
+    kind, pattern, content = (step.get(name) for name in ("type", "pattern", "content"))
+    if kind == "Replace" and isinstance(content, str):
+        found = pattern.get("String") if isinstance(pattern, dict) else pattern
+        # An expression may find nothing, before every letter.
+        return max(1.0, len(content) / len(found)) if isinstance(found, str) and found else 1.0 + len(content)
+    # Two bytes for one; what a table of replacements holds is not known.
+    return {"ByteLevel": 2.0, "Precompiled": 50.0}.get(kind, 1.0) if isinstance(kind, str) else 1.0
