@@ -92,6 +92,8 @@ class MistralConfig:
         if problems:
             raise JaxgenError("MistralConfig: " + "; ".join(problems))
         object.__setattr__(self, "head_dim", self.head_size)
+        for name in ("rms_norm_eps", "rope_theta"):  # an int of the file may be beyond int32
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
     def head_size(self) -> int:

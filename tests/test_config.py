@@ -211,6 +211,12 @@ def test_the_largest_window_is_one(value: int):
     assert MistralConfig(sliding_window=value).sliding_window == value
 
 
+@pytest.mark.parametrize("name", ["rms_norm_eps", "rope_theta"])
+def test_integers_of_the_file_become_floats_where_int32_is_too_small(name: str):
+    value = getattr(MistralConfig.from_hf({"model_type": "mistral", name: 10**38}), name)
+    assert type(value) is float and value == 1e38
+
+
 # What training and serving programs leave in config.json, none of which changes a number in transformers.
 HARMLESS: dict[str, Any] = {
     "use_flash_attention_2": True,

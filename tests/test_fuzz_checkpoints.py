@@ -64,6 +64,7 @@ def described(fields: dict[str, Any]) -> dict[str, Any]:
         said["rope_theta"] = defaults["rope_theta"]
     if fields.get("head_dim") is None:
         said["head_dim"] = said["hidden_size"] // said["num_attention_heads"]
+    said |= {name: float(said[name]) for name in ("rms_norm_eps", "rope_theta")}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
 
 
