@@ -21,11 +21,12 @@ from tests.formats.files import UNIFORM
 from tests.gguf_files import METADATA, gguf_bytes
 from tests.hf_files import CONFIG, hf_tensors, write_hf
 from tests.mutate import mutate_bytes, mutate_json
+from tests.reference.cases import v4_rope, v5_rope
 from tests.test_formats_tables import BNB, MLX, bnb_tensors, is_linear, mlx_tensors, write_both
 
 INDEX = "model.safetensors.index.json"
 FIELDS = CONFIG | {
-    "rope_theta": 1e6, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "sliding_window": 9, "bos_token_id": 1,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "sliding_window": 9, "bos_token_id": 1,
     "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float32", "hidden_act": "silu", "attention_bias": False,
 }  # fmt: skip
 Model = tuple[MistralConfig, dict[str, Any]]
@@ -60,8 +61,8 @@ def described(fields: dict[str, Any]) -> dict[str, Any]:
     """The settings in a config.json, read without looking at what they mean."""
     defaults = dict(vars(MistralConfig()))
     said = {name: fields.get(name, default) for name, default in defaults.items()}
-    if said["rope_theta"] is None:
-        said["rope_theta"] = defaults["rope_theta"]
+    thetas = (fields.get("rope_theta"), (fields.get("rope_parameters") or {}).get("rope_theta"))
+    said["rope_theta"] = next((theta for theta in thetas if theta is not None), defaults["rope_theta"])
     if fields.get("head_dim") is None:
         said["head_dim"] = said["hidden_size"] // said["num_attention_heads"]
     said |= {name: float(said[name]) for name in ("rms_norm_eps", "rope_theta")}
@@ -100,21 +101,23 @@ def judge_config(tally: Tally, directory: Path, text: str | bytes, whole: Model)
         assert says(found[0]), text
 
 
-def test_config_json(tmp_path):
-    write_hf(tmp_path, FIELDS, hf_tensors(FIELDS))
+@pytest.mark.parametrize("spelling", [v4_rope, v5_rope])
+def test_config_json(tmp_path, spelling):
+    fields = FIELDS | spelling(1e6)
+    write_hf(tmp_path, fields, hf_tensors(fields))
     whole, tally, draw = read(tmp_path), Tally(), random.Random(0)
     assert whole is not None
-    text = json.dumps(FIELDS).encode()
+    text = json.dumps(fields).encode()
     for place in range(len(text)):  # one bit of every byte
         changed = text[:place] + bytes([text[place] ^ 1 << draw.randrange(8)]) + text[place + 1 :]
         judge_config(tally, tmp_path, changed, whole)
-    for _ in range(400):
-        judge_config(tally, tmp_path, mutate_json(draw, FIELDS), whole)
-    assert tally.errors > 500 and tally.other > 20, vars(tally)
+    for _ in range(250):
+        judge_config(tally, tmp_path, mutate_json(draw, fields), whole)
+    assert tally.errors > 400 and tally.other > 20, vars(tally)
 
 
 def test_a_tied_model(tmp_path):
-    fields = FIELDS | {"tie_word_embeddings": True}
+    fields = FIELDS | {"tie_word_embeddings": True, "rope_theta": 1e6}
     write_hf(tmp_path, fields, hf_tensors(fields))
     whole, tally, draw = read(tmp_path), Tally(), random.Random(1)
     assert whole is not None
@@ -137,14 +140,24 @@ def test_headers_of_safetensors(tmp_path):
 
     for change in (-8, -1, 1, 8, 1 << 20, 1 << 62):
         judge(max(0, length - 8 + change).to_bytes(8, "little") + data[8:])
+    for text in (*numbers_by_one(header), *(mutate_json(draw, header) for _ in range(200))):
+        judge(len(text.encode()).to_bytes(8, "little") + text.encode() + data[length:])
     for _ in range(300):
         judge(mutate_bytes(draw, data[:length]) + data[length:])
-    for _ in range(300):
-        text = mutate_json(draw, header).encode()
-        judge(len(text).to_bytes(8, "little") + text + data[length:])
     for changed in (data[:-1], data + b"\0", data + data, data[:length], data[:7], b""):
         judge(changed)
     assert tally.errors > 400
+
+
+def numbers_by_one(header: dict[str, Any]) -> Iterator[str]:
+    """A header of safetensors with one of its numbers one more or less."""
+    for entry in (entry for name, entry in header.items() if name != "__metadata__"):
+        for numbers in (entry["shape"], entry["data_offsets"]):
+            for place, number in enumerate(numbers):
+                for change in (-1, 1):
+                    numbers[place] = number + change
+                    yield json.dumps(header)
+                numbers[place] = number
 
 
 def test_indices(tmp_path):
@@ -158,6 +171,22 @@ def test_indices(tmp_path):
         (tmp_path / INDEX).write_bytes(changed)
         tally.judge(read(tmp_path), whole, lambda config: False, repr(changed))
     assert tally.errors > 200 and tally.same > 20, vars(tally)
+
+
+def test_quantize_config_json(tmp_path):
+    fields = json.loads((UNIFORM / "gptq-v1-asymmetric" / "config.json").read_text())
+    settings = fields.pop("quantization_config")
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "model.safetensors").write_bytes((UNIFORM / "gptq-v1-asymmetric" / "model.safetensors").read_bytes())
+    path, draw, tally = tmp_path / "quantize_config.json", random.Random(4), Tally()
+    text = json.dumps({name: settings[name] for name in ("bits", "group_size", "desc_act", "sym")}).encode()
+    path.write_bytes(text)
+    whole = read(tmp_path)
+    assert whole is not None
+    for attempt in range(150):
+        path.write_bytes(mutate_bytes(draw, text) if attempt % 2 else mutate_json(draw, json.loads(text)).encode())
+        tally.judge(read(tmp_path), whole, lambda config: False, repr(path.read_bytes()))
+    assert tally.errors > 80 and tally.same > 0, vars(tally)
 
 
 QUANTISED = [path.name for path in sorted(UNIFORM.iterdir()) if path.is_dir()]
@@ -216,26 +245,38 @@ def renaming(draw: random.Random, value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_what_bitsandbytes_says_of_a_tensor(tmp_path, nested):
-    directory = bitsandbytes(tmp_path)
+def nested(name: str, shape: tuple[int, int], seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """As `bnb_tensors`, with scales that are quantised too; the values are not needed."""
+    tensors, values = bnb_tensors(name, shape, seed)
+    blocks = len(tensors[f"{name}.absmax"])
+    state = json.loads(tensors.pop(f"{name}.quant_state.bitsandbytes__nf4").tobytes())
+    state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.25}
+    tensors |= {
+        f"{name}.absmax": np.arange(blocks).astype(np.uint8),
+        f"{name}.nested_absmax": np.ones(-(-blocks // 256), np.float32),
+        f"{name}.nested_quant_map": np.linspace(-1, 1, 256, dtype=np.float32),
+        f"{name}.quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8),
+    }
+    return tensors, values
+
+
+@pytest.mark.parametrize("encode", [bnb_tensors, nested])
+def test_what_bitsandbytes_says_of_a_tensor(tmp_path, encode):
+    directory = write_both(tmp_path, {"quantization_config": BNB}, encode, is_linear)[0]
     path, draw, tally = directory / "model.safetensors", random.Random(6), Tally()
     whole, data = read(directory), path.read_bytes()
     assert whole is not None
     start = data.index(b'{"quant_type"')
     state = data[start : data.index(b"}", start) + 1]
-    for attempt in range(150):
-        if nested:  # every value, at the length that the tensor has
-            text = mutate_json(draw, json.loads(state)).encode()
-            if len(text) > len(state):
-                continue
-            changed = text.ljust(len(state))
-        else:
-            place = attempt % len(state)
-            changed = state[:place] + bytes([state[place] ^ 1 << draw.randrange(8)]) + state[place + 1 :]
+    bit = (state[:at] + bytes([state[at] ^ 1 << draw.randrange(8)]) + state[at + 1 :] for at in range(len(state)))
+    values = (mutate_json(draw, json.loads(state)).encode() for _ in range(100))
+    for changed in (*bit, *(text.ljust(len(state)) for text in values if len(text) <= len(state))):
         path.write_bytes(data[:start] + changed + data[start + len(state) :])
-        tally.judge(read(directory), whole, lambda config: False, repr(changed))
-    assert tally.errors > 40, vars(tally)
+        found = read(directory)
+        if found is not None and json.loads(changed).get("nested_offset") != json.loads(state).get("nested_offset"):
+            continue  # any number may be one
+        tally.judge(found, whole, lambda config: False, repr(changed))
+    assert tally.errors > 80, vars(tally)
 
 
 # GGUF.
