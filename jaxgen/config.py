@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, no_type_check
 
-from jaxgen.errors import JaxgenError, UnsupportedError
+from jaxgen.errors import JaxgenError, UnsupportedError, listed
 
 # Fields with one value that jaxgen implements; any other value would change the mathematics.
 _FIXED = {
@@ -138,7 +138,7 @@ class MistralConfig:
         except JaxgenError as error:
             config, problems = None, [*problems, str(error)]
         if config is None or refused or problems:
-            raise (UnsupportedError if refused else JaxgenError)("config: " + "; ".join([*refused, *problems]))
+            raise (UnsupportedError if refused else JaxgenError)(f"config: {listed([*refused, *problems])}")
         return config
 
     def to_hf(self) -> dict[str, Any]:

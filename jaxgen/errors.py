@@ -1,5 +1,7 @@
 """What jaxgen raises: one base class, so that a caller can catch everything jaxgen says on purpose."""
 
+_MOST_SHOWN, _LONGEST = 30, 600
+
 
 class JaxgenError(ValueError):
     """Something the caller can mend: the message names the field, the row, the value and the limit."""
@@ -10,11 +12,14 @@ class UnsupportedError(JaxgenError):
 
 
 class CheckpointError(JaxgenError):
-    """A checkpoint on disk is damaged, incomplete or not what its config says; `problems` lists all of it."""
+    """A checkpoint on disk is damaged, incomplete or not what its config says.
+
+    `problems` lists all of it, and the message as much as can be read.
+    """
 
     def __init__(self, where: str, problems: list[str]):
         self.problems = list(problems)
-        super().__init__(f"{where}: " + "; ".join(self.problems))
+        super().__init__(f"{where}: {listed(self.problems)}")
 
 
 class NonFiniteLogitsError(JaxgenError):
@@ -27,3 +32,10 @@ class NonFiniteLogitsError(JaxgenError):
             f"logits are not finite in {places}; something overflowed, in the model or by an extreme option. "
             "Load the model with dtype='float32' to see whether the dtype is the cause."
         )
+
+
+def listed(problems: list[str]) -> str:
+    """Problems of a file as one text, which is no longer than people read, whatever the file holds."""
+    shown = [text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..." for text in problems[:_MOST_SHOWN]]
+    more = len(problems) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")

@@ -151,6 +151,14 @@ def test_what_an_index_says_beside_the_tensors_is_only_noted(tmp_path, caplog):
     assert f"lists {buffers[0]!r} (2 of this kind), which no shard holds and no model reads" in record.getMessage()
 
 
+def test_all_problems_are_listed_and_as_many_shown_as_can_be_read(tmp_path):
+    strange = {f"{index:05}" * 1000: np.ones(1, np.float32) for index in range(200)}
+    write_hf(tmp_path, CONFIG, hf_tensors(CONFIG) | strange)
+    with pytest.raises(CheckpointError, match=r"; and 170 more$") as caught:
+        load(tmp_path)
+    assert len(caught.value.problems) == 200 and len(str(caught.value)) < 20_000
+
+
 def test_a_weight_that_no_shard_holds_stays_an_error(tmp_path):
     hf = hf_tensors(CONFIG)
     weight_map = write_hf(tmp_path, CONFIG, hf, shards=2)

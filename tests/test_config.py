@@ -243,6 +243,12 @@ def test_everything_that_is_refused_is_named_at_once():
         assert problem in str(raised.value)
 
 
+def test_a_config_of_ten_thousand_strange_fields_has_a_short_error():
+    with pytest.raises(UnsupportedError, match=r"; and 9970 more$") as raised:
+        MistralConfig.from_hf(HUB["7B-v0.1"] | {f"{index}" * 1000: "x" * 1000 for index in range(10_000)})
+    assert len(str(raised.value)) < 20_000
+
+
 def test_another_kind_of_model_is_all_that_is_said_of_it():
     with pytest.raises(UnsupportedError) as raised:
         MistralConfig.from_hf(HUB["7B-v0.1"] | {"model_type": "mixtral", "num_local_experts": 8})
