@@ -25,7 +25,7 @@ from .adapter import FILES as ADAPTER_FILES
 from .adapter import Adapter
 from .assemble import Assembler
 from .checkpoint import DTYPES, Checkpoint, Wanted, read_json
-from .formats import Format, detect
+from .formats import FIELDS, Format, detect
 from .formats.bitsandbytes import BitsAndBytes
 from .hub import locate
 from .names import EMBEDDING, HEAD, is_legacy_buffer, parameter_parts
@@ -156,8 +156,15 @@ def open_checkpoint(place: Path) -> tuple[MistralConfig, Checkpoint, Format | No
         raise JaxgenError(f"{place} has no config.json, but {', '.join(files)}: choose one with gguf_file={files[0]!r}")
     fields = read_json(place / "config.json")
     checkpoint = Checkpoint(place)
-    fields, stored_as = detect(fields, checkpoint)
-    return MistralConfig.from_hf(fields), checkpoint, stored_as
+    try:
+        plain, stored_as = detect(fields, checkpoint)
+    except UnsupportedError as error:  # of the quantisation, whose advice is in vain if the model is refused as well
+        try:
+            MistralConfig.from_hf({name: value for name, value in fields.items() if name not in FIELDS})
+        except UnsupportedError as other:
+            raise UnsupportedError(f"{other}; {error}") from error
+        raise
+    return MistralConfig.from_hf(plain), checkpoint, stored_as
 
 
 def _locate_gguf(name: Any, name_or_path: str | os.PathLike[str], **options: Any) -> Path:

@@ -80,6 +80,14 @@ def test_other_formats_are_refused_by_name_and_with_advice(tmp_path, case, field
         load(changed(tmp_path, case, **fields))
 
 
+def test_what_is_refused_of_the_model_and_of_its_quantisation_is_said_at_once(tmp_path):
+    changed(tmp_path, "awq", bits=8)
+    config = read_json(tmp_path / "config.json") | {"mlp_bias": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=r"mlp_bias=True is not supported.*AWQ with 8 bits"):
+        load(tmp_path)
+
+
 MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("gptq-v1-symmetric", {"group_size": "128"}, "group_size='128' .* must be an integer"),
     ("gptq-v1-symmetric", {"group_size": 0}, "group_size=0"),
