@@ -98,6 +98,7 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("gptq-v1-symmetric", {"quant_method": 4}, "quant_method=4"),
     ("gptq-v1-symmetric", {"quant_method": None, "bits": None}, "no quant_method"),
     ("awq", {"modules_to_not_convert": "lm_head"}, "must be a list"),
+    ("awq", {"modules_to_not_convert": [None]}, "must hold texts only"),
     ("autoround-gptq", {"extra_config": {DOWN: 8}}, "must be an object"),
     ("compressed-g-idx", {"ignore": [3]}, "must hold texts only"),
     ("compressed-g-idx", {"ignore": ["re:("]}, "cannot be used as a regular expression"),

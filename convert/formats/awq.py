@@ -9,7 +9,7 @@ from jaxgen.quant import Int4
 
 from ..checkpoint import Checkpoint, Wanted
 from ..names import Part
-from .modules import PackedModules, Scheme, Settings, check_bits, group_size, setting, unsupported
+from .modules import PackedModules, Scheme, Settings, check_bits, group_size, setting, texts, unsupported
 from .packing import from_columns, int4, nibbles
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, among eight, of the i-th lowest code of a word
@@ -51,7 +51,7 @@ def open_awq(fields: Mapping[str, Any], checkpoint: Checkpoint) -> Awq:
     layout = str(fields.get("version") or fields.get("format") or "gemm").lower()
     if layout != "gemm" or fields.get("backend") == "llm-awq":
         raise unsupported(f"AWQ in the layout {layout if layout != 'gemm' else 'llm-awq'!r}")
-    skipped = setting(fields, "modules_to_not_convert", [])
+    skipped = texts(fields, "modules_to_not_convert")
 
     def settings(module: str) -> Mapping[str, Any] | None:
         return None if any(_covers(entry, module) for entry in skipped) else fields
@@ -59,6 +59,6 @@ def open_awq(fields: Mapping[str, Any], checkpoint: Checkpoint) -> Awq:
     return Awq("AWQ GEMM", checkpoint, settings, fields)
 
 
-def _covers(entry: Any, module: str) -> bool:
+def _covers(entry: str, module: str) -> bool:
     """Whether an entry of modules_to_not_convert names the module, its end, or a module that it is part of."""
     return module == entry or module.startswith(f"{entry}.") or module.endswith(f".{entry}")

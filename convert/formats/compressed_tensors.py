@@ -12,7 +12,7 @@ from jaxgen.quant.config import WHOLE_ROWS
 from ..checkpoint import Checkpoint, Wanted
 from ..names import Part
 from ..patterns import Patterns
-from .modules import PackedModules, Scheme, check_bits, group_size, setting, unsupported
+from .modules import PackedModules, Scheme, check_bits, group_size, setting, texts, unsupported
 from .packing import from_words, int4, nibbles
 
 _LAYOUT = "pack-quantized"
@@ -74,10 +74,10 @@ def open_compressed_tensors(fields: Mapping[str, Any], checkpoint: Checkpoint) -
     for name in groups:
         group = setting(groups, name, {})
         weights = _weights(name, group, layout)
-        targets |= dict.fromkeys(_texts(group, "targets"), weights)
+        targets |= dict.fromkeys(texts(group, "targets"), weights)
     if not targets:
         raise JaxgenError("config.json: the quantisation has no config_groups with targets, so it quantises nothing")
-    ignored, patterns = _texts(fields, "ignore"), Patterns("config.json")
+    ignored, patterns = texts(fields, "ignore"), Patterns("config.json")
 
     def names(entry: str, module: str) -> bool:
         """Whether an entry of targets or ignore means this linear layer: by class, name, or regular expression."""
@@ -116,13 +116,6 @@ def _scheme(weights: Mapping[str, Any], where: str) -> Scheme:
         raise unsupported(f"compressed-tensors with the strategy {strategy!r} ({where})")
     size = group_size(weights, WHOLE_ROWS, where) if strategy == "group" else WHOLE_ROWS
     return Scheme(size, setting(weights, "symmetric", True, where))
-
-
-def _texts(fields: Mapping[str, Any], name: str) -> list[str]:
-    entries = setting(fields, name, [])
-    if not all(isinstance(entry, str) for entry in entries):
-        raise JaxgenError(f"config.json: {name}={entries!r:.80} of the quantisation must hold texts only")
-    return entries
 
 
 def _generality(entry: str) -> tuple[bool, bool, str]:

@@ -142,12 +142,22 @@ def setting(fields: Mapping[str, Any], name: str, default: Any, where: str = "")
     return value
 
 
+def texts(fields: Mapping[str, Any], name: str) -> list[str]:
+    """A field of the quantisation config that is a list of texts; raises `JaxgenError` for any other."""
+    entries = setting(fields, name, [])
+    if not all(isinstance(entry, str) for entry in entries):
+        raise JaxgenError(f"config.json: {name}={entries!r:.80} of the quantisation must hold texts only")
+    return entries
+
+
 def almost(name: str, wanted: Iterable[str]) -> str | None:
     """The one of the `wanted` names from which `name` differs by one letter: changed, lost or added."""
     for other in wanted:
+        if name == other or abs(len(name) - len(other)) > 1:
+            continue
         short, long = sorted((name, other), key=len)
         same = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
-        if name != other and short[same + (len(short) == len(long)) :] == long[same + 1 :]:
+        if short[same + (len(short) == len(long)) :] == long[same + 1 :]:
             return other
     return None
 
