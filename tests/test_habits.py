@@ -39,6 +39,16 @@ class TestGenerationConfig:
         config.do_sample = True
         assert (config.max_new_tokens, model.generation_config.do_sample) == (4, True)
 
+    def test_what_was_taken_before_another_was_assigned_can_be_assigned_again(self, model: Any):
+        before = model.generation_config
+        before.max_new_tokens = 3
+        model.generation_config = GenerationConfig(max_new_tokens=4)
+        assert (before.max_new_tokens, model.generation_config.max_new_tokens) == (3, 4)
+        before.do_sample = True
+        assert model.generation_config.do_sample is None
+        model.generation_config = before
+        assert (model.generation_config.max_new_tokens, model.generation_config.do_sample) == (3, True)
+
     def test_models_that_were_given_the_same_one_do_not_share_it(self, model: Any, shared: Any):
         config = GenerationConfig(max_new_tokens=4)
         model.generation_config = config

@@ -213,21 +213,37 @@ class ModelDefaults(GenerationConfig):
     A copy, so that nothing that was compiled for the model as it was, and no other model, changes with it.
     """
 
-    __slots__ = ("_model",)
+    __slots__ = ("_assigned", "_model", "_seen")
     __class__ = property(lambda self: GenerationConfig)  # equal to, printed and replaced as what it stands for
 
     def __init__(self, model: Any):
-        object.__setattr__(self, "_model", model)
+        for name, value in (
+            ("_model", model),
+            ("_assigned", model.generation_assigned),
+            ("_seen", model.stored_generation_config),
+        ):
+            object.__setattr__(self, name, value)
+
+    def _now(self) -> GenerationConfig:
+        """What the model has; where another configuration was assigned to it meanwhile, what it had before."""
+        if self._is_the_models():
+            object.__setattr__(self, "_seen", self._model.stored_generation_config)
+        return self._seen
+
+    def _is_the_models(self) -> bool:
+        return self._model.generation_assigned is self._assigned
 
     def __getattribute__(self, name: str) -> Any:
         if name in CHECKS or name == "__dict__":
-            return getattr(object.__getattribute__(self, "_model").stored_generation_config, name)
+            return getattr(object.__getattribute__(self, "_now")(), name)
         return object.__getattribute__(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         changed = copy.copy(self)
         setattr(changed, name, value)
-        self._model.generation_config = changed
+        object.__setattr__(self, "_seen", changed)
+        if self._is_the_models():
+            self._model.set_stored_generation_config(changed)
 
     def __hash__(self) -> int:
         raise JaxgenError("model.generation_config follows the model, so jit cannot take it as static; copy.copy(it)")

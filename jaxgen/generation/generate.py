@@ -188,7 +188,12 @@ class GenerationMixin:
     @generation_config.setter
     def generation_config(self, config: Any) -> None:
         known = isinstance(config, GenerationConfig)
-        self._generation_defaults = Untracked(copy.copy(config) if known else GenerationConfig.from_hf(config))
+        self.set_stored_generation_config(copy.copy(config) if known else GenerationConfig.from_hf(config))
+        self.generation_assigned = Untracked(None)
+
+    def set_stored_generation_config(self, config: GenerationConfig) -> None:
+        """Change what `generation_config` says, for everyone who holds it."""
+        self._generation_defaults = Untracked(config)
 
     @property
     def stored_generation_config(self) -> GenerationConfig:
@@ -205,6 +210,7 @@ class GenerationMixin:
         self._loaded_from = Untracked(name)
 
     _loaded_from = Untracked(None)
+    generation_assigned = Untracked(None)  # another one whenever `generation_config` is assigned
 
 
 def generate(
