@@ -151,8 +151,8 @@ def test_the_cost_of_decoding_is_not_quadratic(tokenizer, llama_tokenizer, kind)
 
 def test_words_are_whole_lines_flush_and_some_scripts_have_no_spaces():
     words = Words()
-    shown = [words.push(text) for text in ("It", " is", " a", "\n", "世", "界", "ab", " ", "カ")]
-    assert shown == ["", "It ", "is ", "a\n", "世", "界", "", "ab ", "カ"]
+    shown = [words.push(text) for text in ("It", " is", " a", "\n", "世", "界", "ab", " ", "カ", "ภา", "ษา")]
+    assert shown == ["", "It ", "is ", "a\n", "世", "界", "", "ab ", "カ", "ภา", "ษา"]
     assert words.finish("end") == "end"
 
 

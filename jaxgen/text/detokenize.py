@@ -13,10 +13,10 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # how tokenizers show the first bytes
 _CONTEXT = 8  # ids that stay in the window: more than any character has bytes
 _LONGEST = 32  # ids in a window before it is shortened
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how Llama's tokenizers write a byte that is part of no token
-# Scripts that put no spaces between words. Source: the blocks of transformers' TextStreamer, and the Japanese ones.
+# Scripts that put no spaces between words: Chinese, Japanese, Thai, Lao, Burmese, Khmer.
 _NO_SPACES = (
-    (0x3000, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0xFF00, 0xFFEF), (0x20000, 0x2A6DF),
-    (0x2A700, 0x2CEAF), (0x2F800, 0x2FA1F),
+    (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3000, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF), (0xFF00, 0xFFEF), (0x20000, 0x2A6DF), (0x2A700, 0x2CEAF), (0x2F800, 0x2FA1F),
 )  # fmt: skip
 
 
@@ -95,8 +95,9 @@ class Detokenizer:
 class Words:
     """Holds back the last word until it is whole, and all that may be the beginning of a stop string.
 
-    `stops`: strings at which the text ends; they are not part of it. Source: transformers `TextStreamer`, which
-    shows text up to the last space, all of it after a newline, and every character of scripts without spaces.
+    `stops`: strings at which the text ends; they are not part of it. Text is shown up to the last space or newline, and
+    every character of scripts without spaces. Source: transformers' `TextStreamer` until 5.23; from 5.24 it shows the
+    pieces of a word too, as they come.
 
     >>> words = Words()
     >>> [words.push("one, tw"), words.push("o, three"), words.finish("!")]

@@ -1,4 +1,4 @@
-"""Streaming against transformers on torch: what a streamer is told, and the pieces that it shows."""
+"""Streaming against transformers on torch: what a streamer is told, and the text that it shows."""
 
 import asyncio
 import threading
@@ -62,11 +62,14 @@ def test_a_streamer_is_told_the_same(ours, theirs, tokenizer, texts, chunk_size)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_pieces_are_those_of_the_text_streamer(ours, theirs, tokenizer, prompt):
+def test_the_text_is_that_of_the_text_streamer_in_whole_words(ours, theirs, tokenizer, prompt):
     inputs = tokenizer([prompt], return_tensors="np")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     theirs.generate(**tensors(inputs), streamer=streamer, max_new_tokens=60)
-    assert list(stream(ours, prompt, tokenizer=tokenizer, max_new_tokens=60)) == [piece for piece in streamer if piece]
+    pieces = list(stream(ours, prompt, tokenizer=tokenizer, max_new_tokens=60))
+    expected = "".join(streamer)  # where transformers cuts it depends on its version
+    assert pieces and "".join(pieces) == expected
+    assert all(piece[-1] in " \n" for piece in pieces[:-1])
 
 
 def test_the_text_streamer_prints_the_same(ours, theirs, tokenizer, capsys):
