@@ -45,6 +45,20 @@ def test_a_call_goes_on_from_an_earlier_one(name: str, reference_model):
         assert past.get_seq_length() == max(CASES[name].lengths) + count - 1  # the newest token has not been read
 
 
+def test_both_names_of_the_past(reference_model):
+    """transformers calls it `cache` since 5.24, as an argument and in the output."""
+    model = reference_model("gqa_4")
+    options = {"max_new_tokens": 1, "return_dict_in_generate": True} | GREEDY
+    out = model.generate([[5, 6]], **options)
+    assert out.cache is out["cache"] is out.past_key_values
+    for name in ("cache", "past_key_values"):
+        again = model.generate([[5, 6, 7]], **{name: out.cache}, **options)
+        assert again.origin.request.extras.past_key_values is out.cache
+    model.generate([[5, 6]], cache=None, past_key_values=None, **options)
+    with pytest.raises(JaxgenError, match="both cache and past_key_values"):
+        model.generate([[5, 6, 7]], cache=out.cache, past_key_values=out.cache, **options)
+
+
 def spied(model):
     reads = []
 

@@ -56,11 +56,12 @@ class GenerationMixin:
         `generation_config`, which wins over the checkpoint's own; and HF's other arguments (`Extras`):
         `logits_processor` and `stopping_criteria` (jittable functions of tokens [R, S], lengths [R] and logits [R, V]),
         `prefix_allowed_tokens_fn`, `negative_prompt_ids` with its mask, `tokenizer` (for `stop_strings`),
-        `assistant_model`, `past_key_values`. Sampling takes its randomness from `key` (a jax.random key) or `seed` (any
-        int); with neither, from a fresh seed. `row_ids` (ints or strings) name the rows: a row's draws depend on its
-        id, its position and the key, and on nothing else. A list of seeds (or an array of keys) gives each row its own,
-        and of a single prompt as many rows: row i is what `seed=seeds[i]` alone gives. `strict` (True, or a
-        `jaxgen.Strict`) computes every batch in one shape, so that log-probabilities too are the same in any batch.
+        `assistant_model`, `past_key_values` (or `cache`). Sampling takes its randomness from `key` (a jax.random key)
+        or `seed` (any int); with neither, from a fresh seed. `row_ids` (ints or strings) name the rows: a row's draws
+        depend on its id, its position and the key, and on nothing else. A list of seeds (or an array of keys) gives
+        each row its own, and of a single prompt as many rows: row i is what `seed=seeds[i]` alone gives. `strict`
+        (True, or a `jaxgen.Strict`) computes every batch in one shape, so that log-probabilities too are the same in
+        any batch.
         A `streamer` gets the ids as transformers' streamers do, `chunk_size` tokens at a time.
 
         Returns int32 ids [B * num_return_sequences, T + new]: the input's columns, the new tokens, then pad.

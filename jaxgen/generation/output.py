@@ -52,7 +52,7 @@ class GenerateOutput:
     finish_reason: list[str]  # "eos", "stop_string", "criterion", "length" or "time", per row
     generation_config: GenerationConfig  # the values in effect
     seed: int | tuple[int, ...] | None  # the seed in effect, or one per row; None when a key was given
-    past_key_values: PastKeyValues | None = None  # for a call that goes on; None with beams
+    past_key_values: PastKeyValues | None = None  # for a call that goes on; None with beams; also called `cache`
     scores: tuple[Float[np.ndarray, "rows V"], ...] | None = None  # per step, after processors; 0 after a row's end
     logits: tuple[Float[np.ndarray, "rows V"], ...] | None = None  # per step, the model's own
     top_logprobs: Float[np.ndarray, "R N n"] | None = None  # per token, the model's n best log-probabilities ...
@@ -70,6 +70,11 @@ class GenerateOutput:
     def __getitem__(self, name: str):
         """`output["sequences"]`, as HF's outputs allow."""
         return getattr(self, name)
+
+    @property
+    def cache(self) -> PastKeyValues | None:
+        """`past_key_values`, under its name since transformers 5.24."""
+        return self.past_key_values
 
     @property
     def record(self) -> Any:

@@ -36,12 +36,16 @@ class Extras:
     negative_prompt_attention_mask: Any = None
     tokenizer: Any = None  # for stop_strings
     assistant_model: Any = None
-    past_key_values: Any = None  # of an earlier output
+    past_key_values: Any = None  # of an earlier output; transformers 5.24 calls it `cache`, which is taken too
     strict: Any = None  # True, or a Strict: the one shape of every batch; jaxgen's own
 
     @classmethod
     def take(cls, options: Mapping[str, Any]) -> "tuple[Extras, dict[str, Any]]":
         """Split the keyword arguments of `generate` into these and the fields of a GenerationConfig."""
+        if "cache" in options:
+            if options.get("past_key_values") is not None:
+                raise JaxgenError("both cache and past_key_values were given; they are one argument, pass cache only")
+            options = {k: v for k, v in options.items() if k != "cache"} | {"past_key_values": options["cache"]}
         names = {field.name for field in dataclasses.fields(cls)}
         rest = {name: value for name, value in options.items() if name not in names}
         return cls(**{name: value for name, value in options.items() if name in names}), rest

@@ -81,6 +81,7 @@ _REMARKS = {
     "max_length": "counts a row's own tokens, not its padding",
     "min_length": "counts a row's own tokens, not its padding",
     "num_return_sequences": "one prefill for all",
+    "past_key_values": "also by the name it has since transformers 5.24, `cache`",
     "top_logprobs": "jaxgen's own",
     "watermarking_config": "Kirchenbauer; hashed with JAX's threefry, so a detector must be jaxgen's",
     "logits_processor": "jittable functions of tokens, lengths and logits",
