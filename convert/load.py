@@ -17,6 +17,7 @@ from flax import nnx
 from jaxgen.config import MistralConfig
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
 from jaxgen.generation.config import GenerationConfig
+from jaxgen.lowering import own_rules
 from jaxgen.model import MistralForCausalLM, QuantizedWeight
 from jaxgen.quant import Int4Config
 from jaxgen.quant.config import check_group
@@ -268,6 +269,7 @@ def _tied_head_problems(checkpoint: Checkpoint) -> list[str]:
     return [f"config.json ties the embeddings (tie_word_embeddings=true), but {HEAD!r} differs from {EMBEDDING!r}"]
 
 
+@own_rules()
 def _stream(assembler: Assembler, config: MistralConfig, device: Device) -> MistralForCausalLM:
     model = nnx.eval_shape(lambda: MistralForCausalLM(config, rngs=nnx.Rngs(0), dtype=assembler.dtype))
     variables = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model))}

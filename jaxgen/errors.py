@@ -1,6 +1,7 @@
 """What jaxgen raises: one base class, so that a caller can catch everything jaxgen says on purpose."""
 
 _MOST_SHOWN, _LONGEST = 30, 600
+_LONGEST_VALUE = 80
 
 
 class JaxgenError(ValueError):
@@ -39,3 +40,13 @@ def listed(problems: list[str]) -> str:
     shown = [text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..." for text in problems[:_MOST_SHOWN]]
     more = len(problems) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")
+
+
+def shown(value: object) -> str:
+    """A value of the caller's as a message can show it: on one line, cut short, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # an int of more digits than Python prints, for one
+        text = f"<{type(value).__name__} that cannot be printed>"
+    text = " ".join(text.split("\n"))
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."

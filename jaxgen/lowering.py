@@ -3,12 +3,20 @@
 `lax.platform_dependent` chooses between forms of one computation. What it cannot know, while a model is traced, is
 which compiler options will be used, and that a computation may change its shape for one platform. jaxgen's own
 executables say so here; a user's own `jax.jit` gets the forms that need nothing special.
+
+And what it must not depend on: JAX's switches for the whole process.
 """
 
 import contextlib
 import contextvars
 import dataclasses
+import os
 from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from jaxgen.errors import JaxgenError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,3 +44,42 @@ def tracing_for(target: Target) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+@contextlib.contextmanager
+def own_rules() -> Iterator[None]:
+    """Compute what is inside by the same rules in every process; also a decorator.
+
+    Research code sets `jax_enable_x64`, `jax_numpy_dtype_promotion`, `jax_numpy_rank_promotion` and
+    `jax_threefry_partitionable` for itself. jaxgen's dtypes are 32-bit or narrower and its draws fixed whatever they
+    say, so that the same call gives the same bytes. Raises `JaxgenError` where `check_process` does.
+    """
+    check_process()
+    with (
+        _x64_off(),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.threefry_partitionable(True),  # the draws of every supported version's default
+    ):
+        yield
+
+
+def _x64_off() -> Any:
+    context = getattr(jax, "enable_x64", None)  # jax.experimental's before 0.8
+    return jax.experimental.disable_x64() if context is None else context(False)
+
+
+_process: int | None = None  # the one in which jaxgen first used JAX
+
+
+def check_process() -> None:
+    """Raise `JaxgenError` in a forked child of a process that used JAX: without its threads it would wait for ever."""
+    global _process  # noqa: PLW0603
+    own = os.getpid()
+    if _process is None:
+        _process = own
+    elif _process != own:
+        raise JaxgenError(
+            f"this process was forked from one (pid {_process}) in which JAX already ran, and JAX does not survive a "
+            "fork; start workers with multiprocessing.get_context('spawn'), and load the model there"
+        )

@@ -35,6 +35,7 @@ from jaxgen.config import MistralConfig
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.generate import GenerationMixin
 from jaxgen.generation.weights import split
+from jaxgen.lowering import own_rules
 from jaxgen.quant.adapted import Adapted
 from jaxgen.quant.int4 import Int4
 from jaxgen.quant.lookup import Lookup4
@@ -244,6 +245,7 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
     (1, 3, 50)
     """
 
+    @own_rules()
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs, dtype: "jnp.dtype | type | str" = jnp.float32):
         dtype = jnp.dtype(dtype)
         self.config = config
@@ -268,6 +270,7 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
 
         save_pretrained(self, directory, **options)
 
+    @own_rules()
     def __call__(
         self,
         input_ids: Int[Array | np.ndarray, "B T"],
@@ -280,6 +283,7 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
         """
         return self.logits(self.hidden(input_ids, attention_mask))
 
+    @own_rules()
     def hidden(
         self,
         input_ids: Int[Array | np.ndarray, "B T"],
@@ -375,8 +379,8 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
 
 def _read_mask(input_ids: Any, attention_mask: Any) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]]:
     """Ids, the position of each (real tokens before it), and which are real."""
-    ids = jnp.asarray(input_ids)
-    real = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
+    ids = jnp.asarray(input_ids, jnp.int32)
+    real = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32) != 0
     return ids, jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0), real
 
 

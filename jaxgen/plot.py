@@ -26,6 +26,7 @@ from jaxgen.generation.processors.chain import chain_of
 from jaxgen.generation.prompt import SMALLEST_PROMPT, bucket, pad_to
 from jaxgen.generation.rows import Rows
 from jaxgen.generation.weights import split
+from jaxgen.lowering import own_rules
 from jaxgen.text.show import Row, Texts, rows_of, spelt, step_logits, texts_of
 from jaxgen.text.tokenizer import tokenizer_for
 
@@ -230,6 +231,7 @@ def _divergence(logits: Float[Array, "t V"], others: Float[Array, "t V"]) -> Flo
     return (jnp.exp(ours) * (ours - theirs)).sum(axis=-1)
 
 
+@own_rules()
 def _along(measure: Callable[..., Any], models: tuple[Any, ...], ids: Int[np.ndarray, " T"]) -> Float[np.ndarray, " t"]:
     """A measure of the distributions from which models predict all ids of a text but the first: T - 1 values."""
     length = bucket(len(ids), SMALLEST_PROMPT)

@@ -22,7 +22,6 @@ from jaxgen.errors import JaxgenError
 from jaxgen.generation import limits
 from jaxgen.generation.controls import Plan, Recipe
 from jaxgen.generation.prompt import bucket
-from jaxgen.generation.read import Prompts
 from jaxgen.model import MistralForCausalLM
 from jaxgen.quant import Int4Config
 from tests.test_config import HUB
@@ -71,14 +70,10 @@ def check(rows: int, total: int, int8_cache: bool = False, chunk: int = 0) -> No
     """`check_memory` for prompts of half of `total` tokens."""
     length = total // 2
     assert length == bucket(length)
-    numbers = np.full(rows, length, np.int32)
-    prompts = Prompts(
-        np.zeros((rows, length), np.int32), numbers, numbers, np.zeros((rows, 2), np.uint32), np.zeros(rows, bool)
-    )
     slots = CONFIG.cache_slots(total, ahead=chunk)
     plan = Plan(Recipe(do_sample=False), samples=1, total=total, slots=slots, int8_cache=int8_cache, chunk=chunk)
     model = SimpleNamespace(config=CONFIG, dtype=np.dtype(np.float16), device=SimpleNamespace(platform="gpu"))
-    limits.check_memory(model, prompts, plan)
+    limits.check_memory(model, (rows, length), plan)
 
 
 def test_parameters():

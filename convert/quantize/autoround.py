@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from jaxgen.config import MistralConfig
+from jaxgen.lowering import own_rules
 from jaxgen.quant import Int4, quantize
 from jaxgen.quant.int4 import SCALE_DTYPE, pack, rounded
 
@@ -57,6 +58,7 @@ class AutoRound:
         steps = self._iterations * min(self._batch, sequences) / sequences
         return 3 * steps + _CHECKS + 3  # a gradient is two passes more; the rest is looks at the text
 
+    @own_rules()
     def __call__(self, weights: Weights, hidden: Hidden, targets: Hidden) -> dict[str, Int4]:
         """The int4 weights with which a layer makes of `hidden` about `targets`: what the exact model has there.
 

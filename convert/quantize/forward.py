@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from jaxgen.attention import rope
 from jaxgen.config import MistralConfig
 from jaxgen.linear import product
+from jaxgen.lowering import own_rules
 from jaxgen.model import MistralDecoderLayer
 
 Weights = dict[str, Array]  # of one layer, in float32, by their names in it: "self_attn.qkv_proj.weight"
@@ -42,12 +43,14 @@ def output(config: MistralConfig, weights: Weights, x: Float[Array | np.ndarray,
     return _run(config, _layer(config, weights), jnp.asarray(x))
 
 
+@own_rules()
 def advance(config: MistralConfig, weights: Weights, hidden: Hidden) -> None:
     """Replace a layer's inputs, in place, by its outputs."""
     for (x,) in batches(hidden):
         x[...] = output(config, weights, x)
 
 
+@own_rules()
 def gram_of_inputs(config: MistralConfig, weights: Weights, hidden: Hidden, name: str) -> Float[Array, "I I"]:
     """The sum of `x xᵀ` over the inputs `x` that the linear layer of weight `name` gets."""
     return jnp.asarray(sum(_gram(config, weights, x, name) for (x,) in batches(hidden)))

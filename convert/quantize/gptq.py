@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Int8
 from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError
 from jaxgen.linear import product
+from jaxgen.lowering import own_rules
 from jaxgen.quant import Int4
 from jaxgen.quant.config import check_group
 from jaxgen.quant.int4 import SCALE_DTYPE, pack, round_to, search_scale
@@ -47,6 +48,7 @@ class Gptq:
         return quantized
 
 
+@own_rules()
 def gptq(
     weight: Float[Array | np.ndarray, "O I"], gram: Float[Array | np.ndarray, "I I"], group_size: int, name: str
 ) -> Int4:

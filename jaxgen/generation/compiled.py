@@ -13,7 +13,7 @@ from jaxgen.errors import JaxgenError
 from jaxgen.generation import beam, loop, speculate
 from jaxgen.generation.controls import Recipe
 from jaxgen.generation.strict import DETERMINISTIC_OPTIONS
-from jaxgen.lowering import Target, tracing_for
+from jaxgen.lowering import Target, own_rules, tracing_for
 from jaxgen.quant.int4 import Int4
 from jaxgen.quant.matmul import FUSION_OPTIONS
 
@@ -63,7 +63,7 @@ class Stage:
             return self.otherwise(*args)
         traces, start = self.traces, time.perf_counter()
         try:
-            with jax.threefry_partitionable(True):  # the draws of every supported version's default
+            with own_rules():
                 result = self._jitted(*args)
         except jax.errors.JaxRuntimeError as error:
             if self.otherwise is None or "RESOURCE_EXHAUSTED" in str(error) or _used_up(args):

@@ -31,6 +31,7 @@ from jaxgen.generation.sample import random_key, row_id_words
 from jaxgen.generation.score import TextScore, score, transition_scores
 from jaxgen.generation.stop import BROKEN
 from jaxgen.generation.weights import Untracked
+from jaxgen.lowering import check_process, own_rules
 
 
 class GenerationMixin:
@@ -38,7 +39,7 @@ class GenerationMixin:
 
     def generate(
         self,
-        input_ids: Any,
+        input_ids: Any = None,
         attention_mask: Any = None,
         *,
         generation_config: Any = None,
@@ -52,9 +53,10 @@ class GenerationMixin:
         """Generate text ids as transformers' `generate` does: same names, same defaults, same layout.
 
         `input_ids` [B, T] are lists, numpy or jax arrays; `attention_mask` [B, T] is 1 on real tokens, in any
-        arrangement (None: all are real). `options` are fields of `GenerationConfig`, which win over
-        `generation_config`, which wins over the checkpoint's own; and HF's other arguments (`Extras`):
-        `logits_processor` and `stopping_criteria` (jittable functions of tokens [R, S], lengths [R] and logits [R, V]),
+        arrangement (None: all are real). Without a prompt there is one row, of BOS, as in HF. `options` are fields of
+        `GenerationConfig`, which win over `generation_config`, which wins over the checkpoint's own; and HF's other
+        arguments (`Extras`): `logits_processor` and `stopping_criteria` (jittable functions of tokens [R, S], lengths
+        [R] and logits [R, V]),
         `prefix_allowed_tokens_fn`, `negative_prompt_ids` with its mask, `tokenizer` (for `stop_strings`),
         `assistant_model`, `past_key_values` (or `cache`). Sampling takes its randomness from `key` (a jax.random key)
         or `seed` (any int); with neither, from a fresh seed. `row_ids` (ints or strings) name the rows: a row's draws
@@ -142,6 +144,7 @@ class GenerationMixin:
         row_ids: Any,
         options: dict[str, Any],
     ) -> Request:
+        check_process()
         extras, fields = Extras.take(options)
         config = resolve(fields, generation_config, self.stored_generation_config)
         return Request.read(self, input_ids, attention_mask, config, key, seed, row_ids, extras)
@@ -214,6 +217,7 @@ class GenerationMixin:
     generation_assigned = Untracked(None)  # another one whenever `generation_config` is assigned
 
 
+@own_rules()
 def generate(
     model: Any,
     input_ids: Int[Array | np.ndarray, "B T"],
@@ -283,8 +287,9 @@ def _pure_plan(
     room = np.full(batch, width, np.int32)
     limits = row_limits(config, room, model.config.max_position_embeddings)
     total = int(limits.max())
-    real = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
-    tokens, lengths = pack(jnp.asarray(input_ids), real, jnp)
+    # By explicit dtypes: a caller under x64 has 64-bit ids, which our rules do not know.
+    real = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32) != 0
+    tokens, lengths = pack(jnp.asarray(input_ids, jnp.int32), real, jnp)
     by_length = config.max_new_tokens is None and config.max_length is not None
     prompts = Prompts(
         tokens=tokens,

@@ -11,7 +11,6 @@ from jaxgen.errors import JaxgenError
 from jaxgen.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig
 from jaxgen.generation.controls import Plan
 from jaxgen.generation.prompt import largest_bucket
-from jaxgen.generation.read import Prompts
 
 _SHOWN = 1_000_000_000
 
@@ -26,6 +25,11 @@ def row_limits(config: GenerationConfig, lengths: Int[np.ndarray, " B"], context
     """
     row = int(lengths.argmax())
     longest = int(lengths[row])
+    if (config.max_cache_len or 0) > context:
+        raise JaxgenError(
+            f"max_cache_len={config.max_cache_len} is more than the model's context of {context} tokens, which no row "
+            "outgrows"
+        )
     if longest >= context:
         raise JaxgenError(f"the prompt has {longest} tokens; the model's context of {context} leaves no room for more")
     if config.max_new_tokens is not None:
@@ -46,7 +50,8 @@ def row_limits(config: GenerationConfig, lengths: Int[np.ndarray, " B"], context
             f"at most {context - longest} new tokens fit"
         )
     name = "min_length" if config.min_new_tokens is None else "min_new_tokens"  # which wins, as in HF
-    least = np.full(lengths.shape, config.min_length or 0) if name == "min_length" else lengths + config.min_new_tokens
+    wide = lengths.astype(np.int64)  # a sum of two int32
+    least = np.full_like(wide, config.min_length or 0) if name == "min_length" else wide + config.min_new_tokens
     if (least > limits).any():
         row = int((least - limits).argmax())
         raise JaxgenError(
@@ -56,34 +61,44 @@ def row_limits(config: GenerationConfig, lengths: Int[np.ndarray, " B"], context
     return limits.astype(np.int32)
 
 
-def check_memory(model: Any, prompts: Prompts, plan: Plan, assistant: Any = None) -> None:
+def check_memory(
+    model: Any,
+    shape: tuple[int, int],
+    plan: Plan,
+    assistant: Any = None,
+    *,
+    guided: bool = False,
+    past: bool = False,
+) -> None:
     """Raise `JaxgenError`, saying how many new tokens fit, if caches, prefill and what is recorded outgrow the device.
 
-    What the prefill needs besides the cache is an estimate of its largest arrays.
+    `shape` is that of the padded prompts; with `guided` there are as many negative ones; `past` is one of an earlier
+    call. What the prefill needs besides the cache is an estimate of its largest arrays.
     """
     config, itemsize, device = model.config, model.dtype.itemsize, model.device
     free = free_bytes(device)
     if free is None:
         return
-    batch, length = prompts.tokens.shape
-    batch = 2 * batch if prompts.negative is not None else batch
+    prompts, length = shape
+    batch = 2 * prompts if guided else prompts
     rows = batch * plan.samples
     per_slot = rows * kv_bytes_per_token(config, itemsize, plan.int8_cache)
     recipe = plan.recipe
     tables = recipe.record_scores + recipe.record_logits
-    recorded = 4 * prompts.tokens.shape[0] * plan.samples * recipe.recorded * config.vocab_size * tables
+    recorded = 4 * prompts * plan.samples * recipe.recorded * config.vocab_size * tables
     read_on = plan.chunk or plan.fresh  # a piece at a time, against every slot
     working = recorded + (
         prefill_bytes(config, itemsize, batch, read_on, read_on, plan.slots)
         if read_on
         else prefill_bytes(config, itemsize, batch, length, query_block(length), length)
     )
-    working += 4 * rows * (recipe.drafts + 1) * config.vocab_size
-    if prompts.past is not None:  # the past in the rows and slots of this call, on the way
+    drafting = _drafting_bytes(config, itemsize, rows, plan)
+    working += drafting
+    if past:  # the past in the rows and slots of this call, on the way
         working += per_slot * plan.slots
     if assistant is not None:
         own = kv_bytes_per_token(assistant.config, assistant.dtype.itemsize, plan.int8_cache)
-        working += prompts.tokens.shape[0] * plan.samples * own * assistant_slots(assistant.config, plan)
+        working += prompts * plan.samples * own * assistant_slots(assistant.config, plan)
     needed = per_slot * plan.slots + working
     if needed <= free:
         return
@@ -92,12 +107,25 @@ def check_memory(model: Any, prompts: Prompts, plan: Plan, assistant: Any = None
             f"output_scores and output_logits of {recipe.recorded} steps need {recorded / _SHOWN:.2f} GB, and "
             f"{free / _SHOWN:.2f} GB are free on {device}; top_logprobs=n keeps the n best tokens of every step"
         )
+    if recipe.drafts and drafting > free // 2:
+        name = "prompt_lookup_num_tokens" if recipe.prompt_lookup else "num_assistant_tokens"
+        raise JaxgenError(
+            f"{rows} rows that read {recipe.drafts} drafts at a time need {drafting / _SHOWN:.2f} GB, and "
+            f"{free / _SHOWN:.2f} GB are free on {device}; lower {name}"
+        )
     room = largest_bucket(max(free - working, 0) // per_slot) - length
     advice = f"at most {room} new tokens fit" if room > 0 else "use fewer rows or a shorter prompt"
     raise JaxgenError(
         f"{rows} rows of {plan.total} tokens (prompt and new tokens, rounded up) need {needed / _SHOWN:.2f} GB for "
         f"the key-value cache and the prefill, and {free / _SHOWN:.2f} GB are free on {device}; {advice}"
     )
+
+
+def _drafting_bytes(config: MistralConfig, itemsize: int, rows: int, plan: Plan) -> int:
+    """About what a decode step takes beside the cache: the logits, and with drafts what reading them all takes."""
+    read = plan.recipe.drafts + 1
+    logits = 4 * rows * read * config.vocab_size
+    return logits + (prefill_bytes(config, itemsize, rows, read, read, plan.slots) if read > 1 else 0)
 
 
 def assistant_slots(config: Any, plan: Plan) -> int:

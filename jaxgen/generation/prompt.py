@@ -99,6 +99,12 @@ def _mask(attention_mask: Any, shape: tuple[int, ...], names: tuple[str, str]) -
 
 
 def _table(values: Any, name: str, allow_bool: bool = False) -> np.ndarray:
+    parts = [values, *values] if isinstance(values, list | tuple) else [values]
+    if any(isinstance(part, np.ma.MaskedArray) for part in parts):
+        raise JaxgenError(
+            f"{name} is a masked array of numpy, whose mask would be lost; pass its .data, and what is real as 1 in "
+            "attention_mask"
+        )
     try:
         table = np.asarray(values)
     except ValueError as error:

@@ -86,6 +86,7 @@ class Request:
         """Check all that can be checked on the host, then pack the rows and choose the buckets."""
         if _traced(model, input_ids, attention_mask, key):
             raise JaxgenError("model.generate runs on the host; inside jit or vmap use jaxgen.generate(model, ...)")
+        input_ids = from_bos(config) if input_ids is None else input_ids
         ids, mask = read_prompt(input_ids, attention_mask, model.config.vocab_size)
         key, seed = random_key(key, seed)
         if key.ndim:
@@ -104,6 +105,10 @@ class Request:
         negative = _negative(config, extras, ids, mask, model.config.vocab_size)
         longest = max(int(x.max()) for _, x in ((tokens, lengths), *negative))
         rows, length, total = sizes_of(config, samples_of(config), longest, lengths, limits, strict)
+        plan = plan_of(model, config, recipe, total, int((limits - lengths).max()), strict)
+        guided = bool(negative)
+        # Before anything is padded: what the device cannot hold, the host may not either.
+        check_memory(model, (rows, length), plan, extras.assistant_model, guided=guided)
 
         def placed(packed: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             """In the bucket: without the columns that no row reaches, and with idle rows."""
@@ -116,7 +121,6 @@ class Request:
             idle=np.arange(rows) >= len(ids),
             negative=Negative(*placed(*negative[0])) if negative else None,
         )
-        plan = plan_of(model, config, recipe, total, int((limits - lengths).max()), strict)
         if extras.past_key_values is not None:
             if not isinstance(extras.past_key_values, PastKeyValues):
                 raise JaxgenError(
@@ -124,8 +128,8 @@ class Request:
                     "earlier call's output"
                 )
             prompts, plan = extras.past_key_values.continue_with(prompts, plan, len(ids), model)
+            check_memory(model, (rows, length), plan, extras.assistant_model, past=True)
         check_reread(config, len(ids) * plan.samples, plan.total, model)
-        check_memory(model, prompts, plan, extras.assistant_model)
         return cls(ids, mask, config, seed, padded_key(key, rows), prompts, controls, plan, extras, strict)
 
 
@@ -146,6 +150,13 @@ def _row_per_key(
     if len(ids) < keys:
         ids, mask = np.repeat(ids, keys, axis=0), np.repeat(mask, keys, axis=0)
     return ids, mask, [0] * keys if row_ids is None else row_ids
+
+
+def from_bos(config: GenerationConfig) -> list[list[int]]:
+    """The prompt of a call without one. Source: transformers `_maybe_initialize_input_ids_for_generation`."""
+    if config.bos_token_id is None:
+        raise JaxgenError("there is no prompt, and no bos_token_id to begin with; pass input_ids")
+    return [[config.bos_token_id]]
 
 
 def samples_of(config: GenerationConfig) -> int:
@@ -181,11 +192,14 @@ def plan_of(
     """Sizes of rows, caches and records; `budget`: the most new tokens of a row."""
     chunk = config.prefill_chunk_size or (strict.chunk if strict else 0)
     recorded = recipe.record_scores or recipe.record_logits or recipe.top_logprobs
+    # No row has a use for more drafts than the tokens that it may get.
+    drafts = min(recipe.drafts, total if strict else bucket(budget, SMALLEST_TOTAL))
+    recipe = dataclasses.replace(recipe, recorded=bucket(budget, 16) if recorded else 0, drafts=drafts)
     return Plan(
-        recipe=dataclasses.replace(recipe, recorded=bucket(budget, 16) if recorded else 0),
+        recipe=recipe,
         samples=samples_of(config),
         total=total,
-        slots=model.config.cache_slots(total, ahead=max(chunk, recipe.drafts + 1 if recipe.drafts else 0)),
+        slots=model.config.cache_slots(total, ahead=max(chunk, drafts + 1 if drafts else 0)),
         int8_cache=config.cache_implementation == "quantized",
         chunk=chunk,
     )

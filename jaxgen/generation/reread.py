@@ -13,10 +13,12 @@ import numpy as np
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation.limits import free_bytes
 from jaxgen.generation.prompt import SMALLEST_PROMPT, bucket, pack, pad_to
+from jaxgen.lowering import own_rules
 
 Steps = tuple[tuple[np.ndarray, ...], ...]
 
 
+@own_rules()
 def reread(model: Any, output: Any, request: Any) -> Any:
     """The output of a call with its `attentions` and `hidden_states`, those that were asked for, as HF lays them out.
 

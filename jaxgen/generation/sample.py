@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, UInt32
 
-from jaxgen.errors import JaxgenError
+from jaxgen.errors import JaxgenError, shown
 
 # Which tokens a key gives, as defined above. A change that alters them raises this and is named in the changelog;
 # tests/test_golden.py holds what version 1 gives.
@@ -52,7 +52,7 @@ def random_key(key: Any, seed: Any) -> tuple[Key[Array, "*rows"], int | tuple[in
             raise JaxgenError(f"{name}={value!r} must be an int")
     if not seeds:
         raise JaxgenError("seed is an empty list; pass an int, or one per row")
-    words = np.array([divmod(_as_64_bits(int(value)), _WORD) for value in seeds], np.uint32)
+    words = np.array([divmod(_as_64_bits("seed", int(value)), _WORD) for value in seeds], np.uint32)
     data, ints = (words, tuple(map(int, seeds))) if several else (words[0], int(seeds[0]))
     return jax.random.wrap_key_data(data, impl="threefry2x32"), ints  # pyright: ignore[reportArgumentType]
 
@@ -95,7 +95,8 @@ def row_id_words(row_ids: Any, rows: int) -> UInt32[np.ndarray, "B 2"]:
     for row, row_id in enumerate(ids):
         if not isinstance(row_id, int | str | np.integer) or isinstance(row_id, bool):
             raise JaxgenError(f"row_ids[{row}]={row_id!r} must be an int or a string")
-    words = [divmod(_as_64_bits(i if isinstance(i, str) else int(i)), _WORD) for i in ids]
+    named = ((f"row_ids[{row}]", i if isinstance(i, str) else int(i)) for row, i in enumerate(ids))
+    words = [divmod(_as_64_bits(name, i), _WORD) for name, i in named]
     return np.array(words, np.uint32).reshape(rows, 2)
 
 
@@ -122,8 +123,12 @@ def draw(logits: Float[Array, "R V"], row_keys: Key[Array, " R"], positions: Int
     return jnp.argmax(logits + jax.vmap(noise)(row_keys, positions), axis=-1).astype(jnp.int32)
 
 
-def _as_64_bits(value: int | str) -> int:
+def _as_64_bits(name: str, value: int | str) -> int:
     """Small non-negative ints as they are (so seed=7 is `jax.random.key(7)`), everything else by its hash."""
     if isinstance(value, int) and 0 <= value < _WORD**2:
         return value
-    return int.from_bytes(hashlib.sha256(f"{type(value).__name__}:{value}".encode()).digest()[:8], "big")
+    try:
+        text = f"{type(value).__name__}:{value}".encode()
+    except ValueError as error:  # half a character, or more digits than Python prints
+        raise JaxgenError(f"{name}={shown(value)} cannot be hashed: {error}") from error
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")

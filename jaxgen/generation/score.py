@@ -12,6 +12,7 @@ from jaxgen.errors import JaxgenError, NonFiniteLogitsError
 from jaxgen.generation.fields import integer
 from jaxgen.generation.prompt import SMALLEST_PROMPT, bucket, pack, pad_to, read_prompt
 from jaxgen.generation.weights import split
+from jaxgen.lowering import own_rules
 
 # Logits are computed for this many columns at a time: B*BLOCK*V floats, and not B*T*V.
 _BLOCK = 64
@@ -51,6 +52,7 @@ def _check(tokens: np.ndarray, row: int, context: int) -> None:
         raise JaxgenError(f"texts[{row}] has {len(tokens)} tokens, more than the model's context of {context}")
 
 
+@own_rules()
 def token_logprobs(model: Any, input_ids: Any, attention_mask: Any = None) -> Float[np.ndarray, "B T"]:
     """The log-probability of each id given the real ones before it; 0 for a row's first id and masked ones.
 

@@ -229,7 +229,7 @@ def look_up(
         return matched + alive, alive, jnp.roll(shifted, 1, axis=1)
 
     carry = (jnp.zeros_like(tokens), earlier, tokens)
-    matched, _, _ = jax.lax.fori_loop(0, ngram, one_longer, carry)
+    matched, _, _ = jax.lax.fori_loop(0, jnp.minimum(ngram, lengths.max()), one_longer, carry)
     source = matched.argmax(axis=1)[:, None] + 1 + jnp.arange(drafts)
     known = (matched.max(axis=1)[:, None] > 0) & (source < lengths[:, None])
     found = jnp.take_along_axis(tokens, jnp.minimum(source, tokens.shape[1] - 1), axis=1)

@@ -23,11 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from jaxgen.errors import JaxgenError
+from jaxgen.errors import JaxgenError, shown
 from jaxgen.generation.prompt import bucket
 
 SMALLEST_TABLE = 1 << 14  # entries; most sets of stop strings need fewer, so they share one compiled loop
 BUILDS_KEPT = 8
+MOST_BYTES = 1 << 14  # of all stop strings together: each is a state
+MOST_ENTRIES = 1 << 24  # states times kinds of tokens, 64 MB
 # Kinds of tokens: one that says nothing leaves the state alone, one that the tokenizer does not know resets it.
 SILENT, UNKNOWN = 0, 1
 # A tokenizer may drop a space at the start of a text, so tokens are decoded behind this one, as in transformers.
@@ -96,23 +98,31 @@ def read_strings(strings: Any) -> tuple[str, ...]:
     """`stop_strings` as the user passes it, as a tuple.
 
     Raises `JaxgenError`, naming the index and the value, unless it is a non-empty str or a non-empty sequence of
-    non-empty strs that UTF-8 can express.
+    non-empty strs that UTF-8 can express, of at most MOST_BYTES in all.
     """
     if isinstance(strings, str):
         strings = [strings]
     if not isinstance(strings, Sequence) or isinstance(strings, bytes):
-        raise JaxgenError(f"stop_strings={strings!r} is not a str or a list of them")
+        raise JaxgenError(f"stop_strings={shown(strings)} is not a str or a list of them")
     if not strings:
         raise JaxgenError("stop_strings is an empty list; leave it out (None) for no stop strings")
     for index, string in enumerate(strings):
         if not isinstance(string, str):
-            raise JaxgenError(f"stop_strings[{index}]={string!r} is {type(string).__name__}; expected a str")
+            raise JaxgenError(f"stop_strings[{index}]={shown(string)} is {type(string).__name__}; expected a str")
         if not string:
             raise JaxgenError(f"stop_strings[{index}] is empty: it would stop every row at once; remove it")
         try:
             string.encode()
         except UnicodeEncodeError as error:
-            raise JaxgenError(f"stop_strings[{index}]={string!r} is half a character; no token says that") from error
+            raise JaxgenError(
+                f"stop_strings[{index}]={shown(string)} is half a character; no token says that"
+            ) from error
+    size = sum(len(string.encode()) for string in strings)
+    if size > MOST_BYTES:
+        raise JaxgenError(
+            f"stop_strings: {len(strings)} strings of {size} bytes in all are more than {MOST_BYTES} bytes; "
+            "for so many, write a stopping criterion"
+        )
     return tuple(strings)
 
 
@@ -125,7 +135,9 @@ def _build(vocabulary: "_Vocabulary", strings: tuple[bytes, ...], vocab_size: in
     table = functions[columns].T
     if not (table & 1).any():
         texts = [string.decode() for string in strings]
-        raise JaxgenError(f"stop_strings={texts}: no token ends any of them; are their characters in the vocabulary?")
+        raise JaxgenError(
+            f"stop_strings={shown(texts)}: no token ends any of them; are their characters in the vocabulary?"
+        )
     by_id = np.full(vocab_size, UNKNOWN, np.int32)
     by_id[vocabulary.ids[known]] = renumbered[2:]
     flat = np.zeros(bucket(table.size, SMALLEST_TABLE), np.int32)
@@ -198,6 +210,11 @@ def _lift(step: Int[np.ndarray, "N 256"], vocabulary: "_Vocabulary") -> tuple[np
             moves[kind, letter] = number.setdefault(function.tobytes(), len(functions))
             if moves[kind, letter] == len(functions):
                 functions.append(function)
+                if len(functions) * len(step) > MOST_ENTRIES:
+                    raise JaxgenError(
+                        f"stop_strings: {len(step) - 1} beginnings of strings times {len(functions)} kinds of tokens "
+                        f"are a table of more than {MOST_ENTRIES} entries; pass fewer or shorter strings"
+                    )
         kinds[:longer] = moves.ravel()[pairs]
     return kinds, np.stack(functions)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8, Int32, UInt8
 
+from jaxgen.lowering import own_rules
 from jaxgen.quant.config import check_group
 
 SCALE_DTYPE = jnp.dtype("bfloat16")  # the range of float32; what rounding costs, the search for the scale sees
@@ -48,6 +49,7 @@ class Int4:
         """Bytes of all arrays."""
         return sum(array.nbytes for array in jax.tree.leaves(self))
 
+    @own_rules()
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "O I"]:
         """The weight in HF's column order, computed in float32 and rounded once."""
         groups = unpack(self.packed).reshape(*self.scale.shape, self.group_size)
@@ -83,6 +85,7 @@ def unpack(packed: UInt8[Array | np.ndarray, "*rows bytes"]) -> Int8[Array | np.
     return ((nibbles ^ 8) - 8).astype(xp.int8)
 
 
+@own_rules()
 def quantize(
     weight: Float[Array | np.ndarray, "O I"], group_size: int = 128, *, search: bool = True, name: str = "weight"
 ) -> Int4:
@@ -141,6 +144,7 @@ def search_scale(groups: Float[Array, "N g"], importance: Float[Array, "..."]) -
     every version of XLA, since it compares sums that no order of adding changes.
     """
     # In units that make all terms of the sums -1 to 1; the weights' is a power of two, which changes no bit of them.
+    groups, importance = groups.astype(jnp.float32), importance.astype(jnp.float32)  # `_total` counts their bits
     _, exponent = jnp.frexp(jnp.abs(groups).max(axis=1))
     groups, importance = jnp.ldexp(groups, -exponent[:, None]), importance / importance.max()
     reaching = -jnp.take_along_axis(groups, jnp.abs(groups).argmax(axis=1, keepdims=True), axis=1)[:, 0] / 8
@@ -157,7 +161,7 @@ def search_scale(groups: Float[Array, "N g"], importance: Float[Array, "..."]) -
         return best, None
 
     factors = jnp.asarray(np.concatenate([_CANDIDATES, -_CANDIDATES]), jnp.float32)
-    start = jnp.full(len(groups), np.iinfo(np.int32).max), jnp.zeros(len(groups))
+    start = jnp.full(len(groups), np.iinfo(np.int32).max, jnp.int32), jnp.zeros(len(groups), jnp.float32)
     (_, scale), _ = jax.lax.scan(try_one, start, factors)
     return jnp.ldexp(scale, exponent)
 
@@ -169,8 +173,8 @@ def _total(terms: Float[Array, "N g"]) -> Int32[Array, " N"]:
     shift = np.float32(1.5 * 2**23)  # in a float32 that it was added to, the lowest bits are an integer
     integers = jax.lax.bitcast_convert_type(terms * 2.0**bits + shift, jnp.int32) - shift.view(np.int32)
     # XLA:CPU adds 32 neighbours as a vector, longer rows one by one: a quarter of the time, if the sums stay apart.
-    parts = integers.reshape(len(terms), -1, math.gcd(size, 32)).sum(axis=2)
-    return jax.lax.optimization_barrier(parts).sum(axis=1)
+    parts = integers.reshape(len(terms), -1, math.gcd(size, 32)).sum(axis=2, dtype=jnp.int32)
+    return jax.lax.optimization_barrier(parts).sum(axis=1, dtype=jnp.int32)
 
 
 def rounded(scale: Float[Array, "*groups"]) -> Float[Array, "*groups"]:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxgen.lowering import own_rules
+
 
 @jax.tree_util.register_dataclass
 @no_type_check  # JAX rebuilds it around placeholders
@@ -36,6 +38,7 @@ class Lookup4:
         """Bytes of all arrays."""
         return sum(array.nbytes for array in jax.tree.leaves(self))
 
+    @own_rules()
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "O I"]:
         """The weight, computed in float32 and rounded once."""
         wide = jnp.asarray(self.packed).astype(jnp.int32)

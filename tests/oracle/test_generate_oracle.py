@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxgen.convert.load import AutoModelForCausalLM
+from jaxgen.errors import JaxgenError
 from tests.oracle.draws import draw
 from tests.reference import live
 from tests.reference.cases import Run, left_padded, with_holes
@@ -55,3 +56,17 @@ def test_random_models_generate_as_hf(seed: int, tmp_path: Path):
             columns = min(actual.shape[1], expected.shape[1])
             same = (actual[:, :columns] == expected[:, :columns]) | ~shared[:, :columns]
             assert same.all(), f"{case.config} {run}: rows {np.flatnonzero(~same.all(axis=1)).tolist()} differ"
+
+
+def test_without_a_prompt_it_starts_from_bos_as_hf(tmp_path: Path):
+    import torch
+
+    case = draw(0)
+    theirs = live.hf_model(case.config, case.seed)
+    ours = AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path, case.config, case.seed), dtype="float32")
+    options = {"max_new_tokens": 5, "bos_token_id": 3, "do_sample": False}
+    with torch.no_grad():
+        expected = theirs.generate(**options, pad_token_id=0)
+    np.testing.assert_array_equal(ours.generate(**options, pad_token_id=0), expected)
+    with pytest.raises(JaxgenError, match="there is no prompt, and no bos_token_id"):
+        ours.generate(bos_token_id=None)

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.processors.watermark import WatermarkingConfig, lefthash_words, selfhash_words
 from jaxgen.generation.prompt import bucket, pad_to
+from jaxgen.lowering import own_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,7 @@ class WatermarkDetector:
             )
         return ids.astype(np.int32)
 
+    @own_rules()
     def _count(self, ids: Int[np.ndarray, "B T"]) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:
         """Tokens that were scored, and how many of them are green."""
         selfhash = self.config.seeding_scheme == "selfhash"

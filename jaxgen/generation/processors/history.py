@@ -95,6 +95,7 @@ def _ban_repeats(logits: Logits, rows: Rows, end: Int[Array, " R"], size: Count)
 
     slot = jnp.arange(slots)
     complete = (slot >= size - 1) & (slot < end[:, None])
-    repeated = jax.lax.fori_loop(1, jnp.asarray(size), same_so_far, complete)
+    compared = jnp.where(size > end.max(), 1, size)  # a longer n-gram has nowhere to stand
+    repeated = jax.lax.fori_loop(1, compared, same_so_far, complete)
     column = jnp.where(repeated, rows.tokens, logits.shape[1])  # past the end: dropped
     return logits.at[jnp.arange(number)[:, None], column].set(-jnp.inf, mode="drop")

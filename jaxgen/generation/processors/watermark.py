@@ -15,7 +15,6 @@ Each token of the vocabulary is green with probability greenlist_ratio, independ
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, no_type_check
 
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt32
 
-from jaxgen.errors import JaxgenError, UnsupportedError
+from jaxgen.errors import JaxgenError, UnsupportedError, shown
 from jaxgen.generation.processors.select import best_of
 from jaxgen.generation.rows import Rows
 
@@ -34,6 +33,7 @@ Word = UInt32[Array | np.ndarray, ""]
 
 SCHEMES = ("lefthash", "selfhash")
 SELFHASH_TOKENS = 40  # only so many of the most likely tokens are tried, as in transformers
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _SEEDED = 1 << 31  # no token id
 
 
@@ -59,8 +59,8 @@ class WatermarkingConfig:
     def __post_init__(self):
         if not _is_number(self.greenlist_ratio) or not 0 < self.greenlist_ratio < 1:
             self._refuse("greenlist_ratio", "a number in (0, 1)")
-        if not _is_number(self.bias) or not math.isfinite(self.bias):
-            self._refuse("bias", "a finite number")
+        if not _is_number(self.bias) or not (self.bias == 0 or _SMALLEST <= abs(self.bias) <= _LARGEST):
+            self._refuse("bias", "a finite number of float32")
         if not _is_int(self.hashing_key):
             self._refuse("hashing_key", "an int")
         if self.seeding_scheme not in SCHEMES:
@@ -69,7 +69,7 @@ class WatermarkingConfig:
             self._refuse("context_width", "an int of at least 1")
 
     def _refuse(self, field: str, expected: str) -> None:
-        raise JaxgenError(f"watermarking_config: {field}={getattr(self, field)!r} must be {expected}")
+        raise JaxgenError(f"watermarking_config: {field}={shown(getattr(self, field))} must be {expected}")
 
     @classmethod
     def from_hf(cls, value: Any) -> "WatermarkingConfig":
@@ -80,12 +80,14 @@ class WatermarkingConfig:
         if not isinstance(value, Mapping) and callable(to_dict := getattr(value, "to_dict", None)):
             fields = to_dict()
         if not isinstance(fields, Mapping):
-            raise JaxgenError(f"watermarking_config={value!r} must be a WatermarkingConfig or a dict of its fields")
+            raise JaxgenError(
+                f"watermarking_config={shown(value)} must be a WatermarkingConfig or a dict of its fields"
+            )
         if "SynthID" in type(value).__name__ or {"ngram_len", "keys"} & set(fields):
             raise UnsupportedError("watermarking_config: SynthID is not supported by jaxgen; use WatermarkingConfig")
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(fields) - set(known), key=str):
-            raise JaxgenError(f"watermarking_config: {unknown[0]!r} is not one of its fields {', '.join(known)}")
+            raise JaxgenError(f"watermarking_config: {shown(unknown[0])} is not one of its fields {', '.join(known)}")
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,12 +147,13 @@ def selfhash_bias(
 ) -> Logits:
     """Add `bias` to those of the 40 most likely tokens that choose themselves green, in rows of `width` tokens."""
     _, best = best_of(logits, SELFHASH_TOKENS)
+    looked_at = jnp.minimum(width, rows.tokens.shape[1])  # all that there is: rows shorter than `width` get no bias
 
     def of_row(tokens: Int[Array, " S"], length: Int[Array, ""], candidates: Int[Array, " C"]) -> Array:
         def preceding(back: Int[Array, ""]) -> Int[Array, ""]:
             return tokens[jnp.maximum(length - back, 0)]
 
-        return jax.vmap(lambda candidate: _selfhash(_root(key_words), preceding, candidate, width))(candidates)
+        return jax.vmap(lambda candidate: _selfhash(_root(key_words), preceding, candidate, looked_at))(candidates)
 
     green = jax.vmap(of_row)(rows.tokens, rows.lengths, best) < threshold
     added = jnp.where(green & (rows.lengths >= width)[:, None], bias, 0.0)
