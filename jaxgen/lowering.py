@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax import experimental
 
 from jaxgen.errors import JaxgenError
 
@@ -65,8 +66,9 @@ def own_rules() -> Iterator[None]:
 
 
 def _x64_off() -> Any:
-    context = getattr(jax, "enable_x64", None)  # jax.experimental's before 0.8
-    return jax.experimental.disable_x64() if context is None else context(False)
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(False)
+    return vars(experimental)["disable_x64"]()  # of old versions
 
 
 _process: int | None = None  # the one in which jaxgen first used JAX

@@ -51,7 +51,9 @@ def row_limits(config: GenerationConfig, lengths: Int[np.ndarray, " B"], context
         )
     name = "min_length" if config.min_new_tokens is None else "min_new_tokens"  # which wins, as in HF
     wide = lengths.astype(np.int64)  # a sum of two int32
-    least = np.full_like(wide, config.min_length or 0) if name == "min_length" else wide + config.min_new_tokens
+    least = (
+        wide + (config.min_new_tokens or 0) if name == "min_new_tokens" else np.full_like(wide, config.min_length or 0)
+    )
     if (least > limits).any():
         row = int((least - limits).argmax())
         raise JaxgenError(
