@@ -59,6 +59,7 @@ def parser() -> Parser:
     )
     replay.add_argument("record", metavar="RECORD", type=Path, help="a file that generate --record wrote")
     replay.add_argument("--model", metavar="DIR_OR_ID", help="where the model is now, if it was a directory then")
+    replay.add_argument("--load-model", action="store_true", help="load the hub's model that the record names")
     _add_compile_cache(replay)
 
     inspect = commands.add_parser("inspect", help="describe a checkpoint", description="Describe a checkpoint.")

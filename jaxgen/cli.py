@@ -324,10 +324,14 @@ def _chat(options: argparse.Namespace) -> None:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from jaxgen.records.replay import replay
+    from jaxgen.records.record import Record
+    from jaxgen.records.replay import replay, source_of
 
     _keep_compiled(options)
-    result = replay(options.record, options.model)
+    record = Record.load(options.record)
+    if options.load_model and options.model is None and (source := source_of(record)):
+        _say(f"loading {source}")
+    result = replay(record, options.model, load_model=options.load_model)
     sys.stdout.write(f"{result}\n")
     return result.exit_code
 

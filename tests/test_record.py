@@ -23,6 +23,7 @@ from flax import nnx
 import jaxgen
 from jaxgen import JaxgenError, Record, Strict, cli, demo, replay
 from jaxgen.records import record as record_module
+from jaxgen.records.check import logprobs_sha256
 from jaxgen.text.tokenizer import load_tokenizer
 
 SCHEMA = json.loads((Path(record_module.__file__).parent / "record.schema.json").read_text())
@@ -130,8 +131,99 @@ def test_rows_that_the_clock_stopped(model, inputs):
     out = model.generate(**inputs, max_new_tokens=6, return_dict_in_generate=True)
     [entry] = out.record.generations
     stopped = {name: [row[:3] for row in entry[name]] for name in ("output_ids", "logprobs")}
-    stopped |= {"finish_reason": ["time"] * 2, "logprobs_sha256": "0" * 64}
-    assert replay(changed(out.record, **stopped), model).status == "same tokens"
+    stopped |= {"finish_reason": ["time"] * 2, "logprobs_sha256": logprobs_sha256(stopped["logprobs"])}
+    timed = {"config": {**entry["config"], "max_time": 0.5}}
+    assert replay(changed(out.record, **stopped, **timed), model).status == "identical"
+    message = replay(changed(out.record, **stopped), model).message  # no clock was asked for
+    assert message == "first difference at row 0, token 3: the record ends there, the replay goes on"
+    whole = {"finish_reason": ["time", *entry["finish_reason"][1:]]}  # a row that is whole was not stopped
+    message = replay(changed(out.record, **whole, **timed), model).message
+    assert message == "finish_reason of row 0: recorded time, now length"
+
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "finish_reason": {"finish_reason": ["eos", "length"]},
+    "logprobs beside their digest": {"logprobs": [[-0.5] * 4] * 2},
+    "a digest alone": {"logprobs_sha256": "0" * 64},
+    "seed": {"seed": 4},
+    "shapes": {"shapes": {"total": 4096}},
+    "compiler_options": {"compiler_options": {"xla_flag": True}},
+    "config": {"config": {"max_time": 3.0, "temperature": 1.0}},
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_identical_is_all_that_is_stated(model, inputs, name):
+    """Not the tokens alone: an answer names what was altered, and where reading shows it the record is refused."""
+    record = model.generate(**inputs, seed=3, max_new_tokens=4, return_dict_in_generate=True).record
+    altered = {k: {**record.generations[0][k], **v} if isinstance(v, dict) else v for k, v in FIELDS[name].items()}
+    result = replay(changed(record, **altered), model)
+    assert result.status == ("different" if name == "finish_reason" else "same tokens")
+    [field] = FIELDS[name]
+    assert field.replace("logprobs", "log", 1).partition("_sha")[0] in result.message
+
+
+@pytest.mark.parametrize("name", ["architecture", "config_sha256", "dtype", "weights"])
+def test_identical_is_the_model_too(model, inputs, name):
+    record = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True).record
+    altered = dataclasses.replace(record, model={**record.model, name: "another"})
+    result = replay(altered, model)
+    assert result.status == "same tokens" and f"model.{name}: recorded" in result.message
+
+
+class TestWhichModelIsLoaded:
+    """Nothing that a record names, unless one says so; and it says what that would be, and from where."""
+
+    REVISION = "0123456789" * 4
+
+    @pytest.fixture
+    def loaded(self, monkeypatch) -> list[Any]:
+        """What is asked of the loader, which finds nothing."""
+        asked: list[Any] = []
+
+        def from_pretrained(place: Any, **options: Any) -> Any:
+            asked.append((place, options.get("revision")))
+            raise JaxgenError("not there")
+
+        monkeypatch.setattr(jaxgen.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+        return asked
+
+    def record(self, name: str | None, revision: str | None = None) -> Record:
+        record = Record.load(OLD)
+        return dataclasses.replace(record, model={**record.model, "id": name, "revision": revision})
+
+    def test_a_hub_id_needs_a_word(self, loaded):
+        record = self.record("some/model", self.REVISION)
+        result = replay(record)
+        assert result.exit_code == 2 and loaded == []
+        for part in (f"/some/model, revision {self.REVISION}", "load_model=True", "--load-model", "pass the model"):
+            assert part in result.message
+        assert "its newest revision" in replay(self.record("some/model")).message
+        assert "not there" in replay(record, load_model=True).message
+        assert loaded == [("some/model", self.REVISION)]
+
+    @pytest.mark.parametrize("name", ["/tmp", "../models", "a/../..", "~/model", "C:\\model", "a/b/c", "", "x\n"])
+    def test_a_path_is_never_loaded(self, loaded, name):
+        for word in (False, True):
+            result = replay(self.record(name), load_model=word)
+            assert result.exit_code == 2 and "no id of the Hugging Face hub" in result.message
+        assert loaded == []
+
+    def test_a_directory_is_not_taken_for_a_hub_id(self, loaded, tmp_path, monkeypatch):
+        (tmp_path / "some" / "model").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        result = replay(self.record("some/model"), load_model=True)
+        assert result.exit_code == 2 and str(tmp_path / "some" / "model") in result.message
+        assert loaded == []
+
+    def test_on_the_command_line(self, loaded, tmp_path, capsys):
+        path = tmp_path / "record.json"
+        self.record("some/model", self.REVISION).save(path)
+        assert cli.main(["replay", str(path)]) == 2
+        assert "--load-model" in capsys.readouterr().out and loaded == []
+        assert cli.main(["replay", str(path), "--load-model"]) == 2
+        assert f"/some/model, revision {self.REVISION}" in capsys.readouterr().err
+        assert loaded == [("some/model", self.REVISION)]
 
 
 def test_what_cannot_be_compared(model, inputs):

@@ -33,12 +33,15 @@ def model_of(model: Any) -> dict[str, Any]:
     memory: quantised, trained or merged, as they were used.
     """
     directory = None if model.name_or_path is None else Path(model.name_or_path)
+    return {**_origin(directory), "files": _files(directory, _WEIGHTS), **facts_of(model)}
+
+
+def facts_of(model: Any) -> dict[str, Any]:
+    """What a model is, wherever it is from: its kind, its config and its weights in memory."""
     config = json.dumps(model.config.to_hf(), sort_keys=True, default=str)
     return {
-        **_origin(directory),
         "architecture": type(model).__name__,
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
-        "files": _files(directory, _WEIGHTS),
         "parameters_sha256": parameters_sha256(model),
         "dtype": model.dtype.name,
         "weights": sorted({_kind(leaf) for leaf in _leaves(model)}),

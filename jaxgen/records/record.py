@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import re
@@ -17,21 +16,13 @@ import numpy as np
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.config import DEFAULT_NEW_TOKENS
 from jaxgen.generation.sample import SAMPLER_VERSION
+from jaxgen.records.check import check, cut, logprobs_sha256
 from jaxgen.records.provenance import compiler_options, environment, model_of, tokenizer_of
 
 SCHEMA, VERSION = "jaxgen.record", 1
 # Arguments of `generate` that decide tokens and are Python, which JSON does not hold; and others that only help.
 PYTHON = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 _HELPERS = ("assistant_model", "past_key_values")
-# What replay reads of a record, and what it must be.
-_MODEL_TYPES: dict[str, Any] = {
-    "id": str | None, "revision": str | None, "dtype": str, "weights": list, "parameters_sha256": str,
-}  # fmt: skip
-_ENTRY_TYPES: dict[str, Any] = {
-    "config": dict, "key": dict, "sampler_version": int, "row_ids": list, "prompt_ids": list,
-    "negative_prompt_ids": list | None, "strict": dict | None, "python": list, "output_ids": list, "logprobs": list,
-    "logprobs_sha256": str, "finish_reason": list,
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,35 +55,37 @@ class Record:
             recording.add(output)
         return recording.record()
 
+    def check(self) -> None:
+        """Raise `JaxgenError`, naming the field, if this is none that `output.record` makes, or contradicts itself."""
+        check(self._fields())
+
+    def _fields(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, "version": VERSION, **dataclasses.asdict(self)}
+
     def to_json(self) -> str:
         """The record as JSON text."""
-        fields = {"schema": SCHEMA, "version": VERSION, **dataclasses.asdict(self)}
-        text = json.dumps(fields, ensure_ascii=False, allow_nan=False, indent=1)
+        text = json.dumps(self._fields(), ensure_ascii=False, allow_nan=False, indent=1)
         # One line for a list of numbers (inside a JSON string there is no line break to be mistaken for one).
         return re.sub(r'\[\n([^\[\]{}"]+)\]', lambda found: "[" + " ".join(found[1].split()) + "]", text) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Record":
-        """Read `to_json`'s text, of this or an earlier version; raises `JaxgenError` for anything else."""
+        """Read `to_json`'s text, of this or an earlier version.
+
+        Raises `JaxgenError`, naming the field, for anything else: what is missing, of another type, out of range or
+        unknown, and parts that contradict each other (rows, a seed and its key, log-probabilities and their sha256).
+        """
         try:
-            fields = json.loads(text)
+            fields = json.loads(text, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise JaxgenError(f"not a record: no JSON: {error}") from error
         if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
             raise JaxgenError(f'not a record: expected a JSON object with "schema": "{SCHEMA}"')
         version = fields.get("version")
-        if not isinstance(version, int) or not 1 <= version <= VERSION:
-            raise JaxgenError(f"record of version {version!r}: this jaxgen reads 1 to {VERSION}; use a newer one")
-        names = [field.name for field in dataclasses.fields(cls)]
-        for name in names:
-            if not isinstance(fields.get(name), list if name == "generations" else dict):
-                raise JaxgenError(f"not a record: its field {name!r} is missing or of another type")
-        if not fields["generations"]:
-            raise JaxgenError("not a record: its generations are empty")
-        for number, entry in enumerate(fields["generations"]):
-            _check_entry(f"generations[{number}]", entry)
-        _check_types("model", fields["model"], _MODEL_TYPES)
-        return cls(**{name: fields[name] for name in names})
+        if type(version) is not int or not 1 <= version <= VERSION:
+            raise JaxgenError(f"record of version {cut(version)}: this jaxgen reads 1 to {VERSION}; use a newer one")
+        check(fields)
+        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Write to a file, which appears complete or not at all. Raises `JaxgenError` if it cannot be written."""
@@ -175,31 +168,8 @@ def generation_of(output: Any) -> dict[str, Any]:
     }
 
 
-def logprobs_sha256(rows: Iterable[Any]) -> str:
-    """The sha256 of log-probabilities as float32, row after row: equal for results that are equal to the last bit."""
-    return hashlib.sha256(b"".join(np.asarray(row, "<f4").tobytes() for row in rows)).hexdigest()
-
-
-def _check_entry(where: str, entry: Any) -> None:
-    """Raise `JaxgenError`, naming the field, for an entry that cannot be run again and compared."""
-    _check_types(where, entry, _ENTRY_TYPES)
-    _check_types(f"{where}: key", entry["key"], {"impl": str, "data": list})
-    for name in ("prompt_ids", "output_ids", "logprobs"):
-        if not all(isinstance(row, list) for row in entry[name]) or not entry[name]:
-            raise JaxgenError(f"not a record: {where}: {name!r} is no list of rows")
-    for name in ("prompt_ids", "output_ids"):
-        if any(type(token) is not int for row in entry[name] for token in row):
-            raise JaxgenError(f"not a record: {where}: {name!r} holds something else than ints")
-    if len(entry["finish_reason"]) != len(entry["output_ids"]) or len(entry["output_ids"]) % len(entry["prompt_ids"]):
-        raise JaxgenError(f"not a record: {where}: 'output_ids', 'finish_reason' and 'prompt_ids' do not fit together")
-    if list(map(len, entry["logprobs"])) != list(map(len, entry["output_ids"])):
-        raise JaxgenError(f"not a record: {where}: 'logprobs' and 'output_ids' have rows of different lengths")
-
-
-def _check_types(where: str, value: Any, types: dict[str, Any]) -> None:
-    for name, expected in types.items():
-        if not isinstance(value, dict) or name not in value or not isinstance(value[name], expected):
-            raise JaxgenError(f"not a record: {where} has no {name!r}, or it is of another type")
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _config(request: Any, rows: int) -> dict[str, Any]:

@@ -11,23 +11,29 @@ import numpy as np
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.sample import SAMPLER_VERSION
-from jaxgen.generation.score import token_logprobs
 from jaxgen.generation.strict import Strict
-from jaxgen.records.provenance import parameters_sha256
-from jaxgen.records.record import PYTHON, Record, logprobs_sha256
+from jaxgen.records.check import cut
+from jaxgen.records.compare import (
+    logprobs_difference,
+    model_difference,
+    other_difference,
+    outcome_difference,
+    until_the_clock,
+)
+from jaxgen.records.provenance import facts_of, parameters_sha256
+from jaxgen.records.record import PYTHON, Record, generation_of
 from jaxgen.text.tokenizer import left_pad, tokenizer_for
 
-Result = tuple[list[list[int]], list[np.ndarray]]  # new tokens, and their log-probabilities, by row
-
 IDENTICAL, SAME_TOKENS, DIFFERENT, CANNOT_COMPARE = "identical", "same tokens", "different", "cannot compare"
+_ALL_SAME = "same tokens and log-probabilities"
 
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
     """What came of a replay.
 
-    `status` is "identical" (also every log-probability, to the last bit), "same tokens", "different", or "cannot
-    compare"; `exit_code` 0, 0, 1 and 2.
+    `status` is "identical" (also every log-probability, to the last bit, and all else that the record states of them),
+    "same tokens", "different" (tokens, or why a row ended), or "cannot compare"; `exit_code` 0, 0, 1 and 2.
     """
 
     status: str
@@ -46,13 +52,17 @@ class _CannotCompareError(Exception):
     """Why a record cannot be run again here."""
 
 
-def replay(record: "Record | str | os.PathLike[str]", model: Any = None, **python: Any) -> Replay:
-    """Run a record (or the file of one) again, and compare tokens and log-probabilities.
+def replay(
+    record: "Record | str | os.PathLike[str]", model: Any = None, *, load_model: bool = False, **python: Any
+) -> Replay:
+    """Run a record (or the file of one) again, and compare with it whatever it states of what came out.
 
-    The model is loaded by its hub id and revision; pass one (an object, directory or hub id) that was somewhere else,
-    was quantised while loading, or was trained. `python` are functions that a record names but does not hold
-    (`logits_processor`, ...), and `tokenizer`, for the stop strings of a model without one. An assistant is left out:
-    it changes no token. Raises `JaxgenError` for a file that is no record, and for other names in `python`.
+    `model` is an object, a directory or a hub id. Without one, a record of the demo runs on the demo. What any other
+    record names is loaded only if you say `load_model=True`, from the Hugging Face hub, by id and revision; without,
+    the answer says what that would be. A model that was somewhere else, was quantised by you, or was trained, must be
+    passed. `python` are functions that a record names but does not hold (`logits_processor`, ...), and `tokenizer`,
+    for the stop strings of a model without one. An assistant is left out: it changes no token. Raises `JaxgenError`
+    for a file that is no record, or contradicts itself, and for other names in `python`.
 
     >>> model, tokenizer = getfixture("demo")
     >>> inputs = tokenizer(["1, 2, 3"], return_tensors="np")
@@ -62,26 +72,62 @@ def replay(record: "Record | str | os.PathLike[str]", model: Any = None, **pytho
     """
     for name in python:
         if name not in (*PYTHON, "tokenizer"):
-            raise JaxgenError(f"replay: {name!r} is none of {', '.join(PYTHON)}, tokenizer")
+            raise JaxgenError(f"replay: {name!r} is none of {', '.join(PYTHON)}, tokenizer, load_model")
     record = record if isinstance(record, Record) else Record.load(record)
     try:
-        model = _model_of(record, model)
+        model = _model_of(record, model, load_model)
         results = [_again(model, number, entry, python) for number, entry in enumerate(record.generations)]
     except _CannotCompareError as error:
         return Replay(CANNOT_COMPARE, f"cannot compare because {error}")
     except JaxgenError as error:  # too long for this model, too large for this device, ...
         return Replay(CANNOT_COMPARE, f"cannot compare because the record cannot be run here: {error}")
-    pairs = list(zip(record.generations, results, strict=True))
-    for number, (entry, result) in enumerate(pairs):
-        if (message := _first_difference(model, entry, result)) is not None:
-            return Replay(DIFFERENT, (f"generation {number}: " if len(pairs) > 1 else "") + message)
-    if all(logprobs_sha256(logprobs) == entry["logprobs_sha256"] for entry, (_, logprobs) in pairs):
-        return Replay(IDENTICAL, IDENTICAL)
-    largest = max(_largest_difference(entry, logprobs) for entry, (_, logprobs) in pairs)
-    return Replay(SAME_TOKENS, f"same tokens, log-probabilities differ by {largest:.1e}")
+    return _compared(record, model, results)
 
 
-def _model_of(record: Record, given: Any) -> Any:
+def source_of(record: Record) -> str | None:
+    """What replay loads if it is told `load_model=True`, and from where; None if the record names no model.
+
+    Raises `JaxgenError` for a name that is no hub id, or for which a local directory would be taken.
+
+    >>> model, tokenizer = getfixture("demo")
+    >>> source_of(model.generate([[1, 35]], return_dict_in_generate=True).record)
+    'the demo that comes with jaxgen'
+    """
+    name, revision = record.model["id"], record.model["revision"]
+    if name is None or name == "demo":
+        return name and "the demo that comes with jaxgen"
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", name, re.ASCII) or ".." in name:
+        raise JaxgenError(f"the record names the model {cut(name)}, which is no id of the Hugging Face hub")
+    if os.path.lexists(name):
+        raise JaxgenError(f"the record names {name!r} of the Hugging Face hub, but there is {os.path.abspath(name)}")
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{name}, " + ("its newest revision" if revision is None else f"revision {revision}")
+
+
+def _compared(record: Record, model: Any, results: list[dict[str, Any]]) -> Replay:
+    """The answer, by all that the record states: outcome first, then its last bits, then what else it says of them."""
+    pairs = [(entry, until_the_clock(entry, now)) for entry, now in zip(record.generations, results, strict=True)]
+    places = [f"generation {number}: " if len(pairs) > 1 else "" for number in range(len(pairs))]
+    for place, pair in zip(places, pairs, strict=True):
+        if (message := outcome_difference(model, *pair)) is not None:
+            return Replay(DIFFERENT, place + message)
+    gaps = [gap for pair in pairs if (gap := logprobs_difference(*pair)) is not None]
+    if gaps:
+        return Replay(SAME_TOKENS, f"same tokens, log-probabilities differ by {max(gaps):.1e}")
+    for place, pair in zip(places, pairs, strict=True):
+        if (message := other_difference(*pair)) is not None:
+            return Replay(SAME_TOKENS, f"{_ALL_SAME}, but {place}{message}")
+    message = model_difference(record.model, facts_of(model))
+    if message is None:
+        try:
+            record.check()
+        except JaxgenError as error:
+            message = str(error)
+    return Replay(IDENTICAL, IDENTICAL) if message is None else Replay(SAME_TOKENS, f"{_ALL_SAME}, but {message}")
+
+
+def _model_of(record: Record, given: Any, load_model: bool) -> Any:
     """The model to run, whose weights are the recorded ones."""
     from jaxgen import demo
     from jaxgen.convert.load import AutoModelForCausalLM
@@ -90,14 +136,22 @@ def _model_of(record: Record, given: Any) -> Any:
     known = record.model
     place, options = given, {"dtype": known["dtype"]}
     if given is None:
-        if known["id"] is None:
+        source = source_of(record)
+        if source is None:
             raise _CannotCompareError("its model was loaded from a directory, or made in memory: pass the model")
+        if known["id"] != "demo" and not load_model:
+            raise _CannotCompareError(
+                f"no model was passed, and what the record names is not loaded unasked: it is {source}; pass the "
+                "model, or say load_model=True (--load-model)"
+            )
         place = demo.path() if known["id"] == "demo" else known["id"]
         options |= {} if known["revision"] is None else {"revision": known["revision"]}
     if not isinstance(place, str | os.PathLike):
         return _checked(place, known)
     model = AutoModelForCausalLM.from_pretrained(place, **options)
-    group = next((re.fullmatch(r"Int4, groups of (\d+)", kind) for kind in known["weights"] if "Int4" in kind), None)
+    group = next(
+        (re.fullmatch(r"Int4, groups of (\d{1,9})", kind) for kind in known["weights"] if "Int4" in kind), None
+    )
     if group is not None and parameters_sha256(model) != known["parameters_sha256"]:
         try:  # as it was most likely quantised while loading
             size = int(group[1])
@@ -118,9 +172,9 @@ def _checked(model: Any, known: dict[str, Any]) -> Any:
     return model
 
 
-def _again(model: Any, number: int, entry: dict[str, Any], python: dict[str, Any]) -> Result:
-    """The new tokens and their log-probabilities, row by row."""
-    config = GenerationConfig.from_hf(entry["config"])
+def _again(model: Any, number: int, entry: dict[str, Any], python: dict[str, Any]) -> dict[str, Any]:
+    """The entry that running it again gives."""
+    config = GenerationConfig(**entry["config"])
     if config.do_sample and entry["sampler_version"] != SAMPLER_VERSION:
         raise _CannotCompareError(
             f"generations[{number}] was sampled by sampler version {entry['sampler_version']}, and this jaxgen has "
@@ -158,36 +212,8 @@ def _again(model: Any, number: int, entry: dict[str, Any], python: dict[str, Any
         **{name: python[name] for name in entry["python"]},
         **options,
     )
-    new, logprobs = [], []
-    for row, recorded in enumerate(entry["output_ids"]):
-        stopped = entry["finish_reason"][row] == "time"  # by the clock: what follows was never made
-        count = min(int(output.lengths[row]), len(recorded) if stopped else np.iinfo(np.int32).max)
-        new.append(output.sequences[row, ids.shape[1] :][:count].tolist())
-        logprobs.append(output.model_logprobs[row, :count])
-    return new, logprobs
+    return generation_of(output)
 
 
 def _table(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return left_pad(rows, 0), left_pad([[1] * len(row) for row in rows], 0)
-
-
-def _first_difference(model: Any, entry: dict[str, Any], result: Result) -> str | None:
-    """Where the first row differs, with both candidates' probabilities; None if no row does."""
-    for row, (old, new) in enumerate(zip(entry["output_ids"], result[0], strict=True)):
-        if old == new:
-            continue
-        at = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-        where = f"first difference at row {row}, token {at}: "
-        if at == len(old) or at == len(new):
-            ended, other = ("the record", "the replay") if at == len(old) else ("the replay", "the record")
-            return where + f"{ended} ends there, {other} goes on"
-        prompt = entry["prompt_ids"][row * len(entry["prompt_ids"]) // len(result[0])]
-        before = [*prompt, *old[:at]]
-        p_old, p_new = (np.exp(token_logprobs(model, [[*before, token]])[0, -1]) for token in (old[at], new[at]))
-        return where + f"recorded {old[at]} (probability now {p_old:.4g}), now {new[at]} (probability {p_new:.4g})"
-    return None
-
-
-def _largest_difference(entry: dict[str, Any], logprobs: list[np.ndarray]) -> float:
-    recorded = [np.array(row, np.float32) for row in entry["logprobs"]]  # None becomes NaN
-    return max(float(np.nanmax(np.abs(a - b), initial=0)) for a, b in zip(recorded, logprobs, strict=True))
