@@ -368,7 +368,7 @@ class TestWhatADamagedRecordSays:
             Record.from_json(json.dumps(fields))
 
     def test_nothing_is_not_identical(self, fields):
-        with pytest.raises(JaxgenError, match="generations.*fewer than 1"):
+        with pytest.raises(JaxgenError, match=r"generations.*fewer than 1"):
             Record.from_json(json.dumps(fields | {"generations": []}))
 
     def test_a_short_row_of_logprobs(self, fields):
