@@ -15,8 +15,6 @@
 # %% [markdown]
 # # 01. The LLM tutorial, in JAX
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxgen/jaxgen/blob/main/notebooks/01_tutorial.ipynb)
-#
 # This notebook follows the *LLM tutorial* of transformers, cell by cell: load a model, generate, and fall into each of
 # the usual traps once, on purpose. What changes against the original is short:
 #
@@ -27,8 +25,8 @@
 # %%
 try:
     import jaxgen
-except ImportError:  # a fresh machine, such as Colab: adds jaxgen, and leaves what is installed as it is
-    # %pip install -q jaxgen
+except ImportError:  # from the clone that this notebook is in; leaves what is installed as it is
+    # %pip install -q ..
     import jaxgen
 
 # %% [markdown]

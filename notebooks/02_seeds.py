@@ -15,8 +15,6 @@
 # %% [markdown]
 # # 02. Seeds and common random numbers
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxgen/jaxgen/blob/main/notebooks/02_seeds.ipynb)
-#
 # Whoever publishes a sampled text publishes a seed with it. In most libraries a seed starts one stream of random numbers,
 # from which every row of every batch takes its share: put the prompts in another order, and every text changes.
 #
@@ -27,8 +25,8 @@
 # %%
 try:
     import jaxgen
-except ImportError:  # a fresh machine, such as Colab: adds jaxgen, and leaves what is installed as it is
-    # %pip install -q jaxgen
+except ImportError:  # from the clone that this notebook is in; leaves what is installed as it is
+    # %pip install -q ..
     import jaxgen
 
 # %%

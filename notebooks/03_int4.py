@@ -15,8 +15,6 @@
 # %% [markdown]
 # # 03. Four bits
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxgen/jaxgen/blob/main/notebooks/03_int4.ipynb)
-#
 # A model of 7 billion parameters takes 14.5 GB in bfloat16. With four bits per weight it takes about 4 GB, and fits on a
 # small GPU with room for long texts. This notebook shows what `load_in_4bit=True` does, what it saves, what it costs in
 # quality, and which files of four-bit weights there are.
@@ -24,8 +22,8 @@
 # %%
 try:
     import jaxgen
-except ImportError:  # a fresh machine, such as Colab: adds jaxgen, and leaves what is installed as it is
-    # %pip install -q jaxgen
+except ImportError:  # from the clone that this notebook is in; leaves what is installed as it is
+    # %pip install -q ..
     import jaxgen
 
 # %%

@@ -15,8 +15,6 @@
 # %% [markdown]
 # # 04. Your own processor, and your own loop
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxgen/jaxgen/blob/main/notebooks/04_your_own_loop.ipynb)
-#
 # There are four ways to change what `generate` does between two tokens, from the outside to the inside:
 #
 # 1. a logits processor or a stopping criterion: a function of your own in the compiled loop;
@@ -27,8 +25,8 @@
 # %%
 try:
     import jaxgen
-except ImportError:  # a fresh machine, such as Colab: adds jaxgen, and leaves what is installed as it is
-    # %pip install -q jaxgen
+except ImportError:  # from the clone that this notebook is in; leaves what is installed as it is
+    # %pip install -q ..
     import jaxgen
 
 # %%

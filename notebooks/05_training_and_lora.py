@@ -15,8 +15,6 @@
 # %% [markdown]
 # # 05. Training and LoRA, then generating
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxgen/jaxgen/blob/main/notebooks/05_training_and_lora.ipynb)
-#
 # A jaxgen model is an ordinary Flax NNX module: `model(input_ids)` gives logits, gradients go through it, and optax
 # trains it. The object that you train is the object that generates. Nothing is exported in between, and
 # `model.generate` sees each update at once.
@@ -29,7 +27,7 @@
 try:
     import jaxgen
 except ImportError:  # in Colab: adds jaxgen, and leaves what is installed as it is
-    # %pip install -q jaxgen
+    # %pip install -q ..
     import jaxgen
 
 # %%

@@ -15,8 +15,6 @@
 # %% [markdown]
 # # 06. Speculation and beams
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxgen/jaxgen/blob/main/notebooks/06_speculation_and_beams.ipynb)
-#
 # Plain decoding reads the model once per token and never looks back. Two ideas change one half of that each:
 #
 # - **Speculation**: something cheap guesses the next few tokens, and the model reads all guesses at once. It changes
@@ -28,7 +26,7 @@
 try:
     import jaxgen
 except ImportError:  # in Colab: adds jaxgen, and leaves what is installed as it is
-    # %pip install -q jaxgen
+    # %pip install -q ..
     import jaxgen
 
 # %%

@@ -15,8 +15,6 @@
 # %% [markdown]
 # # 07. Looking inside
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxgen/jaxgen/blob/main/notebooks/07_looking_inside.ipynb)
-#
 # How does a small model know that 44 follows 43? Three ways of looking at a model that generates, and one that tells
 # looking from mattering:
 #
@@ -30,7 +28,7 @@
 try:
     import jaxgen
 except ImportError:  # in Colab: adds jaxgen, and leaves what is installed as it is
-    # %pip install -q jaxgen
+    # %pip install -q ..
     import jaxgen
 
 # %%

@@ -44,6 +44,17 @@ def test_docstring_examples(name: str, request: pytest.FixtureRequest):
         assert failures == 0, example.name
 
 
+def test_nothing_is_installed_from_an_index_that_does_not_have_it():
+    """From a clone, until the package is published: its name alone is not a place."""
+    pages = [
+        *Path(__file__).parents[1].glob("docs/**/*.md"),
+        *Path(__file__).parents[1].glob("notebooks/*"),
+        Path(__file__).parents[1] / "README.md",
+    ]
+    commands = re.compile(r"^\W*pip install (-\w+ )*\"?jaxgen\b", re.MULTILINE)
+    assert [page.name for page in pages if commands.search(page.read_text(encoding="utf-8"))] == []
+
+
 def test_the_two_commands_stand_in_the_readme():
     lines = README.read_text().splitlines()
     assert '    pip install -e . && jaxgen generate "A list of colors: red, blue"' in lines

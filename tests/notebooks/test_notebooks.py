@@ -9,8 +9,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tests.notebooks.check import (
-    BADGE,
     FORMATS,
+    INSTALLED,
     KERNEL,
     LARGEST_BYTES,
     NAMES,
@@ -41,7 +41,7 @@ def test_committed(name):
     assert path.stat().st_size < LARGEST_BYTES
 
 
-INSTALL = "try:\n    import jaxgen\nexcept ImportError:\n    %pip install -q jaxgen\n    import jaxgen"
+INSTALL = f"try:\n    import jaxgen\nexcept ImportError:\n    %pip install -q {INSTALLED}\n    import jaxgen"
 MODEL = 'MODEL = jaxgen.demo.path()\n# The real one: "mistralai/Mistral-7B-v0.1"'
 
 
@@ -57,7 +57,7 @@ def good(seconds: int = 30) -> Any:
         new_code_cell("print(x)", execution_count=3, outputs=[stream("hello\nids: [1, 2]\nand ids: [3]\n")]),
     ]
     metadata = {"jupytext": {"formats": FORMATS}, "kernelspec": dict(KERNEL)}
-    notebook = new_notebook(cells=[new_markdown_cell(BADGE.format(name="x")), *code], metadata=metadata)
+    notebook = new_notebook(cells=[new_markdown_cell("# A title"), *code], metadata=metadata)
     for cell, second in zip(code, (0, 1, seconds), strict=True):
         cell.metadata["execution"] = {
             "shell.execute_reply": f"2026-01-01T00:{second // 60:02}:{second % 60:02}.000000+00:00"
@@ -80,8 +80,8 @@ FAULTS = {
     "other cells": lambda book: book.cells[3].update(source="print(y)"),
     "jupytext formats": lambda book: book.metadata.jupytext.update(formats="ipynb"),
     "kernelspec": lambda book: book.metadata.kernelspec.update(name="venv"),
-    "badge": lambda book: book.cells[0].update(source="# A title"),
-    "imports jaxgen": lambda book: book.cells[1].update(source=INSTALL.replace("-q jaxgen", "-q -U jax jaxgen")),
+    "repository": lambda book: book.cells[0].update(source="[Open](https://colab.example/github/x.ipynb)"),
+    "imports jaxgen": lambda book: book.cells[1].update(source=INSTALL.replace("-q ..", "-q -U jax ..")),
     "sets MODEL": lambda book: book.cells[2].update(source="MODEL = jaxgen.demo.path()"),
     "numbered": lambda book: book.cells[3].update(execution_count=7),
     "an error": lambda book: book.cells[3].outputs.append(new_output("error", ename="E", evalue="", traceback=[])),
