@@ -128,7 +128,7 @@ def load(
     lora = None if adapter is None else Adapter(adapter)
     config, checkpoint, stored_as = open_checkpoint(place)
     path = checkpoint.directory / "generation_config.json"
-    generation = GenerationConfig.from_hf(read_json(path)) if path.is_file() else None
+    generation = GenerationConfig.from_stored(read_json(path), path) if path.is_file() else None
     check_tensors(checkpoint, config, stored_as, lora)
     low_cpu_memory = quantization is not None and quantization.low_cpu_memory
     if quantization is not None and requantize and _has_four_bits(config, stored_as):

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         _import_jax()
-        with _every_interrupt_counts(), warnings.catch_warnings():
+        with _every_interrupt_counts(), warnings.catch_warnings(), _telling("jaxgen", logging.WARNING):
             warnings.showwarning = _show_warning
             code = _COMMANDS[options.command](options) or 0
             sys.stdout.flush()
@@ -76,13 +76,15 @@ def _say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _telling(name: str) -> Iterator[None]:
-    """What this logger says is told on the terminal."""
+def _telling(name: str, least: int) -> Iterator[None]:
+    """What this logger says of at least this level is told on the terminal."""
     logger, handler = logging.getLogger(name), logging.Handler()
     handler.emit = lambda record: _say(record.getMessage())
+    handler.setLevel(least)
+    handler.addFilter(lambda record: record.name == name)
     level = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(min(least, logger.getEffectiveLevel()))
     try:
         yield
     finally:
@@ -351,7 +353,7 @@ def _convert(options: argparse.Namespace) -> None:
     source = _locate(options)
     _keep_compiled(options)
     names = ("bits", "group_size", "method", "calibration", "lm_head")
-    with _telling("jaxgen.convert"):
+    with _telling("jaxgen.convert", logging.INFO):
         target = convert_checkpoint(source, options.target, **{name: getattr(options, name) for name in names})
     before, after = (Checkpoint(place).total_bytes for place in (source, target))
     sys.stdout.write(f"{target}: {_size(after)} of weights, where {source} has {_size(before)}\n")

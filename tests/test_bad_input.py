@@ -60,15 +60,15 @@ BAD_PROMPTS = {
 }
 
 BAD_OPTIONS = {
-    "temperature zero": ({"temperature": 0.0}, "temperature=0.0 .*do_sample=False"),
-    "temperature negative": ({"temperature": -1}, "temperature=-1 must be"),
+    "temperature zero": ({"temperature": 0.0, "do_sample": True}, "temperature=0.0 .*do_sample=False"),
+    "temperature negative": ({"temperature": -1, "do_sample": True}, "temperature=-1 must be"),
     "temperature nan": ({"temperature": float("nan")}, "temperature=nan must be"),
     "temperature infinite": ({"temperature": float("inf")}, "temperature=inf must be"),
     "temperature text": ({"temperature": "hot"}, "temperature='hot' must be"),
-    "top_p zero": ({"top_p": 0.0}, r"top_p=0.0 must be a number in \(0, 1\]"),
-    "top_p above one": ({"top_p": 1.5}, r"top_p=1.5 must be"),
-    "min_p negative": ({"min_p": -0.1}, r"min_p=-0.1 must be a number in \[0, 1\]"),
-    "top_k negative": ({"top_k": -1}, "top_k=-1 must be an int of at least 0"),
+    "top_p zero": ({"top_p": 0.0, "do_sample": True}, r"top_p=0.0 must be a number in \(0, 1\]"),
+    "top_p above one": ({"top_p": 1.5, "do_sample": True}, r"top_p=1.5 must be"),
+    "min_p negative": ({"min_p": -0.1, "do_sample": True}, r"min_p=-0.1 must be a number in \[0, 1\]"),
+    "top_k negative": ({"top_k": -1, "do_sample": True}, "top_k=-1 must be an int of at least 0"),
     "top_k a float": ({"top_k": 1.5}, "top_k=1.5 must be an int"),
     "repetition_penalty zero": ({"repetition_penalty": 0}, "repetition_penalty=0 must be"),
     "max_new_tokens zero": ({"max_new_tokens": 0}, "max_new_tokens=0 must be an int of at least 1"),
@@ -78,8 +78,8 @@ BAD_OPTIONS = {
     "min_new_tokens above the limit": ({"min_new_tokens": 9, "max_new_tokens": 5}, "min_new_tokens=9 .* 5 tokens"),
     "min_new_tokens above the default": ({"min_new_tokens": 21}, "min_new_tokens=21 .* default of 20"),
     "temperature past float32": ({"temperature": 1e40}, "temperature=1e\\+40 must be"),
-    "temperature too small": ({"temperature": 1e-40}, "temperature=1e-40 must be"),
-    "top_k past int32": ({"top_k": 2**40}, "top_k=1099511627776 must be an int of at most"),
+    "temperature too small": ({"temperature": 1e-40, "do_sample": True}, "temperature=1e-40 must be"),
+    "top_k past int32": ({"top_k": 2**40, "do_sample": True}, "top_k=1099511627776 must be an int of at most"),
     "past the context": ({"max_new_tokens": 62}, "max_new_tokens=62 exceed .* 64 tokens; at most 61 new tokens fit"),
     "num_return_sequences zero": ({"num_return_sequences": 0}, "num_return_sequences=0"),
     "several greedy sequences": ({"num_return_sequences": 2}, "num_return_sequences=2 needs do_sample=True"),
@@ -193,7 +193,7 @@ def test_a_long_prompt_needs_memory_too(model, monkeypatch: pytest.MonkeyPatch):
     assert big.generate(np.ones((1, 500), int), max_new_tokens=1).shape == (1, 501)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"temperature": 0}', '{"num_beams": 0}', "\x00"])
+@pytest.mark.parametrize("text", ["{", "[1]", '{"temperature": 0, "do_sample": true}', '{"num_beams": 0}', "\x00"])
 def test_bad_generation_config_file(text: str, tmp_path):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(JaxgenError):

@@ -85,7 +85,7 @@ class TestGenerationConfig:
         changed.max_new_tokens = 5
         assert changed != config
 
-    @pytest.mark.parametrize(("name", "value"), [("max_new_token", 5), ("temperature", -1), ("dola_layers", "high")])
+    @pytest.mark.parametrize(("name", "value"), [("max_new_token", 5), ("temperature", "hot"), ("dola_layers", "high")])
     def test_what_is_set_is_checked(self, model: Any, name: str, value: Any):
         with pytest.raises(JaxgenError, match=name):
             setattr(model.generation_config, name, value)

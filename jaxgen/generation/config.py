@@ -11,7 +11,8 @@ from typing import Any
 
 from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError, UnsupportedError
-from jaxgen.generation.fields import CHECKS, METADATA, REFUSED, plain
+from jaxgen.generation.fields import CHECKS, METADATA, REFUSED, SAMPLING, out_of_range, plain
+from jaxgen.generation.notes import say_unused, usable
 
 # transformers' defaults of last resort (GenerationConfig._get_default_generation_params), where they are not the
 # value at which an option does nothing. max_length is not here: when nobody sets a length, it is the prompt's
@@ -38,9 +39,10 @@ DEFAULT_NEW_TOKENS = 20
 class GenerationConfig:
     """How to generate: HF's field names; `None` means that a less specific source decides.
 
-    Values are checked here: counts are positive, `temperature` > 0, `top_p` in (0, 1], and so on (`fields.CHECKS`),
-    when it is made and when a field is set. Raises `JaxgenError` for a bad value or a misspelt name, and
-    `UnsupportedError` for a field of transformers that jaxgen refuses. Source: transformers `GenerationConfig`.
+    Values are checked here: counts are positive, `top_p` in (0, 1], and so on (`fields.CHECKS`), when it is made and
+    when a field is set; the range of what only sampling uses is checked where something samples. Raises `JaxgenError`
+    for a bad value or a misspelt name, and `UnsupportedError` for a field of transformers that jaxgen refuses. Source:
+    transformers `GenerationConfig`.
 
     A config that has been hashed (as a static argument of `jax.jit`, for instance) does not change any more: what was
     compiled for it would not know. `copy.copy(config)` does.
@@ -114,8 +116,9 @@ class GenerationConfig:
     def __init__(self, **options: Any):
         """Take options by HF's names; written by hand so that a wrong name says what it should have been."""
         check_names(options)
+        sampled = options.get("do_sample") is True
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field.name, options.get(field.name)))
+            object.__setattr__(self, field.name, _checked(field.name, options.get(field.name), sampled))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if hasattr(self, "_hash"):
@@ -125,7 +128,7 @@ class GenerationConfig:
             )
         check_names({name: value})
         if name in CHECKS:  # anything else that passes does nothing here, as in the constructor
-            object.__setattr__(self, name, _checked(name, value))
+            object.__setattr__(self, name, _checked(name, value, self.do_sample is True))
 
     def __hash__(self) -> int:
         if not hasattr(self, "_hash"):
@@ -150,7 +153,7 @@ class GenerationConfig:
     def from_hf(cls, source: "str | os.PathLike[str] | Mapping[str, Any] | object") -> "GenerationConfig":
         """Read transformers' form: a generation_config.json, its directory, a dict, or a GenerationConfig object."""
         if isinstance(source, str | os.PathLike):
-            fields = _read_file(Path(source))
+            return cls.from_stored(*_read_file(Path(source)))
         elif isinstance(source, Mapping):
             fields = dict(source)
         elif callable(to_dict := getattr(source, "to_dict", None)):
@@ -159,6 +162,14 @@ class GenerationConfig:
             raise JaxgenError(f"generation_config: cannot read {type(source).__name__}; pass a GenerationConfig")
         check_names(fields)
         return cls(**{name: value for name, value in fields.items() if name in CHECKS})
+
+    @classmethod
+    def from_stored(cls, fields: Mapping[str, Any], path: Path) -> "GenerationConfig":
+        """Read the contents of a file: what changes no token is noted and passed over, and errors name the file."""
+        try:
+            return cls.from_hf(usable(fields, str(path)))
+        except JaxgenError as error:
+            raise type(error)(f"{path}: {error}") from error
 
     @classmethod
     def from_model_config(cls, config: MistralConfig) -> "GenerationConfig":
@@ -262,12 +273,22 @@ def resolve(
     check_names(options)
     if generation_config is not None and not isinstance(generation_config, GenerationConfig):
         generation_config = GenerationConfig.from_hf(generation_config)
-    fields = dict(DEFAULTS)
+    fields, given = dict(DEFAULTS), {}
     for source in (checkpoint, generation_config):
         if source is not None:
             fields |= {k: v for k, v in vars(source).items() if v is not None}
     fields |= {k: v for k, v in options.items() if k in CHECKS}
+    if generation_config is not None:
+        given = {k: v for k, v in vars(generation_config).items() if v != getattr(checkpoint, k)}
+    given |= {k: plain(v) for k, v in options.items() if k in CHECKS}
+    samples = fields.get("do_sample") is True
+    for name in SAMPLING:
+        if reason := out_of_range(name, fields.get(name)):
+            if samples:
+                raise JaxgenError(reason if name in given else f"{reason}; the model's generation_config says so")
+            fields[name] = None
     config = GenerationConfig(**fields)
+    say_unused(given, samples, (config.num_beams or 1) > 1)
     _check_together(config)
     return config
 
@@ -302,12 +323,16 @@ def check_names(fields: Mapping[str, Any]) -> None:
             raise UnsupportedError(f"{name}={value!r} is not supported by jaxgen: {reason}")
 
 
-def _checked(name: str, value: Any) -> Any:
-    return None if value is None else CHECKS[name](name, plain(value))
+def _checked(name: str, value: Any, sampled: bool) -> Any:
+    unused = value is None or (not sampled and out_of_range(name, value))
+    return plain(value) if unused else CHECKS[name](name, plain(value))
 
 
 def _from_fields(fields: dict[str, Any]) -> GenerationConfig:
-    return GenerationConfig(**fields)
+    config = object.__new__(GenerationConfig)
+    for name, value in fields.items():
+        object.__setattr__(config, name, value)
+    return config
 
 
 def _same(value: object, inert: object) -> bool:
@@ -318,7 +343,7 @@ def _listed(value: Any) -> Any:
     return [_listed(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> tuple[dict[str, Any], Path]:
     path = path / "generation_config.json" if path.is_dir() else path
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -326,4 +351,4 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise JaxgenError(f"{path}: cannot be read as a JSON generation config: {error}") from error
     if not isinstance(fields, dict):
         raise JaxgenError(f"{path}: holds {type(fields).__name__}, not a JSON object")
-    return fields
+    return fields, path

@@ -178,7 +178,24 @@ CHECKS: dict[str, Check] = {
     "max_matching_ngram_size": integer(1),
 }
 
-# Fields of transformers 5.23 that jaxgen refuses: the values at which they do nothing, and why.
+# What only sampling uses: as in transformers, its range matters where something samples, and greedy search takes
+# `temperature=0`.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def out_of_range(name: str, value: Any) -> str | None:
+    """Why sampling cannot use this number; None if it can, or if it is no number at all."""
+    value, kind = plain(value), (int if name == "top_k" else int | float)
+    if name not in SAMPLING or not isinstance(value, kind) or isinstance(value, bool) or not abs(value) <= _LARGEST:
+        return None
+    try:
+        CHECKS[name](name, value)
+    except JaxgenError as error:
+        return str(error)
+    return None
+
+
+# Fields of transformers 5.24 that jaxgen refuses: the values at which they do nothing, and why.
 _HUB = "transformers moved it to the hub"
 _LAYOUT = "jaxgen always decodes from a static cache, compiled"
 _DRAFTS = "drafts come from an assistant_model or from the prompt"
@@ -213,4 +230,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "synced_gpus": ((False,), "a model lives on one device"),
     "trust_remote_code": ((False,), "jaxgen runs no code from the hub"),
 }
+# Those of them that change no token: in a stored file they are passed over.
+INERT_IN_FILES = frozenset({
+    "assistant_early_exit", "assistant_lookbehind", "cache_config", "compile_config", "continuous_batching_config",
+    "decoder_start_token_id", "disable_compile", "is_assistant", "low_memory", "num_assistant_tokens_schedule",
+    "speculation_type", "target_lookbehind", "use_cache", "use_mtp",
+})  # fmt: skip
 METADATA = frozenset({"transformers_version", "_from_model_config", "_commit_hash"})

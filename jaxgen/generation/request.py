@@ -9,17 +9,18 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Bool, Int
 
-from jaxgen.errors import JaxgenError, UnsupportedError
+from jaxgen.errors import JaxgenError, UnsupportedError, shown
 from jaxgen.generation.config import DEFAULTS, GenerationConfig
 from jaxgen.generation.controls import Controls, Plan, Recipe
 from jaxgen.generation.limits import check_memory, row_limits
+from jaxgen.generation.notes import once
 from jaxgen.generation.past import PastKeyValues
 from jaxgen.generation.processors.chain import chain_of
 from jaxgen.generation.processors.constraint import as_pytree
 from jaxgen.generation.prompt import SMALLEST_PROMPT, SMALLEST_TOTAL, bucket, pack, pad_to, read_prompt
 from jaxgen.generation.read import Negative, Prompts
 from jaxgen.generation.reread import check_reread
-from jaxgen.generation.sample import padded_key, random_key, row_id_words
+from jaxgen.generation.sample import FreshSeed, padded_key, random_key, row_id_words
 from jaxgen.generation.speculate import check_assistant
 from jaxgen.generation.stop_strings import StopStrings
 from jaxgen.generation.strict import Strict
@@ -88,6 +89,8 @@ class Request:
             raise JaxgenError("model.generate runs on the host; inside jit or vmap use jaxgen.generate(model, ...)")
         input_ids = from_bos(config) if input_ids is None else input_ids
         ids, mask = read_prompt(input_ids, attention_mask, model.config.vocab_size)
+        if seed is not None and not isinstance(seed, FreshSeed) and not config.do_sample:
+            once("seed", f"seed={shown(seed)} changes nothing without do_sample=True")
         key, seed = random_key(key, seed)
         if key.ndim:
             ids, mask, row_ids = _row_per_key(key.shape[0], ids, mask, row_ids)
@@ -223,7 +226,7 @@ def recipe_of(config: GenerationConfig, extras: Extras = Extras()) -> Recipe:
         top_logprobs=config.top_logprobs or 0,
         allow_invalid=bool(config.remove_invalid_values),
         num_beams=beams,
-        early_stopping=config.early_stopping or False,
+        early_stopping=(config.early_stopping or False) if beams > 1 else False,  # else another program
         eos_count=len(config.eos_token_ids) if beams > 1 else 0,
         drafts=drafts or 0,
         prompt_lookup=lookup,

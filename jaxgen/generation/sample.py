@@ -30,6 +30,10 @@ DOMAIN = 0x6A617867  # "jaxg": a user's own fold_in on the same key does not mee
 _WORD = 1 << 32
 
 
+class FreshSeed(int):
+    """A seed that nobody asked for: where nothing is drawn, nothing needs to be said about it."""
+
+
 def random_key(key: Any, seed: Any) -> tuple[Key[Array, "*rows"], int | tuple[int, ...] | None]:
     """The key of a call, and the seed it came from (None when a key was given); or one of each per row.
 
@@ -43,7 +47,7 @@ def random_key(key: Any, seed: Any) -> tuple[Key[Array, "*rows"], int | tuple[in
     if key is not None:
         return _checked_key(key), None
     if seed is None:
-        seed = int.from_bytes(np.random.SeedSequence().generate_state(1).tobytes(), "little")
+        seed = FreshSeed.from_bytes(np.random.SeedSequence().generate_state(1).tobytes(), "little")
     several = isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str) and np.ndim(seed) == 1
     seeds: list[Any] = list(seed) if several else [seed]
     for row, value in enumerate(seeds):
@@ -53,7 +57,11 @@ def random_key(key: Any, seed: Any) -> tuple[Key[Array, "*rows"], int | tuple[in
     if not seeds:
         raise JaxgenError("seed is an empty list; pass an int, or one per row")
     words = np.array([divmod(_as_64_bits("seed", int(value)), _WORD) for value in seeds], np.uint32)
-    data, ints = (words, tuple(map(int, seeds))) if several else (words[0], int(seeds[0]))
+    data, ints = (
+        (words, tuple(map(int, seeds)))
+        if several
+        else (words[0], seeds[0] if isinstance(seeds[0], FreshSeed) else int(seeds[0]))
+    )
     return jax.random.wrap_key_data(data, impl="threefry2x32"), ints  # pyright: ignore[reportArgumentType]
 
 
