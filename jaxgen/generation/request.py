@@ -92,6 +92,7 @@ class Request:
         if seed is not None and not isinstance(seed, FreshSeed) and not config.do_sample:
             once("seed", f"seed={shown(seed)} changes nothing without do_sample=True")
         key, seed = random_key(key, seed)
+        seed = int(seed) if isinstance(seed, FreshSeed) else seed  # it is written down, as any
         if key.ndim:
             ids, mask, row_ids = _row_per_key(key.shape[0], ids, mask, row_ids)
         words = row_id_words(row_ids, len(ids))
