@@ -1,7 +1,10 @@
-"""jaxgen on one GPU: the bandwidth ceiling, decode and prefill of the Mistral-7B shape, the race of int4 products.
+"""jaxgen on one GPU: are the kernels right, how fast are decode and prefill of the Mistral-7B shape, what is a step of?
 
-    python benchmarks/gpu.py                 # at most 9 minutes; prints rows and writes benchmarks/results/gpu.json
-    python benchmarks/gpu.py --tiny          # small shapes, on any machine: shows that the script works
+    python benchmarks/gpu.py                       # prints rows and writes benchmarks/results/gpu-CARD.json
+    python benchmarks/gpu.py --parts check step    # the main table, in about 4 minutes
+    python benchmarks/gpu.py --tiny                # small shapes, on any machine: shows that the script works
+
+Which tile suits which product is the business of `benchmarks/kernels.py`.
 
 Weights are random: nothing is downloaded. Each finished row is printed and written at once, so that an interrupted
 run keeps what it has; a part that fails, or that no time is left for, leaves a row that says so.
@@ -32,13 +35,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import int4_race
+from benchmarks.kernels import kernel_times
 from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
+from jaxgen.cache import LayerCache
 from jaxgen.generation.config import resolve
 from jaxgen.generation.request import Request
 from jaxgen.generation.run import Run
+from jaxgen.kernels.add_norm import add_norm
+from jaxgen.kernels.attend import attend, attend_plainly
+from jaxgen.kernels.dense_row import dense_row_product
+from jaxgen.kernels.int4_row import int4_row_product
+from jaxgen.kernels.int4_rows import as_columns, int4_rows_product
 from jaxgen.model import QuantizedWeight
 from jaxgen.quant import Int4
+from jaxgen.quant.planar import planar
 
 GROUP = 128
 STEPS = 128  # tokens per timing of decode
@@ -120,7 +130,7 @@ def random_model(config: MistralConfig, int4: bool) -> Any:
         elif int4 and "_proj" in str(path[-2]):
             packed = jax.random.bits(key, (shape[0], shape[1] // 2), jnp.uint8)
             scale = jnp.full((shape[0], shape[1] // GROUP), 0.004, jnp.bfloat16)
-            value = QuantizedWeight(Int4(packed, scale))
+            value = QuantizedWeight(Int4(packed, scale, planar=GROUP))
         else:
             value = nnx.Param(jax.jit(floats, static_argnums=0)(shape))
         setattr(module, path[-1], value)
@@ -193,27 +203,74 @@ def shape(tiny: bool) -> MistralConfig:
     )  # fmt: skip
 
 
-def end_to_end(report: Report, tiny: bool, bandwidth: float) -> None:
-    """Decode and prefill, int4 first."""
-    contexts = [(1, 512), (8, 512), (32, 512), (1, 4096)] if not tiny else [(1, 128), (8, 128)]
-    prompts = (512, 2048) if not tiny else (64,)
+def check(report: Report, tiny: bool) -> None:
+    """Every kernel on the device against float64: relative errors, in norm."""
+    rng, out, inputs = np.random.default_rng(0), 64, 512 if tiny else 4096
+    platform = {"interpret": jax.default_backend() != "gpu"}
+
+    def error(got: Any, exact: np.ndarray) -> float:
+        return float(np.linalg.norm(np.asarray(got, np.float64) - exact) / np.linalg.norm(exact))
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+    stored = Int4(
+        jnp.asarray(rng.integers(0, 256, (out, inputs // 2), np.uint8)),
+        jnp.asarray(rng.uniform(0.002, 0.02, (out, inputs // GROUP)), jnp.bfloat16),
+        jnp.asarray(rng.uniform(-0.02, 0.02, (out, inputs // GROUP)), jnp.bfloat16),
+    )
+    weight, exact = planar(stored), np.asarray(stored.dequantize(), np.float64)
+    one, some, dense = normal(1, inputs), normal(8, inputs), normal(out, inputs)
+    wide_one, wide_some = np.asarray(one, np.float64), np.asarray(some, np.float64)
+    report.add("check", kernel="int4_row", error=error(int4_row_product(one, weight, **platform), wide_one @ exact.T))
+    rows = int4_rows_product(as_columns(some), weight, **platform)[0, :8]
+    report.add("check", kernel="int4_rows", error=error(rows, wide_some @ exact.T))
+    product = dense_row_product(one, dense, **platform)
+    report.add("check", kernel="dense_row", error=error(product, wide_one @ np.asarray(dense, np.float64).T))
+    total, _ = add_norm(some, some[None], one[0], 1e-5, **platform)
+    report.add("check", kernel="add_norm", error=error(total, 2 * wide_some))
+    qkv, cache = normal(1, 3, 2, 6, 128), LayerCache(normal(3, 2, 96, 128), normal(3, 2, 96, 128))
+    rotation = (jnp.ones((3, 64), jnp.bfloat16), jnp.zeros((3, 64), jnp.bfloat16))
+    positions = jnp.asarray([0, 50, 300], jnp.int32)
+    mixed, _ = attend(qkv, rotation, positions, cache, None, **platform)
+    plain, _ = attend_plainly(qkv, rotation, positions, cache, None)
+    report.add("check", kernel="attend", error=error(mixed, np.asarray(plain, np.float64)))
+
+
+def decoding(report: Report, tiny: bool, bandwidth: float) -> None:
+    """Decode, int4 first; the long context last."""
     for weights in ("int4", "bf16"):
         model = random_model(shape(tiny), weights == "int4")
         jax.block_until_ready(nnx.state(model))
         report.add("model", weights=weights, weight_gb=round(weight_bytes(model) / 1e9, 3), **memory())
-        for batch, context in contexts:
+        contexts = [(1, 512), (8, 512), (32, 512)] + [(1, 4096), (8, 4096)] * (weights == "int4")
+        for batch, context in contexts if not tiny else [(1, 128), (8, 128)]:
             what = {"weights": weights, "batch": batch, "context": context}
-            report.attempt("decode", what, 25, lambda b=batch, c=context: decode_row(model, b, c, bandwidth))  # noqa: B023
-        for length in prompts:
-            what = {"weights": weights, "prompt": length}
-            report.attempt("prefill", what, 15, lambda n=length: prefill_row(model, n))  # noqa: B023
+            report.attempt("decode", what, 30, lambda b=batch, c=context: decode_row(model, b, c, bandwidth))  # noqa: B023
         del model
 
 
-def race(report: Report, tiny: bool) -> None:
-    """The forms of an int4 product, the most promising first."""
-    for entrant in int4_race.entrants(tiny):
-        report.attempt("int4_matmul", entrant.what, 10, lambda e=entrant: int4_race.run(e, seconds_of))
+def profiles(report: Report, tiny: bool) -> None:
+    """What a step is made of: microseconds and launches per step of each kernel."""
+    model, steps = random_model(shape(tiny), True), 16
+    for batch in (1, 8, 32) if not tiny else (1,):
+        ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, 448 if not tiny else 48))
+        settings = resolve({"max_new_tokens": STEPS + 1}, None, GenerationConfig())
+        run = Run(model, Request.read(model, ids, None, settings))
+        jax.block_until_ready(run.advance(until=48).lengths)
+        times = kernel_times(lambda: run.advance(until=48 + steps).lengths)  # noqa: B023
+        made_of = {name: [round(us / steps, 1), round(n / steps, 1)] for name, (us, n) in times.items()}
+        report.add("profile", weights="int4", batch=batch, microseconds_and_launches=made_of)
+
+
+def prefilling(report: Report, tiny: bool) -> None:
+    """Prompts of one row; and what memory many rows take."""
+    for weights in ("int4", "bf16"):
+        model = random_model(shape(tiny), weights == "int4")
+        for length in (2048,) if not tiny else (64,):
+            what = {"weights": weights, "prompt": length}
+            report.attempt("prefill", what, 20, lambda n=length: prefill_row(model, n))  # noqa: B023
+        del model
 
 
 def in_torch(report: Report, tiny: bool) -> None:
@@ -261,25 +318,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--parts", nargs="+", default=["decode", "torch", "race"], choices=["decode", "torch", "race"])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parts = ["check", "step", "prefill", "profile", "torch"]
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * options.minutes
-    report = Report(options.out, end, facts())
+    card = jax.devices()[0].device_kind.replace(" ", "-").lower()
+    file = options.out or ROOT / "benchmarks" / "results" / f"gpu-{card}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    report = Report(file, time.monotonic() + 60 * options.minutes, facts())
     bandwidth = ceiling(report, options.tiny)
-    # The race comes last: a form that makes the compiler abort takes the rest of this process with it.
-    shares = {"decode": 0.55, "torch": 0.8, "race": 1.0}
-    wanted = [part for part in shares if part in options.parts]
-    for part in wanted:
-        share = shares[part] if part != wanted[-1] else 1.0
-        report.deadline = end - 60 * options.minutes * (1 - share)
-        if part == "decode":
-            end_to_end(report, options.tiny, bandwidth)
-        elif part == "torch":
-            in_torch(report, options.tiny)
+    for part in [part for part in parts if part in options.parts]:
+        if part == "check":
+            check(report, options.tiny)
+        elif part == "step":
+            decoding(report, options.tiny, bandwidth)
+        elif part == "prefill":
+            prefilling(report, options.tiny)
+        elif part == "profile":
+            profiles(report, options.tiny)
         else:
-            race(report, options.tiny)
+            in_torch(report, options.tiny)
 
 
 if __name__ == "__main__":

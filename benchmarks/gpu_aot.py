@@ -12,6 +12,8 @@ nothing is autotuned, so the tile sizes that a device would choose are not known
 """
 
 import argparse
+import collections
+import contextlib
 import itertools
 import json
 import math
@@ -44,6 +46,7 @@ from jaxgen.generation.request import controls_of, recipe_of
 from jaxgen.generation.weights import Structure
 from jaxgen.model import QuantizedWeight
 from jaxgen.quant import Int4
+from jaxgen.quant.planar import block_size
 
 # From NVIDIA's data sheet and CUDA's guide for compute capability 9.0; the driver and runtime versions decide which
 # CUDA graphs XLA dares to build.
@@ -64,6 +67,15 @@ dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H200"
 """
 
+A100 = (
+    H200.replace("core_count: 132", "core_count: 108").replace("1.98", "1.41").replace("NVIDIA H200", "NVIDIA A100")
+    .replace("shared_memory_per_core: 233472", "shared_memory_per_core: 167936")
+    .replace("optin: 232448", "optin: 166912").replace("4800000000000", "2039000000000")
+    .replace("l2_cache_size: 52428800", "l2_cache_size: 41943040").replace("151397597184", "85899345920")
+    .replace("major: 9 feature_extension: ACCELERATED_FEATURES", "major: 8")
+)  # fmt: skip
+CARDS = {"h200": H200, "a100": A100}
+
 PROMPT, NEW = 512, 256
 # Not kernels: names for parts of memory, and what the compiler resolves.
 _NO_LAUNCH = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast", "after-all", "opt-barrier"}
@@ -71,16 +83,26 @@ _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
 
 
-def device() -> Any:
-    """The H200 that is not there."""
-    return topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices[0]
+def device(card: str) -> Any:
+    """The GPU that is not there."""
+    return topologies.get_topology_desc(platform="cuda", target_config=CARDS[card], topology="1x1x1").devices[0]
+
+
+def on(gpu: Any) -> Any:
+    """Pallas asks which GPU it lowers for; here there is none to ask."""
+    sharding = jax.sharding
+    if not hasattr(sharding, "AbstractDevice"):
+        return contextlib.nullcontext()
+    there = sharding.AbstractDevice(device_kind=gpu.device_kind, num_cores=132, platform="gpu")
+    mesh = sharding.AbstractMesh((1,), ("x",), axis_types=(sharding.AxisType.Auto,), abstract_device=there)
+    return sharding.use_abstract_mesh(mesh)
 
 
 def shape_of_mistral_7b(layers: int) -> MistralConfig:
     return MistralConfig(num_hidden_layers=layers, sliding_window=4096, max_position_embeddings=32768)
 
 
-def abstract_model(config: MistralConfig, group_size: int | None, scale_dtype: str = "bfloat16") -> Any:
+def abstract_model(config: MistralConfig, group_size: int | None, options: argparse.Namespace) -> Any:
     """The model without its numbers: bfloat16, and int4 linear layers if there is a group size."""
     model = nnx.eval_shape(lambda: MistralForCausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     if group_size is not None:
@@ -88,8 +110,9 @@ def abstract_model(config: MistralConfig, group_size: int | None, scale_dtype: s
             rows, columns = linear.weight.shape
             groups = 1 if group_size == -1 else columns // group_size
             packed = jax.ShapeDtypeStruct((rows, columns // 2), jnp.uint8)
-            scale = jax.ShapeDtypeStruct((rows, groups), jnp.dtype(scale_dtype))
-            linear.weight = QuantizedWeight(Int4(packed, scale))
+            scale = jax.ShapeDtypeStruct((rows, groups), jnp.dtype(options.scale_dtype))
+            planar = 0 if options.xla else block_size(columns // groups)
+            linear.weight = QuantizedWeight(Int4(packed, scale, planar=planar))
     return model
 
 
@@ -134,13 +157,21 @@ def lower(
         chosen = compiled._strict_prefill_on_gpu if options.strict else compiled._prefill
     else:
         int4 = any(isinstance(weight, Int4) for weight in weights)
-        chosen = compiled._decode_int4_on_gpu if int4 else compiled._decode_on_gpu
+        chosen = compiled._kernels_int4_on_gpu if int4 else compiled._kernels_on_gpu
+        if options.xla and chosen.otherwise:
+            chosen = chosen.otherwise
         chosen = chosen.otherwise if options.fallback and chosen.otherwise else chosen
-        chosen = compiled._strict_decode_on_gpu if options.strict else chosen
+        strict = compiled._strict_decode_on_gpu if options.xla else compiled._strict_kernels_on_gpu
+        chosen = strict if options.strict else chosen
         until = abstract(np.array(NEW, np.int32))
         arguments = (*models, abstract(begun), until, controls, plan.recipe)
     # The options go to compile(): lowering for another platform than the process's own drops those of jit.
-    return chosen._jitted.trace(*arguments).lower(lowering_platforms=("cuda",)), chosen.compiler_options, begun.cache
+    with on(gpu):
+        return (
+            chosen._jitted.trace(*arguments).lower(lowering_platforms=("cuda",)),
+            chosen.compiler_options,
+            begun.cache,
+        )
 
 
 def measure(
@@ -148,7 +179,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row of the table."""
     config = shape_of_mistral_7b(layers)
-    model = abstract_model(config, group_size if weights == "int4" else None, options.scale_dtype)
+    model = abstract_model(config, group_size if weights == "int4" else None, options)
     start = time.perf_counter()
     lowered, compiler_options, cache = lower(stage, model, batch, options, gpu)
     for file in DUMP.iterdir():
@@ -157,7 +188,7 @@ def measure(
     seconds = time.perf_counter() - start
     memory = executable.memory_analysis()
     program = Program(executable.as_text())
-    linear_shapes = {linear.weight.shape for linear in linears(abstract_model(config, None))}
+    linear_shapes = {linear.weight.shape for linear in linears(abstract_model(config, None, options))}
     cache_shapes = {leaf.shape for leaf in jax.tree.leaves(cache)}
     int4_linears = 4 * layers if weights == "int4" else 0
     return {
@@ -174,6 +205,7 @@ def measure(
         "command_buffers": command_buffers(),
         "linears": int4_linears,
         "fused_linears": program.fused_int4_linears(linear_shapes),
+        "kernels": program.kernels(),
         "launches_per_layer": round(program.launches_in_layers(config.hidden_size) / layers, 2),
         "launches_per_token": len(program.step),
         "compile_seconds": round(seconds, 1),
@@ -234,6 +266,11 @@ class Program:
             for kind, shape in op.results
         )
 
+    def kernels(self) -> dict[str, int]:
+        """How often each of `jaxgen.kernels` is launched."""
+        names = (re.search(r'triton.*?name = "(\w+)"', op.rest.replace("\\", "")) for op in self.step)
+        return dict(collections.Counter(name[1] for name in names if name))
+
     def fused_int4_linears(self, weights: set[tuple[int, ...]]) -> int:
         """Kernels of a matrix product that read packed int4 and a scale for each group of it."""
         sizes = {math.prod(shape) for shape in weights}
@@ -287,6 +324,8 @@ def main() -> None:
     parser.add_argument(
         "--scale-dtype", default="bfloat16", help="of int4 weights: float16 as imported ones often have"
     )
+    parser.add_argument("--card", choices=list(CARDS), default="h200")
+    parser.add_argument("--xla", action="store_true", help="without the kernels of jaxgen.kernels")
     parser.add_argument("--fallback", action="store_true", help="int4 without experimental compiler options")
     parser.add_argument("--strict", action="store_true", help="what `generate(strict=True)` runs")
     parser.add_argument(
@@ -294,7 +333,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="a list of objects, instead of the table")
     options = parser.parse_args()
-    gpu, rows = device(), []
+    gpu, rows = device(options.card), []
     sizes = {"int4": options.group_size, "bf16": [0]}
     for stage, layers, weights in itertools.product(options.stage, options.layers, options.weights):
         for group_size, batch in itertools.product(sizes[weights], options.batch):

@@ -17,10 +17,11 @@ from flax import nnx
 from jaxgen.config import MistralConfig
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
 from jaxgen.generation.config import GenerationConfig
-from jaxgen.lowering import own_rules
+from jaxgen.lowering import device_runs_kernels, own_rules
 from jaxgen.model import MistralForCausalLM, QuantizedWeight
 from jaxgen.quant import Int4Config
 from jaxgen.quant.config import check_group
+from jaxgen.quant.planar import planar
 
 from .adapter import FILES as ADAPTER_FILES
 from .adapter import Adapter
@@ -274,12 +275,13 @@ def _stream(assembler: Assembler, config: MistralConfig, device: Device) -> Mist
     model = nnx.eval_shape(lambda: MistralForCausalLM(config, rngs=nnx.Rngs(0), dtype=assembler.dtype))
     variables = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model))}
     table = parameter_parts(config)
+    kernels = assembler.dtype.itemsize == 2 and device_runs_kernels(device)
     with progress_bar(assembler.checkpoint.total_bytes, "Loading weights") as bar:
         for name, parts in table.items():
             value = assembler.parameter(parts, variables[name].shape)
             on_device = jax.block_until_ready(jax.tree.map(lambda array: jax.device_put(array, device), value))
             del value  # before the next one is allocated
-            _place(model, name, on_device)
+            _place(model, name, planar(on_device) if kernels else on_device)
             bar.update(assembler.stored_bytes(parts))
     return model
 

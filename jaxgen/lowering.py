@@ -25,6 +25,8 @@ class Target:
     """One kind of executable."""
 
     gpu_decode: bool = False  # one token per row on a GPU, where every kernel launch counts
+    kernels: bool = False  # the same, on one that runs those of `jaxgen.kernels`
+    flash_prefill: bool = False  # prompts on a GPU whose cuDNN attends without keeping scores in memory
     fuses_int4: bool = False  # compiled with `jaxgen.quant.matmul.FUSION_OPTIONS`
 
 
@@ -85,3 +87,11 @@ def check_process() -> None:
             f"this process was forked from one (pid {_process}) in which JAX already ran, and JAX does not survive a "
             "fork; start workers with multiprocessing.get_context('spawn'), and load the model there"
         )
+
+
+def device_runs_kernels(device: Any) -> bool:
+    """Whether a device is an NVIDIA GPU of compute capability 8.0 or newer: those that `jaxgen.kernels` is for."""
+    capability = str(getattr(device, "compute_capability", ""))
+    if getattr(device, "platform", "") != "gpu" or not capability.replace(".", "").isdigit():
+        return False
+    return float(capability) >= 8.0

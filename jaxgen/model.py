@@ -35,7 +35,7 @@ from jaxgen.config import MistralConfig
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.generate import GenerationMixin
 from jaxgen.generation.weights import split
-from jaxgen.lowering import own_rules
+from jaxgen.lowering import device_runs_kernels, own_rules, target
 from jaxgen.quant.adapted import Adapted
 from jaxgen.quant.int4 import Int4
 from jaxgen.quant.lookup import Lookup4
@@ -264,6 +264,13 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
         """Where the weights are (the first device, if sharded)."""
         return next(iter(self.model.norm.weight.devices()))
 
+    @property
+    def decodes_with_kernels(self) -> bool:
+        """Whether the kernels of `jaxgen.kernels` can carry out a decode step of this model, where it is."""
+        size = self.config.head_size
+        fits = self.dtype.itemsize == 2 and size >= 32 and size & (size - 1) == 0
+        return fits and device_runs_kernels(self.device)
+
     def save_pretrained(self, directory: "str | os.PathLike[str]", **options: Any) -> None:
         """Write a Hugging Face checkpoint; options and errors as in `jaxgen.convert.save_pretrained`."""
         from jaxgen.convert.export import save_pretrained
@@ -300,7 +307,7 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
         First the embeddings, without attentions; then every layer's output, the last one normed.
         """
         ids, positions, mask = _read_mask(tokens, real)
-        x, rotation = self.model.embed_tokens(ids), self._rotation(positions)
+        x, rotation = self.model.embed_tokens(ids), self.rotation(positions)
         yield x, None
         for index, layer in enumerate(self.model.layers):
             x, weights = _layer_activations(*split(layer), x, rotation, positions, mask, with_attentions)
@@ -321,8 +328,12 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
         self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Read one token per row at `positions`: float32 logits for the next one, and the cache that holds it."""
+        if target().kernels:
+            from jaxgen.kernels.step import decode_step
+
+            return decode_step(self, tokens, positions, cache)
         x = self.model.embed_tokens(tokens[:, None])
-        rotation = self._rotation(positions[:, None])
+        rotation = self.rotation(positions[:, None])
         visible = visible_slots(positions[:, None], positions, cache[0].slots, self.config.sliding_window)[:, 0]
         caches, delta = [], jnp.zeros_like(x)
         for layer, before in zip(self.model.layers, cache, strict=True):
@@ -341,7 +352,7 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
         """
         column = jnp.arange(tokens.shape[1])
         positions, real = starts[:, None] + column, column < counts[:, None]
-        x, rotation = self.model.embed_tokens(tokens), self._rotation(positions)
+        x, rotation = self.model.embed_tokens(tokens), self.rotation(positions)
         newest = starts + counts - 1
         visible = visible_slots(positions, newest, cache[0].slots, self.config.sliding_window)
         caches = []
@@ -366,14 +377,15 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
         self, ids: Int[Array, "B T"], positions: Int[Array, "B T"], real: Bool[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], list[tuple[Array, Array]]]:
         x = self.model.embed_tokens(ids)
-        rotation = self._rotation(positions)
+        rotation = self.rotation(positions)
         fresh = []
         for layer in self.model.layers:
             x, keys_and_values = layer.prompt(x, rotation, positions, real)
             fresh.append(keys_and_values)
         return self.model.norm(x), fresh
 
-    def _rotation(self, positions: Int[Array, "B T"]) -> Rotation:
+    def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
+        """The rotary tables of `positions`, in the compute dtype."""
         return rope(positions, self.config.head_size, self.config.rope_theta, self.dtype)
 
 

@@ -264,21 +264,35 @@ def gpu_aot() -> str:
 
 
 def gpu() -> str:
-    """Times on a GPU: a table for each part of the run."""
-    if (results := read("gpu")) is None:
-        return (
-            "## Times on a GPU\n\nThere are none yet. `python benchmarks/gpu.py` takes at most 9 minutes on a machine "
-            "with a GPU and writes them; the section below is what is known without one."
-        )
-    tables = []
-    for name in dict.fromkeys(row["part"] for row in results["rows"]):
-        rows = [{k: v for k, v in row.items() if k != "part"} for row in results["rows"] if row["part"] == name]
-        header = list(dict.fromkeys(column for row in rows for column in row))
-        tables.append(f"### {name}\n\n" + rows_of(header, ([row.get(column, "") for column in header] for row in rows)))
-    facts = {k: v for k, v in results.items() if k != "rows"}
-    about = ", ".join(f"{k} {v}" for k, v in facts.items() if not isinstance(v, dict | list))
-    prose = "Random weights of the Mistral-7B shape, on one GPU."
-    return part("Times on a GPU", prose, "\n\n".join(tables), source("python benchmarks/gpu.py", about, None, "gpu"))
+    """Times on a GPU: whole steps, prompts, and the products that they are made of."""
+    if (results := read("gpu-nvidia-h200")) is None:
+        return ""
+    of = {part: [row for row in results["rows"] if row["part"] == part] for part in ("decode", "prefill", "kernel")}
+    steps = rows_of(
+        ("weights", "batch", "context", "ms per step", "tokens/s", "share of the bandwidth's floor"),
+        (
+            (r["weights"], r["batch"], r["context"], r["ms_per_step"], f"{r['tokens_per_s']:,.0f}",
+             f"{100 * r['share_of_floor']:.0f}%")
+            for r in of["decode"]
+        ),
+    )  # fmt: skip
+    prompts = rows_of(
+        ("weights", "prompt", "ms", "tokens/s"),
+        ((r["weights"], r["prompt"], r["ms"], f"{r['tokens_per_s']:,}") for r in of["prefill"]),
+    )
+    products = rows_of(
+        ("int4 product", "rows", "microseconds"),
+        ((r["product"], r["rows"], r["microseconds"][0][0]) for r in of["kernel"]),
+    )
+    prose = (
+        "Random weights of the Mistral-7B shape; int4 in groups of 128, bfloat16 activations. The floor is what reading"
+        " weights and cache once would take at the bandwidth that a sum over a large array reaches."
+    )
+    about = f"one {results['device']}"
+    command = source(
+        "python benchmarks/gpu.py --parts check step prefill", about, _versions(results), "gpu-nvidia-h200"
+    )
+    return part("Times on a GPU", prose, "\n\n".join((steps, prompts, products)), command)
 
 
 def changes() -> str:
@@ -303,7 +317,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "processors": processors,
     "quality": quality,
     "convert": convert,
-    "gpu": gpu,
+    "gpu-nvidia-h200": gpu,
     "gpu_aot": gpu_aot,
     "result": result,
     "plots": plots,

@@ -18,6 +18,8 @@ from jaxgen.quant.int4 import Int4
 from jaxgen.quant.matmul import FUSION_OPTIONS
 
 logger = logging.getLogger("jaxgen")
+# What compilers raise; Pallas also while its kernels are traced, or where it is missing.
+_REFUSALS = (jax.errors.JaxRuntimeError, NotImplementedError, ImportError)
 
 
 class Stage:
@@ -65,17 +67,27 @@ class Stage:
         try:
             with own_rules():
                 result = self._jitted(*args)
-        except jax.errors.JaxRuntimeError as error:
-            if self.otherwise is None or "RESOURCE_EXHAUSTED" in str(error) or _used_up(args):
+        except Exception as error:  # XLA, Pallas and Triton refuse with errors of many kinds
+            if self.otherwise is None or _out_of_memory(error) or _used_up(args):
                 raise
+            if not isinstance(error, _REFUSALS):
+                with own_rules():
+                    self._jitted.trace(*args)  # raises again what comes from the function, and not from its compiler
+            result = self.otherwise(*args)  # raises again what was not the compiler's affair
             self._refused = True
+            said = str(error).strip().partition("\n")[0]
             logger.warning(
-                "%s falls back to a slower form, because its compiler said: %.300s", self.describe(*args), error
+                "%s falls back to a slower form, because its compiler said: %.300s", self.describe(*args), said
             )
-            return self.otherwise(*args)
+            return result
         if self.traces != traces:
             logger.info("compiled %s in %.1f s", self.describe(*args), time.perf_counter() - start)
         return result
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether the device has no room; a kernel that asks for too much shared memory is the compiler's affair."""
+    return "RESOURCE_EXHAUSTED" in str(error) and "Shared memory" not in str(error)
 
 
 def _used_up(args: tuple[Any, ...]) -> bool:
@@ -136,7 +148,7 @@ _decode_int4_on_gpu = Stage(
     compiler_options=FUSION_OPTIONS,
     **_DECODE,
 )
-# Strict ones have no other form to fall back to: that would be another order of sums.
+# Strict ones change their form only where they never could run: another form is another order of sums.
 _strict_prefill_on_gpu = Stage(_run_prefill, _describe_prefill, compiler_options=DETERMINISTIC_OPTIONS, **_PREFILL)
 _strict_decode_on_gpu = Stage(
     _run_decode,
@@ -146,15 +158,38 @@ _strict_decode_on_gpu = Stage(
     **_DECODE,
 )
 
+# Made of `jaxgen.kernels`, or with cuDNN's attention; and as above where a compiler refuses these.
+_flash_prefill_on_gpu = Stage(
+    _run_prefill, _describe_prefill, compiled_for=Target(flash_prefill=True), otherwise=_prefill, **_PREFILL
+)
+_KERNELS = Target(gpu_decode=True, kernels=True)
+_kernels_on_gpu, _kernels_int4_on_gpu, _strict_kernels_on_gpu = (
+    Stage(
+        _run_decode,
+        _describe_decode,
+        compiled_for=_KERNELS,
+        otherwise=otherwise,
+        compiler_options=otherwise.compiler_options if otherwise is _strict_decode_on_gpu else {},
+        **_DECODE,
+    )
+    for otherwise in (_decode_on_gpu, _decode_int4_on_gpu, _strict_decode_on_gpu)
+)
 
-def stages_for(weights: list[Any], strict: bool = False) -> tuple[Stage, Stage]:
-    """Prefill and decode as they run fastest where these weights are, or so that their sums have one order."""
+
+def stages_for(model: Any, weights: list[Any], strict: bool = False) -> tuple[Stage, Stage]:
+    """Prefill and decode as they run fastest where these weights are, or so that their sums have one order.
+
+    `weights` are the model's, as `jaxgen.generation.weights.split` lists them.
+    """
+    kernels = getattr(model, "decodes_with_kernels", False)
     device = next(iter(jax.tree.leaves(weights)[0].devices()))
     if device.platform != "gpu":
         return _prefill, _decode
     if strict:
-        return _strict_prefill_on_gpu, _strict_decode_on_gpu
+        return _strict_prefill_on_gpu, _strict_kernels_on_gpu if kernels else _strict_decode_on_gpu
     int4 = any(isinstance(x, Int4) for x in jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Int4)))
+    if kernels:
+        return _flash_prefill_on_gpu, _kernels_int4_on_gpu if int4 else _kernels_on_gpu
     return _prefill, _decode_int4_on_gpu if int4 else _decode_on_gpu
 
 

@@ -31,7 +31,7 @@ class Run:
         drafter, drafter_weights = (None, None) if assistant is None else split(assistant)
         structure, weights = split(model)
         self._models = (structure, weights, drafter, drafter_weights)
-        self._prefill, self._decode = compiled.stages_for(weights, strict=request.strict is not None)
+        self._prefill, self._decode = compiled.stages_for(model, weights, strict=request.strict is not None)
         self.state: Any = self._run(self._prefill, request.prompts, request.key, request.controls, request.plan)
 
     def advance(self, until: int | None = None) -> Any:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int8, Int32, UInt8
 
 from jaxgen.lowering import own_rules
 from jaxgen.quant.config import check_group
+from jaxgen.quant.planar import from_planar
 
 SCALE_DTYPE = jnp.dtype("bfloat16")  # the range of float32; what rounding costs, the search for the scale sees
 
@@ -33,6 +34,7 @@ class Int4:
     offset: Any = None  # float [O, G], or None: symmetric
     permutation: Any = None  # int32 [I], or None: columns are in HF's order
     low_cpu_memory: bool = dataclasses.field(default=False, metadata={"static": True})
+    planar: int = dataclasses.field(default=0, metadata={"static": True})  # columns per block, or 0: `planar.py`
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,7 +58,7 @@ class Int4:
         weight = groups.astype(jnp.float32) * self.scale[..., None].astype(jnp.float32)
         if self.offset is not None:
             weight = weight + self.offset[..., None].astype(jnp.float32)
-        weight = weight.reshape(self.shape)
+        weight = from_planar(weight.reshape(self.shape), self.planar)
         if self.permutation is not None:
             weight = weight[:, jnp.argsort(self.permutation)]
         return jnp.asarray(weight, dtype)

@@ -1,8 +1,9 @@
 """The one product with a quantised weight, `x @ weight.T`, in the form that each platform and stage runs fastest.
 
-A GPU has three: many rows (a prompt) dequantise the weight once and leave the product to the matrix library; few
-rows (decode) read the packed weight inside the product, as one kernel where the executable is compiled with
-`FUSION_OPTIONS`, and without experimental options as products per group, whose sums are scaled afterwards.
+A GPU that runs `jaxgen.kernels` leaves few rows (decode) to them. Otherwise it has three forms: many rows (a prompt)
+dequantise the weight once and leave the product to the matrix library; few rows read the packed weight inside the
+product, as one kernel where the executable is compiled with `FUSION_OPTIONS`, and without experimental options as
+products per group, whose sums are scaled afterwards.
 A CPU dequantises: XLA moves that out of the decode loop, and keeps the unpacked copy while the loop runs; for
 `low_cpu_memory` it happens a few rows at a time, within the loop.
 """
@@ -18,6 +19,7 @@ from jaxgen.lowering import target
 from jaxgen.quant.adapted import Adapted
 from jaxgen.quant.int4 import Int4, unpack
 from jaxgen.quant.lookup import Lookup4
+from jaxgen.quant.planar import to_planar
 
 # XLA:GPU reads int4 and its group scales inside a matrix product only with the first; without the second it splits
 # some of these products along K, and then refuses to fuse them.
@@ -48,8 +50,13 @@ def int4_matmul(x: Float[Array, "*rows I"], weight: Int4) -> Float[Array, "*rows
     >>> bool(jnp.allclose(int4_matmul(jnp.arange(32.0), weight), jnp.arange(32.0)))
     True
     """
+    if target().kernels and weight.planar and x.dtype.itemsize == 2 and math.prod(x.shape[:-1]) <= _FUSED_ROWS:
+        from jaxgen.kernels import step
+
+        return step.product(x.reshape(-1, x.shape[-1]), weight)[0].reshape(*x.shape[:-1], -1)
     if weight.permutation is not None:
         x = jnp.take(x, weight.permutation, axis=-1)
+    x = to_planar(x, weight.planar)  # from here on, columns are in the order in which they are stored
     on_cpu = _in_chunks if weight.low_cpu_memory else _dequantized
     few_rows = _fused if target().fuses_int4 else _by_groups
     elsewhere = few_rows if math.prod(x.shape[:-1]) <= _FUSED_ROWS else _dequantized

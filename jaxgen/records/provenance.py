@@ -17,6 +17,7 @@ from flax import nnx
 import jaxgen
 from jaxgen.generation import compiled
 from jaxgen.generation.weights import references, same_arrays, split
+from jaxgen.quant.planar import as_stored
 
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "safetensors", "numpy")
 _CONFIG = ("jax_default_matmul_precision", "jax_enable_x64", "jax_threefry_partitionable")
@@ -77,7 +78,7 @@ def environment(model: Any) -> dict[str, Any]:
 
 def compiler_options(model: Any, strict: bool) -> dict[str, Any]:
     """XLA's options of the decode executable, as far as jaxgen chooses them."""
-    return dict(compiled.stages_for(split(model)[1], strict)[1].compiler_options)
+    return dict(compiled.stages_for(model, split(model)[1], strict)[1].compiler_options)
 
 
 def parameters_sha256(model: Any) -> str:
@@ -87,8 +88,8 @@ def parameters_sha256(model: Any) -> str:
         if same_arrays(known, weights):
             return digest
     digest = hashlib.sha256()
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        for leaf in jax.tree.leaves(variable):
+    for (path, _), weight in zip(nnx.to_flat_state(nnx.state(model)), weights, strict=True):
+        for leaf in jax.tree.leaves(as_stored(weight)):  # in the order of files, whatever a device reads faster
             value = np.ascontiguousarray(np.asarray(leaf))
             digest.update(f"{'.'.join(map(str, path))} {value.dtype} {value.shape}\n".encode())
             digest.update(value.reshape(-1).view(np.uint8).data)

@@ -1,0 +1,325 @@
+"""GPU kernels in interpret mode, on any machine: against float64 numpy, and against the model's own step.
+
+What a GPU's compiler makes of them stands in tests/aot, what a GPU computes in `benchmarks/gpu.py --parts check`.
+"""
+
+import dataclasses
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxgen import MistralConfig, MistralForCausalLM
+from jaxgen.cache import Int8Slots, LayerCache, held_positions, to_int8
+from jaxgen.generation.compiled import Stage
+from jaxgen.kernels import backend, dense_row, int4_row, int4_rows, step, tiles
+from jaxgen.kernels.add_norm import add_norm
+from jaxgen.kernels.attend import attend, splits_for
+from jaxgen.lowering import device_runs_kernels
+from jaxgen.model import QuantizedWeight
+from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
+from jaxgen.quant.adapted import Adapted
+from jaxgen.quant.planar import as_stored, planar
+
+# Relative error, in norm, of a result that is rounded once; bfloat16 products round scaled weights too.
+CLOSE = {jnp.bfloat16: 4e-3, jnp.float16: 5e-4}
+EPS = 1e-5
+
+
+def relative(got: Any, expected: np.ndarray) -> float:
+    got = np.asarray(got, np.float64)
+    assert got.shape == expected.shape
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def wide(x: Any) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+def codes(weight: Int4) -> np.ndarray:
+    """The weight in float64, from its bytes, by the format's own words."""
+    packed = np.asarray(weight.packed)
+    q = np.stack([packed & 15, packed >> 4], -1).reshape(*weight.scale.shape, -1).astype(np.int64)
+    q = np.where(q > 7, q - 16, q) * wide(weight.scale)[..., None]
+    return (q if weight.offset is None else q + wide(weight.offset)[..., None]).reshape(weight.shape)
+
+
+def int4_weight(rng: np.random.Generator, out: int, inputs: int, group: int, offset: bool) -> Int4:
+    packed = jnp.asarray(rng.integers(0, 256, (out, inputs // 2), np.uint8))
+    shape = (out, inputs // group)
+    scale = jnp.asarray(rng.uniform(0.002, 0.02, shape) * rng.choice([-1, 1], shape), jnp.bfloat16)
+    return Int4(packed, scale, jnp.asarray(rng.uniform(-0.05, 0.05, shape), jnp.bfloat16) if offset else None)
+
+
+def swiglu(h: np.ndarray) -> np.ndarray:
+    gate, up = h[:, ::2], h[:, 1::2]
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def normed(x: np.ndarray, weight: Any) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * wide(weight)
+
+
+# Columns: those of 7B shapes cut down, with odd numbers of groups (43 and 86 of 11008; 3, 6 and 12 of 768 and 1536).
+SHAPES = [
+    (24, 1024, 128, False, jnp.bfloat16),
+    (10, 768, 32, True, jnp.bfloat16),
+    (12, 11008 // 4, 32, False, jnp.float16),
+    (8, 1024, 1024, False, jnp.bfloat16),  # whole rows
+]
+
+
+@pytest.mark.parametrize(("out", "inputs", "group", "offset", "dtype"), SHAPES)
+def test_int4_products(out: int, inputs: int, group: int, offset: bool, dtype: Any):
+    rng = np.random.default_rng(inputs + out)
+    stored = int4_weight(rng, out, inputs, group, offset)
+    weight, exact = planar(stored), codes(stored)
+    assert weight.planar == min(group, 128)
+    np.testing.assert_array_equal(as_stored(weight).packed, stored.packed)
+    np.testing.assert_allclose(wide(weight.dequantize()), exact, atol=1e-6)
+
+    x, norm_weight = normal(rng, (1, inputs), dtype), jnp.asarray(rng.uniform(0.5, 1.5, inputs), dtype)
+    residual = normal(rng, (1, out), dtype)
+    after_norm, tile = normed(wide(x), norm_weight) @ exact.T, int4_row.Tile(rows=8, blocks=8)
+    one = {"weight": weight, "interpret": True}
+    assert relative(int4_row.int4_row_product(x, tile=tile, **one), wide(x) @ exact.T) < CLOSE[dtype]
+    ahead = dataclasses.replace(tile, ahead=True)
+    around = {"norm": (norm_weight, EPS), "residual": residual}
+    got = int4_row.int4_row_product(x, tile=ahead, **one, **around)
+    assert relative(got, after_norm + wide(residual)) < CLOSE[dtype]
+    got = int4_row.int4_row_product(x, tile=tile, swiglu=True, norm=(norm_weight, EPS), **one)
+    assert relative(got, swiglu(after_norm)) < 2 * CLOSE[dtype]
+
+    rows = normal(rng, (5, inputs), dtype)
+    columns = int4_rows.as_columns(rows)
+    parts = int4_rows.int4_rows_product(columns, tile=int4_rows.Tile(outputs=16, splits=2), **one)
+    assert parts.dtype == jnp.float32
+    assert relative(wide(parts).sum(0)[:5], wide(rows) @ exact.T) < CLOSE[dtype]
+    got = int4_rows.int4_rows_product(columns, tile=int4_rows.Tile(outputs=16), swiglu=True, **one)
+    assert relative(got.T[:5], swiglu(wide(rows) @ exact.T)) < 2 * CLOSE[dtype]
+
+
+@settings(max_examples=4, deadline=None)
+@given(rows=st.sampled_from([2, 7, 16, 33, 64]), seed=st.integers(0, 99), splits=st.sampled_from([1, 2, 4]))
+def test_a_row_does_not_know_its_neighbours(rows: int, seed: int, splits: int):
+    rng = np.random.default_rng(seed)
+    weight, x = planar(int4_weight(rng, 16, 512, 64, True)), normal(rng, (rows, 512), jnp.bfloat16)
+    tile = int4_rows.Tile(outputs=16, splits=splits)
+    base = int4_rows.int4_rows_product(int4_rows.as_columns(x), weight, tile=tile, interpret=True)
+    others = normal(rng, (rows, 512), jnp.bfloat16).at[0].set(x[0]).at[-1].set(jnp.nan)
+    got = int4_rows.int4_rows_product(int4_rows.as_columns(others), weight, tile=tile, interpret=True)
+    np.testing.assert_array_equal(np.asarray(base[:, 0]), np.asarray(got[:, 0]))
+    assert relative(base.astype(jnp.float32).sum(0)[:rows], wide(x) @ codes(as_stored(weight)).T) < 5e-3
+
+
+@pytest.mark.parametrize(("out", "inputs", "dtype"), [(16, 1024, jnp.bfloat16), (10, 700, jnp.float16)])
+def test_the_product_of_a_row_with_floats(out: int, inputs: int, dtype: Any):
+    rng = np.random.default_rng(0)
+    weight, x, residual = (normal(rng, shape, dtype) for shape in ((out, inputs), (1, inputs), (1, out)))
+    norm_weight = jnp.asarray(rng.uniform(0.5, 1.5, inputs), dtype)
+    after_norm = normed(wide(x), norm_weight) @ wide(weight).T
+    got = dense_row.dense_row_product(x, weight, norm=(norm_weight, EPS), residual=residual, interpret=True)
+    assert relative(got, after_norm + wide(residual)) < CLOSE[dtype]
+    got = dense_row.dense_row_product(x, weight, norm=(norm_weight, EPS), swiglu=True, interpret=True)
+    assert relative(got, swiglu(after_norm)) < CLOSE[dtype]
+
+
+@pytest.mark.parametrize(("width", "parts", "columns"), [(96, 0, 16), (128, 1, 0), (96, 3, 16)])
+def test_add_norm(width: int, parts: int, columns: int):
+    rng = np.random.default_rng(0)
+    x, weight = normal(rng, (3, width), jnp.bfloat16), normal(rng, (width,), jnp.bfloat16)
+    delta = normal(rng, (parts, 5, width), jnp.float32) if parts else None
+    total, result = add_norm(x, delta, weight, EPS, columns=columns, interpret=True)
+    exact = wide(x) + (0 if delta is None else wide(delta)[:, :3].sum(0))
+    assert relative(total, exact) < 4e-3
+    result = result.T[:3] if columns else result
+    assert relative(result, normed(wide(total), weight)) < 6e-3
+
+
+def attended(qkv: Any, cos: Any, sin: Any, positions: np.ndarray, cache: LayerCache, window: int | None) -> Any:
+    """Attention of one token per row in float64, as the text of the paper has it: a loop over what a row remembers."""
+    qkv, cos, sin = wide(qkv).sum(0), wide(cos), wide(sin)
+    half, slots = cos.shape[1], cache.slots
+
+    def rotated(x: np.ndarray, row: int) -> np.ndarray:
+        first, second = x[..., :half], x[..., half:]
+        return np.concatenate([first * cos[row] - second * sin[row], second * cos[row] + first * sin[row]], -1)
+
+    keys, values = (
+        wide(x.values) * wide(x.scales)[..., None] if isinstance(x, Int8Slots) else wide(x)
+        for x in (cache.keys, cache.values)
+    )
+    keys, values = keys.copy(), values.copy()
+
+    def stored(x: np.ndarray) -> np.ndarray:
+        scale = np.abs(x).max() / 127
+        return np.round(x / scale) * scale if isinstance(cache.keys, Int8Slots) else x
+
+    out = np.zeros((len(positions), qkv.shape[1], qkv.shape[2] - 2, 2 * half))
+    held = np.asarray(held_positions(jnp.asarray(positions), slots))
+    for row, position in enumerate(positions):
+        for head in range(qkv.shape[1]):
+            keys[row, head, position % slots] = stored(rotated(qkv[row, head, -2], row))
+            values[row, head, position % slots] = stored(qkv[row, head, -1])
+            seen = [s for s in range(slots) if held[row, s] >= 0 and position - held[row, s] < (window or 10**9)]
+            scores = rotated(qkv[row, head, :-2], row) @ keys[row, head, seen].T / np.sqrt(2 * half)
+            weights = np.exp(scores - scores.max(1, keepdims=True))
+            out[row, head] = weights / weights.sum(1, keepdims=True) @ values[row, head, seen]
+    return out, keys, values
+
+
+@pytest.mark.parametrize(
+    ("parts", "groups", "size", "slots", "window", "splits", "block", "positions"),
+    [
+        (1, 4, 64, 256, None, 2, 32, [0, 77, 255]),
+        (2, 3, 64, 96, None, 1, 64, [63, 64, 95]),
+        (1, 4, 32, 64, 64, 2, 32, [63, 64, 300]),  # a ring that has turned
+        (1, 4, 32, 128, 40, 4, 32, [5, 100, 500]),  # a window with room for drafts
+        (1, 7, 64, 100, None, None, None, [0, 99, 50]),
+        (2, 1, 128, 48, None, 3, 16, [0, 47, 10]),
+    ],
+)
+@pytest.mark.parametrize("int8", [False, True])
+def test_attention(
+    parts: int, groups: int, size: int, slots: int, window: int | None, splits: int | None, block: int | None,
+    positions: list[int], int8: bool,
+):  # fmt: skip
+    rng, dtype = np.random.default_rng(0), jnp.float32  # float32 shows a wrong index that bfloat16 would hide
+    qkv = normal(rng, (parts, 3, 2, groups + 2, size), dtype)
+    held = [normal(rng, (3, 2, slots, size), dtype) for _ in range(2)]
+    cache = LayerCache(*map(to_int8, held)) if int8 else LayerCache(*held)
+    angles = rng.uniform(0, 6, (3, size // 2))
+    rotation = jnp.asarray(np.cos(angles), dtype), jnp.asarray(np.sin(angles), dtype)
+    where, options = jnp.asarray(positions, jnp.int32), {"splits": splits, "block": block, "interpret": True}
+    out, after = attend(qkv, rotation, where, cache, window, **options)
+    expected, keys, values = attended(qkv, *rotation, np.asarray(positions), cache, window)
+    close = 2e-5
+    np.testing.assert_allclose(wide(out), expected, atol=close)
+    for got, exact in ((after.keys, keys), (after.values, values)):
+        numbers = wide(got.values) * wide(got.scales)[..., None] if isinstance(got, Int8Slots) else wide(got)
+        np.testing.assert_allclose(numbers, exact, atol=2 * close)
+    columns, _ = attend(qkv, rotation, where, cache, window, columns=16, **options)
+    np.testing.assert_array_equal(np.asarray(columns.T[:3]).reshape(out.shape), np.asarray(out))
+
+
+def test_splits_fill_the_chip_and_no_more():
+    assert [splits_for(rows, 8, 768)[0] for rows in (1, 8, 32, 64)] == [24, 4, 1, 1]
+    assert splits_for(1, 8, 16) == (1, 32)
+
+
+CONFIG = MistralConfig(
+    vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=32, sliding_window=None,
+)  # fmt: skip
+
+
+def permuted(weight: Int4, rng: np.random.Generator) -> Int4:
+    return dataclasses.replace(weight, permutation=jnp.asarray(rng.permutation(weight.shape[1]), jnp.int32))
+
+
+def model_of(kind: str) -> MistralForCausalLM:
+    """A random model in bfloat16 whose linear layers are of a kind."""
+    model, rng = MistralForCausalLM(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16), np.random.default_rng(0)
+    if kind == "floats":
+        return model
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
+            dense = np.asarray(linear.weight[...], np.float32)
+            weight: Any = jax.tree.map(jnp.asarray, quantize(dense, 32))
+            if kind == "permuted":
+                weight = permuted(weight, rng)
+            if kind == "table":
+                table = jnp.asarray(np.linspace(-1, 1, 16), jnp.float32)
+                weight = Lookup4(weight.packed, jnp.abs(weight.scale) * 8, table)
+            if kind == "adapted":
+                down, up = (normal(rng, shape, jnp.bfloat16) / 16 for shape in ((4, dense.shape[1]), (len(dense), 4)))
+                weight = Adapted(weight, down, up)
+            linear.weight = QuantizedWeight(planar(weight))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "int8"),
+    [("floats", 1, False), ("int4", 3, True), ("permuted", 3, False), ("table", 1, False), ("adapted", 1, False)],
+)
+def test_a_decode_step_of_kernels_is_the_model_s_step(kind: str, rows: int, int8: bool):
+    """In bfloat16, so as near as two orders of rounding are; and the same cache."""
+    model = model_of(kind)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 64, (rows, 6)), jnp.int32)
+    lengths = jnp.arange(4, 4 + rows) % 3 + 3
+    _, cache = model.prefill(tokens, lengths, 24, int8)
+    newest, copies = tokens[:, -1], jax.tree.map(jnp.copy, cache)
+    expected, before = model.step(newest, lengths, cache)
+    logits, after = step.decode_step(model, newest, lengths, copies, interpret=True)
+    assert logits.shape == expected.shape
+    assert logits.dtype == jnp.float32
+    assert relative(logits, wide(expected)) < 2e-2
+    for got, wanted in zip(after, before, strict=True):
+        for mine, theirs in zip(*(x.read(jnp.dtype("float32")) for x in (got, wanted)), strict=True):
+            np.testing.assert_allclose(wide(mine), wide(theirs), atol=0.1)
+
+
+def test_planar_order_is_only_a_layout():
+    """XLA's own forms compute the same from it, bit for bit on CPU, and its bytes come back."""
+    rng = np.random.default_rng(0)
+    stored = int4_weight(rng, 16, 256, 64, True)
+    x = normal(rng, (3, 256), jnp.float32)
+    np.testing.assert_array_equal(int4_matmul(x, planar(stored)).shape, (3, 16))
+    assert relative(int4_matmul(x, planar(stored)), wide(x) @ codes(stored).T) < 1e-5
+    odd = int4_weight(rng, 16, 96, 48, False)
+    assert planar(odd) is odd  # groups that kernels do not read stay as they are
+    assert planar(planar(stored)).planar == 64
+
+
+def test_tiles_cover_every_shape():
+    for rows, out, inputs in [(2, 64, 256), (8, 6144, 4096), (64, 28672, 4096), (16, 4096, 14336), (3, 7, 11008)]:
+        tile = tiles.rows_tile(rows, out, inputs, False)
+        assert tile.splits in (1, 2, 4, 8)
+        assert tiles.rows_tile(rows, out, inputs, True).splits == 1
+
+
+def test_devices_that_run_kernels():
+    def device(platform: str, capability: Any) -> Any:
+        return type("Device", (), {"platform": platform, "compute_capability": capability})()
+
+    runs = [("gpu", "9.0"), ("gpu", "8.0"), ("gpu", "12.0")]
+    not_these = [("gpu", "7.5"), ("cpu", None), ("gpu", "gfx942"), ("tpu", "8.0")]
+    assert all(device_runs_kernels(device(*d)) for d in runs)
+    assert not any(device_runs_kernels(device(*d)) for d in not_these)
+    assert not device_runs_kernels(jax.devices("cpu")[0])
+
+
+def test_a_refused_kernel_is_not_the_users_affair(caplog: pytest.LogCaptureFixture):
+    """Whatever a compiler raises, the other form runs, once and for all; an error of the user's own stays theirs."""
+
+    def refuses(x: Any) -> Any:
+        raise NotImplementedError("Unimplemented primitive")
+
+    plain = Stage(lambda x: x + 1, lambda x: "plain")
+    stage = Stage(refuses, lambda x: "fast", otherwise=plain)
+    assert [int(stage(jnp.ones(()))) for _ in range(2)] == [2, 2]
+    assert caplog.text.count("Unimplemented primitive") == 1
+
+    both = Stage(refuses, lambda x: "fast", otherwise=Stage(refuses, lambda x: "plain"))
+    for _ in range(2):
+        with pytest.raises(NotImplementedError):
+            both(jnp.ones(()))
+    assert not both._refused
+
+
+def test_no_warning_of_jax_reaches_a_user():
+    x = jnp.ones((16, 16), jnp.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_norm(x, None, x[0], EPS, interpret=True)
+        assert backend.dot(x, x, interpret=True).dtype == jnp.float32
