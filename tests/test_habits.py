@@ -73,7 +73,7 @@ class TestGenerationConfig:
         widths = []
         for number in (2, 3, 2):
             model.generation_config.max_new_tokens = number
-            widths.append(generate(model, IDS).shape[1])
+            widths.append(generate(model, IDS).shape[1])  # pyright: ignore[reportAttributeAccessIssue]
         assert widths == [5, 6, 5]
 
     def test_a_static_argument_of_jit_cannot_change_any_more(self):
