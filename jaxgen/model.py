@@ -267,9 +267,12 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
     @property
     def decodes_with_kernels(self) -> bool:
         """Whether the kernels of `jaxgen.kernels` can carry out a decode step of this model, where it is."""
+        return self._fits_kernels and device_runs_kernels(self.device)
+
+    @property
+    def _fits_kernels(self) -> bool:
         size = self.config.head_size
-        fits = self.dtype.itemsize == 2 and size >= 32 and size & (size - 1) == 0
-        return fits and device_runs_kernels(self.device)
+        return self.dtype.itemsize == 2 and size >= 32 and size & (size - 1) == 0
 
     def save_pretrained(self, directory: "str | os.PathLike[str]", **options: Any) -> None:
         """Write a Hugging Face checkpoint; options and errors as in `jaxgen.convert.save_pretrained`."""
@@ -328,7 +331,7 @@ class MistralForCausalLM(nnx.Module, GenerationMixin):
         self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Read one token per row at `positions`: float32 logits for the next one, and the cache that holds it."""
-        if target().kernels:
+        if target().kernels and self._fits_kernels:  # an assistant may not, beside a model that does
             from jaxgen.kernels.step import decode_step
 
             return decode_step(self, tokens, positions, cache)

@@ -21,7 +21,7 @@ from jaxgen.generation.compiled import Stage
 from jaxgen.kernels import backend, dense_row, int4_row, int4_rows, step, tiles
 from jaxgen.kernels.add_norm import add_norm
 from jaxgen.kernels.attend import attend, splits_for
-from jaxgen.lowering import device_runs_kernels
+from jaxgen.lowering import Target, device_runs_kernels, tracing_for
 from jaxgen.model import QuantizedWeight
 from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
 from jaxgen.quant.adapted import Adapted
@@ -297,6 +297,15 @@ def test_devices_that_run_kernels():
     assert all(device_runs_kernels(device(*d)) for d in runs)
     assert not any(device_runs_kernels(device(*d)) for d in not_these)
     assert not device_runs_kernels(jax.devices("cpu")[0])
+
+
+def test_an_assistant_in_float32_beside_a_model_of_kernels_stays_in_float32():
+    model = MistralForCausalLM(CONFIG, rngs=nnx.Rngs(0))
+    _, cache = model.prefill(jnp.ones((1, 4), jnp.int32), jnp.full((1,), 4), 8)
+    arguments = jnp.ones((1,), jnp.int32), jnp.full((1,), 4), cache
+    with tracing_for(Target(gpu_decode=True, kernels=True)):  # on this platform a kernel would raise
+        logits, _ = model.step(*arguments)
+    np.testing.assert_allclose(logits, model.step(*arguments)[0], atol=1e-5)
 
 
 def test_a_refused_kernel_is_not_the_users_affair(caplog: pytest.LogCaptureFixture):
