@@ -157,12 +157,14 @@ def seeds(outputs: Any, tokenizer: Any = None, ax: Any = None) -> Any:
         shares[y, :count] = np.exp(line.logprobs[:count])
         for x, text in enumerate(line.labels[:count]):
             alpha = 1 if common is None or x >= common else 0.45
-            style = {"va": "center", "fontsize": 8, "family": "monospace", "alpha": alpha}
+            style = {"va": "center", "fontsize": 8, "family": "monospace", "alpha": alpha, "color": _ink(ax)}
             ax.text(edges[x] + 0.6, y + 0.5, text, clip_on=True, parse_math=False, **style)
         if common is not None and common < count:
             ax.plot([edges[common]] * 2, [y + 0.06, y + 0.94], color="C0", linewidth=3, solid_capstyle="butt")
     mesh = ax.pcolormesh(edges, np.arange(len(lines) + 1), shares, cmap=_tints(), vmin=0, vmax=1, zorder=0)
-    ax.figure.colorbar(mesh, ax=ax, label="probability", fraction=0.05, pad=0.01, aspect=12, ticks=[0, 0.5, 1])
+    bar = ax.figure.colorbar(mesh, ax=ax, label="probability", fraction=0.05, pad=0.01, aspect=12, ticks=[0, 0.5, 1])
+    bar.ax.tick_params(colors=_ink(ax))
+    bar.ax.yaxis.label.set_color(_ink(ax))
     ax.set_yticks(np.arange(len(lines)) + 0.5, [line.label for line in lines])
     ax.set_ylim(len(lines), 0)
     ax.set_xticks([])
@@ -275,6 +277,16 @@ def _probabilities(logits: Float[np.ndarray, " V"], label: Any, options: Any) ->
 
 # The drawing.
 
+# Without a background, in a grey that can be read on white and on black.
+_INK = "#7a7a7a"
+_ON_ANY_PAGE = {
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.facecolor": "none",
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color"), _INK),
+    "ytick.color": _INK,
+}
+
 
 def _axes(ax: Any, width: float, height: float = 3.0, most: float = 16) -> Any:
     if ax is not None:
@@ -283,12 +295,20 @@ def _axes(ax: Any, width: float, height: float = 3.0, most: float = 16) -> Any:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise JaxgenError('jaxgen.plot needs a package: pip install "jaxgen[plot]"') from error
-    return plt.subplots(figsize=(min(max(width, 6), most), height), layout="constrained")[1]
+    plain = all(plt.rcParams[name] == plt.rcParamsDefault[name] for name in ("text.color", "figure.facecolor"))
+    with plt.rc_context(_ON_ANY_PAGE if plain else {}):  # whoever chose a style has it
+        return plt.subplots(figsize=(min(max(width, 6), most), height), layout="constrained")[1]
 
 
 def _legend(ax: Any) -> None:
     """Above the plot, where it covers nothing."""
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2)
+    at = (0, 1)
+    ax.legend(loc="lower left", bbox_to_anchor=at, ncols=3, frameon=False, borderaxespad=0.2, labelcolor=_ink(ax))
+
+
+def _ink(ax: Any) -> Any:
+    """What an axes is labelled with."""
+    return ax.xaxis.label.get_color()
 
 
 def _tints() -> Any:

@@ -11,6 +11,7 @@ import pytest
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.colors import to_rgb, to_rgba
 
 from jaxgen import AutoModelForCausalLM, JaxgenError, UnsupportedError, demo, plot
 from jaxgen.generation.config import GenerationConfig
@@ -207,6 +208,25 @@ def test_an_axes_is_used_and_returned(sampled, model):
     assert plot.seeds(sampled, ax=axes[3]) is axes[3]
     assert plot.kl(model, model, PROMPTS[0], ax=axes[4]) is axes[4]
     assert len(plt.get_fignums()) == 1
+
+
+def test_figures_can_be_read_on_any_page(sampled, tokenizer):
+    """No background, and grey that stands out from white and from black; a style of the user's own stays."""
+
+    def luminance(colour) -> float:
+        red, green, blue = (x / 12.92 if x <= 0.04 else ((x + 0.055) / 1.055) ** 2.4 for x in to_rgb(colour))
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    ax = plot.token_probabilities(sampled, tokenizer=tokenizer)
+    assert to_rgba(ax.figure.get_facecolor())[3] == to_rgba(ax.get_facecolor())[3] == 0
+    for text in (ax.xaxis.label, *ax.get_xticklabels(), *ax.get_yticklabels(), *ax.get_legend().get_texts()):
+        assert 1.05 / (luminance(text.get_color()) + 0.05) > 4, text
+        assert (luminance(text.get_color()) + 0.05) / 0.05 > 4, text
+    plt.close("all")
+    with plt.style.context("dark_background"):
+        ax = plot.token_probabilities(sampled, tokenizer=tokenizer)
+        assert to_rgb(ax.figure.get_facecolor()) == (0, 0, 0)
+    plt.close("all")
 
 
 def test_dollars_and_controls_are_no_mathematics():

@@ -35,6 +35,7 @@ _OPTIONAL = (
 # belongs to a token appears in the column on the right, which is kept free for it: nothing is covered or cut off.
 _STYLE = """
 .jaxgen-out{line-height:1.75;padding-right:19em;position:relative;overflow-wrap:anywhere}
+.jaxgen-out:hover{padding-bottom:var(--jaxgen-room)}
 .jaxgen-out .jaxgen-text{white-space:pre-wrap;margin-top:.6em}
 .jaxgen-out .jaxgen-prompt,.jaxgen-out .jaxgen-note{opacity:.65}
 .jaxgen-out .jaxgen-note,.jaxgen-out .jaxgen-legend{font-size:.85em}
@@ -210,7 +211,7 @@ def html(output: Any, tokenizer: Any = None) -> str:
         tokens = _counted(sum(len(row.new_ids) for row in hidden), "new token")
         blocks.append(_note(f"{_counted(len(hidden), 'more row')} ({tokens}) not shown"))
     lines = 4 if output.top_ids is None else 6 + output.top_ids.shape[2]
-    room = f"padding-bottom:{1.05 * lines - 2:.1f}em"  # what the last line's tokens have to say takes
+    room = f"--jaxgen-room:{1.05 * lines - 2:.1f}em"  # what the last line's tokens have to say takes
     return f'<div class="jaxgen-out" style="{room}"><style>{_STYLE}</style>{_legend()}{"".join(blocks)}</div>'
 
 
