@@ -279,7 +279,7 @@ def _probabilities(logits: Float[np.ndarray, " V"], label: Any, options: Any) ->
 
 # Without a background, in a grey that can be read on white and on black.
 _INK = "#7a7a7a"
-_ON_ANY_PAGE = {
+_ON_ANY_PAGE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
     "axes.facecolor": "none",
@@ -292,10 +292,11 @@ def _axes(ax: Any, width: float, height: float = 3.0, most: float = 16) -> Any:
     if ax is not None:
         return ax
     try:
+        import matplotlib as mpl
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise JaxgenError('jaxgen.plot needs a package: pip install "jaxgen[plot]"') from error
-    plain = all(plt.rcParams[name] == plt.rcParamsDefault[name] for name in ("text.color", "figure.facecolor"))
+    plain = all(mpl.rcParams[name] == mpl.rcParamsDefault[name] for name in ("text.color", "figure.facecolor"))
     with plt.rc_context(_ON_ANY_PAGE if plain else {}):  # whoever chose a style has it
         return plt.subplots(figsize=(min(max(width, 6), most), height), layout="constrained")[1]
 
