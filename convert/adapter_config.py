@@ -10,6 +10,7 @@ from typing import Any, no_type_check
 from jaxgen.errors import CheckpointError, UnsupportedError
 
 from .checkpoint import read_json
+from .files import require
 from .patterns import Patterns
 
 CONFIG = "adapter_config.json"
@@ -59,7 +60,7 @@ class LoraConfig:
         Raises `UnsupportedError`, naming every field and value, for other adapters than plain LoRA and for fields
         that may change what it computes; `CheckpointError` for values that are none.
         """
-        fields = read_json(directory / CONFIG)
+        fields = read_json(require(directory / CONFIG, "an adapter"))
         if fields.get("peft_type") != "LORA":
             raise UnsupportedError(
                 f"{directory / CONFIG}: peft_type={fields.get('peft_type')!r} is not supported; jaxgen reads 'LORA'. "

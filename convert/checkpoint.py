@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxgen.errors import CheckpointError
 
+from .files import is_there
 from .names import is_legacy_buffer
 
 logger = logging.getLogger("jaxgen")
@@ -72,10 +73,10 @@ class Checkpoint:
         self.problems: list[str] = []
         self.unreadable: set[str] = set()
         self._scratch = bytearray()
-        if (directory / weights).is_file():
+        if is_there(directory / weights):
             if not self._scan_shard(weights):
                 raise CheckpointError(str(directory), self.problems)
-        elif (directory / INDEX).is_file():
+        elif is_there(directory / INDEX):
             self._scan_index()
         else:
             raise CheckpointError(str(directory), [_no_weights(directory)])

@@ -21,6 +21,7 @@ from .assemble import rounded
 from .atomic import resumable_directory
 from .calibration import read_calibration
 from .checkpoint import DTYPES, INDEX, Checkpoint, read_json
+from .files import files_matching, require
 from .formats import FIELDS, detect
 from .load import check_tensors
 from .names import HEAD, Part, parameter_parts
@@ -205,7 +206,7 @@ def _plain(place: Path) -> tuple[dict[str, Any], Checkpoint]:
     advice = "jaxgen converts float32, bfloat16 and float16 checkpoints: give it the original"
     if place.is_file():
         raise JaxgenError(f"{place} is a GGUF file; {advice}")
-    fields = read_json(place / "config.json")
+    fields = read_json(require(place / "config.json", "a model"))
     if said := next((name for name in FIELDS if fields.get(name)), None):
         raise JaxgenError(f"{place} is already quantised (config.json has {said!r}); {advice}")
     checkpoint = Checkpoint(place)
@@ -223,9 +224,9 @@ def _calibration(directory: Path, path: Any, config: MistralConfig) -> np.ndarra
 
 def _companions(directory: Path) -> dict[str, bytes]:
     """The files beside config.json and the weights: the tokenizer's, and the defaults for generating."""
-    wanted = {path for pattern in hub.WANTED for path in directory.glob(pattern) if ".safetensors" not in path.name}
     try:
-        return {path.name: path.read_bytes() for path in sorted(wanted) if path.is_file()}
+        found = files_matching(directory, hub.WANTED)
+        return {path.name: path.read_bytes() for path in found if ".safetensors" not in path.name}
     except OSError as error:
         raise CheckpointError(str(directory), [f"cannot be read: {error}"]) from error
 

@@ -27,6 +27,7 @@ from .adapter import FILES as ADAPTER_FILES
 from .adapter import Adapter
 from .assemble import Assembler
 from .checkpoint import DTYPES, Checkpoint, Wanted, read_json
+from .files import is_there, require
 from .formats import FIELDS, Format, detect
 from .formats.bitsandbytes import BitsAndBytes
 from .hub import locate
@@ -129,7 +130,7 @@ def load(
     lora = None if adapter is None else Adapter(adapter)
     config, checkpoint, stored_as = open_checkpoint(place)
     path = checkpoint.directory / "generation_config.json"
-    generation = GenerationConfig.from_stored(read_json(path), path) if path.is_file() else None
+    generation = GenerationConfig.from_stored(read_json(path), path) if is_there(path) else None
     check_tensors(checkpoint, config, stored_as, lora)
     low_cpu_memory = quantization is not None and quantization.low_cpu_memory
     if quantization is not None and requantize and _has_four_bits(config, stored_as):
@@ -154,9 +155,9 @@ def open_checkpoint(place: Path) -> tuple[MistralConfig, Checkpoint, Format | No
 
         return open_gguf(place)
     files = sorted(path.name for path in place.glob("*.gguf"))
-    if files and not (place / "config.json").is_file():
+    if files and not is_there(place / "config.json"):
         raise JaxgenError(f"{place} has no config.json, but {', '.join(files)}: choose one with gguf_file={files[0]!r}")
-    fields = read_json(place / "config.json")
+    fields = read_json(require(place / "config.json", "a model"))
     checkpoint = Checkpoint(place)
     try:
         plain, stored_as = detect(fields, checkpoint)

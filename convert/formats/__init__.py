@@ -8,6 +8,7 @@ from jaxgen.errors import CheckpointError, JaxgenError
 from jaxgen.quant import Int4, Lookup4
 
 from ..checkpoint import Checkpoint, Wanted, read_json
+from ..files import is_there
 from ..names import Part
 from .modules import almost, setting, unsupported
 
@@ -80,7 +81,7 @@ def detect(fields: dict[str, Any], checkpoint: Checkpoint) -> tuple[dict[str, An
     if packed is None:
         return plain, None
     path = checkpoint.directory / _OLD_GPTQ
-    if packed.endswith(".qweight") and path.is_file():
+    if packed.endswith(".qweight") and is_there(path):
         quantization = read_json(path)
         return plain, _open(_method(_OLD_GPTQ, quantization), quantization, checkpoint)
     problem = (

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,15 +28,11 @@ def check_files(directory: Path) -> None:
 
 
 def _check_kinds(directory: Path) -> None:
-    for path in sorted(path for pattern in _FILES for path in directory.glob(pattern) if not path.is_dir()):
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise JaxgenError(f"{path}: cannot be read: {error.strerror}") from error
-        if not stat.S_ISREG(status.st_mode):
-            raise JaxgenError(f"{path}: is not a regular file")
-        if status.st_size > _MOST_BYTES:
-            raise JaxgenError(f"{path}: {status.st_size} bytes are more than a tokenizer's file has, {_MOST_BYTES}")
+    from jaxgen.convert.files import files_matching
+
+    for path in files_matching(directory, _FILES):
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            raise JaxgenError(f"{path}: {size} bytes are more than a tokenizer's file has, {_MOST_BYTES}")
 
 
 def _refuse_code(directory: Path) -> None:

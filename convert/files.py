@@ -1,0 +1,62 @@
+"""Which files of a checkpoint are there: what stands under a file's name and is none is an error, never absent."""
+
+import os
+import stat
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from jaxgen.errors import CheckpointError
+
+_NAMED_AS_FILES = (".json", ".jinja", ".model", ".txt", ".safetensors")
+
+
+def is_there(path: Path) -> bool:
+    """Whether an optional file is there; links are followed, as the Hugging Face cache consists of them.
+
+    Raises `CheckpointError` for a link that leads nowhere, a directory, a pipe, and what else cannot be read as a
+    file: taken for absent, it would silently mean other defaults.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise CheckpointError(str(path), [f"cannot be looked up: {error.strerror}"]) from error
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        link = f"is a link to {os.readlink(path)!r:.200}, which is not there; download the checkpoint again"
+        raise CheckpointError(str(path), [link]) from error
+    except OSError as error:
+        raise CheckpointError(str(path), [f"cannot be looked up: {error.strerror}"]) from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(str(path), ["is a directory" if stat.S_ISDIR(mode) else "is not a regular file"])
+    return True
+
+
+def require(path: Path, what: str) -> Path:
+    """`path`, a file that a directory of kind `what` must have; raises `CheckpointError` if it is not there."""
+    if is_there(path):
+        return path
+    if not path.parent.is_dir():
+        raise CheckpointError(str(path.parent), ["no such directory"])
+    empty = "the directory is empty" if not any(path.parent.iterdir()) else f"there is no {path.name}"
+    raise CheckpointError(str(path.parent), [f"{empty}; give the directory of {what}, which holds {path.name}"])
+
+
+def files_matching(directory: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files of a directory whose names match one of the patterns, sorted; raises as `is_there`.
+
+    Directories are passed over, unless they stand where a file is looked for ("tokenizer.json").
+    """
+    patterns = tuple(patterns)
+    try:
+        names = sorted(os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(str(directory), [f"cannot be read: {error.strerror}"]) from error
+    # Not `glob`, which before Python 3.13 takes a link that leads nowhere for absent.
+    paths = [directory / name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [path for path in paths if (path.suffix in _NAMED_AS_FILES or not path.is_dir()) and is_there(path)]

@@ -1,0 +1,105 @@
+"""Which files are there: a name that stands for no file is never taken for an absent file."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxgen import AutoModelForCausalLM, JaxgenError, demo
+from jaxgen.convert import convert_checkpoint
+from jaxgen.convert.checkpoint import INDEX, WEIGHTS
+from jaxgen.text.tokenizer import load_tokenizer
+from tests.hf_files import CONFIG, hf_tensors, parameters, same_bits, write_hf
+
+
+def load(directory: Path, **options: Any):
+    return AutoModelForCausalLM.from_pretrained(directory, device_map="cpu", **options)
+
+
+def put(kind: str, path: Path) -> None:
+    """Something under a file's name that is no file."""
+    path.unlink(missing_ok=True)
+    if kind == "dangling link":
+        path.symlink_to("nowhere")
+    elif kind == "link to itself":
+        path.symlink_to(path.name)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+
+
+NO_FILES = {
+    "dangling link": "is a link to 'nowhere', which is not there",
+    "link to itself": "cannot be looked up: Too many levels of symbolic links",
+    "directory": "is a directory",
+    "pipe": "is not a regular file",
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", WEIGHTS, INDEX])
+def test_what_is_no_file_is_not_an_absent_one(tmp_path, name, kind):
+    write_hf(tmp_path, CONFIG, hf_tensors(CONFIG), shards=2 if name in (WEIGHTS, INDEX) else 1)
+    put(kind, tmp_path / name)
+    with pytest.raises(JaxgenError, match=f"{name}.*{NO_FILES[kind]}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"]
+)
+def test_nor_among_a_tokenizers_files(tmp_path, name, kind):
+    shutil.copytree(demo.path(), tmp_path / "model")
+    put(kind, tmp_path / "model" / name)
+    with pytest.raises(JaxgenError, match=f"{name}.*{NO_FILES[kind]}"):
+        load_tokenizer(tmp_path / "model")
+    with pytest.raises(JaxgenError, match=f"{name}.*{NO_FILES[kind]}"):
+        convert_checkpoint(tmp_path / "model", tmp_path / "out", group_size=32)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_nor_where_the_settings_of_gptq_are_looked_for(tmp_path, kind):
+    tensors = {**hf_tensors(CONFIG), "model.layers.0.self_attn.q_proj.qweight": np.zeros((1, 24), np.int32)}
+    write_hf(tmp_path, CONFIG, tensors)
+    put(kind, tmp_path / "quantize_config.json")
+    with pytest.raises(JaxgenError, match=rf"quantize_config\.json.*{NO_FILES[kind]}"):
+        load(tmp_path)
+
+
+def test_the_hubs_cache_consists_of_links(tmp_path):
+    """snapshots/REVISION/NAME is a link to blobs/HASH, two directories up."""
+    write_hf(tmp_path / "plain", CONFIG, hf_tensors(CONFIG), shards=2)
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / ("0" * 40)
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted((tmp_path / "plain").iterdir())):
+        shutil.copy(path, blobs / f"{number:064}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064}")
+    linked, plain = load(snapshot), load(tmp_path / "plain")
+    assert same_bits(parameters(linked), parameters(plain))
+    assert linked.generation_config == plain.generation_config
+    (snapshot / "generation_config.json").resolve().unlink()  # a cache from which somebody cleaned
+    with pytest.raises(JaxgenError, match=r"generation_config\.json: is a link to .* download the checkpoint again"):
+        load(snapshot)
+
+
+def test_a_directory_without_a_model_is_not_called_bad_json(tmp_path):
+    write_hf(tmp_path / "model", CONFIG, hf_tensors(CONFIG))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("")
+    for name, message in {
+        "empty": "the directory is empty; give the directory of a model, which holds config.json",
+        "notes": "there is no config.json; give the directory of a model",
+    }.items():
+        for use in (load, lambda path: convert_checkpoint(path, tmp_path / "out")):
+            with pytest.raises(JaxgenError, match=message):
+                use(tmp_path / name)
+    with pytest.raises(JaxgenError, match=r"the directory is empty; give the directory of an adapter.*adapter_config"):
+        load(tmp_path / "model", adapter=tmp_path / "empty")
