@@ -6,11 +6,14 @@ import json
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from jaxgen.errors import JaxgenError
+
+from .leftovers import held, settle, take_over
 
 logger = logging.getLogger("jaxgen")
 
@@ -19,24 +22,28 @@ logger = logging.getLogger("jaxgen")
 def new_directory(target: Path, *, replaceable: Collection[str] | None) -> Iterator[Path]:
     """A temporary directory beside `target`, to be filled by the caller, that becomes `target` at the end.
 
-    If the body raises, the temporary is removed and `target` is as before; a killed process leaves the
-    temporary, named `.NAME.tmp-PID`. An existing `target` must be an empty directory, unless `replaceable`
-    is given (file name patterns): then it is replaced, and its files that match none of the patterns are kept.
-    Raises `JaxgenError` for a target in the way, a full disk, and every other error of the file system.
+    If the body raises, the temporary is removed and `target` is as before; what a killed process leaves, the next
+    save or load of `target` finds (see `leftovers.settle`). An existing `target` must be an empty directory, unless
+    `replaceable` is given (file name patterns): then it is replaced, with its mode, and its files that match none of
+    the patterns are kept, also those that somebody writes into it meanwhile. Raises `JaxgenError` for a target in
+    the way, a full disk, and every other error of the file system.
     """
     target = target.expanduser().resolve()
     instead = "save to a new directory, or give overwrite=True to replace the model in it"
-    kept = _files_in_the_way(target, replaceable, instead)
+    settle(target)
+    _files_in_the_way(target, replaceable, instead)
     with _as_jaxgen_error(f"{target} was not written, and nothing of it is left behind"):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _make(target)
         try:
-            yield temporary
-            for path in kept:
-                if not (temporary / path.name).exists():
-                    shutil.copy2(path, temporary / path.name)
-            _sync_all(temporary)
-            _swap(temporary, target)
+            with held(temporary):
+                yield temporary
+                if target.exists():
+                    for path in _files_in_the_way(target, replaceable, instead):
+                        _link(path, temporary / path.name)
+                    temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+                _sync_all(temporary)
+                _swap(temporary, target, replaceable or ())
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -133,19 +140,33 @@ def _sync_all(directory: Path) -> None:
     _sync(directory)
 
 
-def _swap(temporary: Path, target: Path) -> None:
+def _link(path: Path, copy: Path) -> None:
+    """The same file under another name, so that what is still being written to it is kept; else a copy."""
+    if os.path.lexists(copy):
+        return
+    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+        try:
+            os.link(path, copy, follow_symlinks=False)
+        except FileNotFoundError:
+            raise
+        except (OSError, NotImplementedError):  # a file system without links
+            shutil.copy2(path, copy, follow_symlinks=False)
+
+
+def _swap(temporary: Path, target: Path, replaceable: Collection[str]) -> None:
     """Rename over an absent or empty target; move any other aside first, and back if the rename fails."""
     if not target.exists() or not any(target.iterdir()):
         temporary.rename(target)
     else:
         aside = temporary.with_name(temporary.name.replace(".tmp-", ".old-"))
-        target.rename(aside)
-        try:
-            temporary.rename(target)
-        except BaseException:
-            aside.rename(target)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+        with held(target):
+            target.rename(aside)
+            try:
+                temporary.rename(target)
+            except BaseException:
+                aside.rename(target)
+                raise
+            take_over(aside, target, replaceable)
     _sync(target.parent)
 
 

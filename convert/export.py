@@ -15,12 +15,10 @@ from jaxgen.model import QuantizedWeight
 from .atomic import new_directory
 from .checkpoint import DTYPES as CODES
 from .checkpoint import INDEX
+from .leftovers import MODEL_FILES
 from .names import Part, parameter_parts
 from .placement import DTYPES, as_dtype
 from .writer import Layout, Planned, ShardWriter, index_of, json_bytes, plan_shards, shard_bytes
-
-# What a saved model consists of: replaced by overwrite=True, while other files (the tokenizer's) stay.
-_MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 def save_pretrained(
@@ -45,7 +43,7 @@ def save_pretrained(
     weights = _Weights(model, None if dtype is None else as_dtype(dtype))
     config = {**model.config.to_hf(), "dtype": weights.dtype.name, "torch_dtype": weights.dtype.name}
     shards = plan_shards(weights.parts, weights.nbytes, limit)
-    with new_directory(Path(directory), replaceable=_MODEL_FILES if overwrite else None) as place:
+    with new_directory(Path(directory), replaceable=MODEL_FILES if overwrite else None) as place:
         (place / "config.json").write_bytes(json_bytes(config))
         # An empty file would tell transformers that there is no eos; without one it asks config.json.
         if generation := model.generation_config.to_hf():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from jaxgen.errors import JaxgenError
 
+from .leftovers import settle
+
 # Only what jaxgen reads: many repositories hold the same weights once more in other formats.
 WANTED = (
     "config.json",
@@ -41,8 +43,10 @@ def locate(
     """
     try:
         path = Path(name_or_path).expanduser()
+        if not os.path.lexists(path):
+            settle(path.absolute())
         is_directory, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, no permission, no such user's home
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no permission, no such user's home, NUL
         raise JaxgenError(f"{name_or_path!r} cannot be looked up: {error}") from error
     if is_directory or (exists and path.suffix == ".gguf"):
         return path
