@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import logging
+import os
 import re
+import stat
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
@@ -28,7 +30,8 @@ _INTEGERS = {
     code: np.dtype(name) for code, name in (("U8", "u1"), ("I8", "i1"), ("I32", "<i4"), ("U32", "<u4"), ("I64", "<i8"))
 }
 
-_MAX_JSON_BYTES = 100_000_000  # safetensors' own limit for a header
+_MAX_JSON_BYTES = 20_000_000  # an index takes about 100 a tensor
+_MOST_NAMED = 5  # in one message
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_+=@ -][A-Za-z0-9._+=@ -]{0,200}\.safetensors")
 _CHUNK_BYTES = 4 << 20  # small enough to stay in a CPU's cache between reading and converting
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
@@ -210,25 +213,33 @@ class Checkpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; raises `CheckpointError` if there is none.
 
-    Refuses files over 100 MB, and names given twice, which JSON readers otherwise resolve silently.
+    Refuses what is no regular file (links to one are followed: the hub's cache is made of them), files over 20 MB,
+    and names given twice, which JSON readers otherwise resolve silently.
     """
     repeated: list[str] = []
     try:
-        size = path.stat().st_size
-        if size > _MAX_JSON_BYTES:
-            raise CheckpointError(str(path), [f"{size} bytes of JSON are more than the limit of {_MAX_JSON_BYTES}"])
-        fields = json.loads(path.read_bytes(), object_pairs_hook=_noting_repeats(repeated))
-    except CheckpointError:
-        raise
+        fields = json.loads(_regular_bytes(path), object_pairs_hook=_noting_repeats(repeated))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(str(path), [f"cannot be read as JSON: {error}"]) from error
+        raise CheckpointError(str(path), [f"cannot be read as JSON: {error!s:.200}"]) from error
     if not isinstance(fields, dict):
         raise CheckpointError(str(path), [f"holds {type(fields).__name__}, not a JSON object"])
     if repeated:
-        raise CheckpointError(str(path), [f"{name!r} is given twice" for name in repeated])
+        raise CheckpointError(str(path), [f"{name!r:.80} is given twice" for name in repeated[:_MOST_NAMED]])
     if strange := [name for name in fields if not name.isprintable()]:
-        raise CheckpointError(str(path), [f"{name!r} is not a name, but damage" for name in strange])
+        raise CheckpointError(str(path), [f"{name!r:.80} is not a name, but damage" for name in strange[:_MOST_NAMED]])
     return fields
+
+
+def _regular_bytes(path: Path) -> bytes:
+    """What a regular file holds, within the limit, whatever its status says; never waits for a pipe."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("it is not a regular file")
+        data = file.read(_MAX_JSON_BYTES + 1)
+    if len(data) > _MAX_JSON_BYTES:
+        raise OSError(f"it is longer than the limit of {_MAX_JSON_BYTES} bytes")
+    return data
 
 
 def _fill(file: FileIO, room: memoryview) -> None:

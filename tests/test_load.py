@@ -1,5 +1,7 @@
 """Loading: every row where the model reads it, dtypes and devices, and the arguments of from_pretrained."""
 
+import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -200,3 +202,28 @@ def test_progress_bar_counts_bytes_waits_a_second_and_can_be_switched_off(tmp_pa
     assert options["delay"] == 1 and options["unit"] == "B"
     assert (options["disable"], silenced["disable"]) == (False, True)
     assert bar.n == options["total"] == sum(tensor.nbytes for tensor in hf.values())
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("what", ["dangling link", "loop", "directory", "fifo", "endless", "long"])
+def test_a_json_file_that_is_no_regular_file_of_usual_length_is_an_error(tmp_path, name, what):
+    write_hf(tmp_path, CONFIG, hf_tensors(CONFIG), 2)
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    match what:
+        case "dangling link":
+            path.symlink_to("nowhere.json")
+        case "loop":
+            path.symlink_to(name)
+        case "directory":
+            path.mkdir()
+        case "fifo":
+            os.mkfifo(path)
+        case "endless":
+            path.symlink_to("/dev/zero")
+        case "long":
+            path.write_text(json.dumps({"a": "b" * 20_000_000}))
+    with pytest.raises(CheckpointError) as error:
+        AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    assert name in str(error.value)
+    assert len(str(error.value)) < 1000
