@@ -1,6 +1,5 @@
 """The 4-bit formats of the hub, one file each: their tensors are read as `Int4` or `Lookup4`, and never requantised."""
 
-import os
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
