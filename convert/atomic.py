@@ -13,37 +13,36 @@ from typing import Any, TextIO
 
 from jaxgen.errors import JaxgenError
 
+from .files import as_path
 from .leftovers import held, settle, take_over
 
 logger = logging.getLogger("jaxgen")
 
 
 @contextlib.contextmanager
-def new_directory(target: Path, *, replaceable: Collection[str] | None) -> Iterator[Path]:
+def new_directory(target: Path, *, owned: Collection[str], overwrite: bool) -> Iterator[Path]:
     """A temporary directory beside `target`, to be filled by the caller, that becomes `target` at the end.
 
     If the body raises, the temporary is removed and `target` is as before; what a killed process leaves, the next
-    save or load of `target` finds (see `leftovers.settle`). An existing `target` must be an empty directory, unless
-    `replaceable` is given (file name patterns): then it is replaced, with its mode, and its files that match none of
-    the patterns are kept, also those that somebody writes into it meanwhile. Raises `JaxgenError` for a target in
-    the way, a full disk, and every other error of the file system.
+    save or load of `target` finds (see `leftovers.settle`). An existing `target` must be a directory
+    without any file that belongs to what is written (`owned`, name patterns), unless `overwrite`: then those are
+    replaced. All other files are kept, also those that somebody writes into it meanwhile, and so is its mode.
+    Raises `JaxgenError` for a target in the way, a full disk, and every other error of the file system.
     """
-    target = target.expanduser().resolve()
-    instead = "save to a new directory, or give overwrite=True to replace the model in it"
+    target = _resolved(target)
     settle(target)
-    _files_in_the_way(target, replaceable, instead)
+    _other_files(target, owned, overwrite)
     with _as_jaxgen_error(f"{target} was not written, and nothing of it is left behind"):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _make(target)
         try:
             with held(temporary):
                 yield temporary
-                if target.exists():
-                    for path in _files_in_the_way(target, replaceable, instead):
-                        _link(path, temporary / path.name)
-                    temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+                for path in _other_files(target, owned, overwrite):
+                    _link(path, temporary / path.name)
+                _take_mode(temporary, target)
                 _sync_all(temporary)
-                _swap(temporary, target, replaceable or ())
+                _swap(temporary, target, owned)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -58,7 +57,7 @@ def resumable_directory(target: Path, made_from: Mapping[str, Any]) -> Iterator[
     be absent or empty. Raises `JaxgenError` for a target in the way, another process that is writing it, a full
     disk, and every other error of the file system.
     """
-    target = target.expanduser().resolve()
+    target = _resolved(target)
     place = target.with_name(f".{target.name}.converting")
     files, note = place / "files", place / "made_from.json"
     with (
@@ -66,7 +65,8 @@ def resumable_directory(target: Path, made_from: Mapping[str, Any]) -> Iterator[
         _lock(place),
     ):
         try:
-            _files_in_the_way(target, None, "choose a new directory")
+            if entries := _entries(target):
+                raise JaxgenError(f"{target} is not empty ({_first(entries)}); choose a new directory")
             if not _holds(note, made_from):
                 if files.exists():
                     logger.warning("%s is of another source or other options: starting afresh", place)
@@ -75,6 +75,7 @@ def resumable_directory(target: Path, made_from: Mapping[str, Any]) -> Iterator[
             files.mkdir(exist_ok=True)
             yield files
             _sync_all(files)
+            _take_mode(files, target)
             files.rename(target)  # refused by the system if somebody has filled it meanwhile
             _sync(target.parent)
         finally:
@@ -107,21 +108,46 @@ def _holds(note: Path, made_from: Mapping[str, Any]) -> bool:
         return False
 
 
-def _files_in_the_way(target: Path, replaceable: Collection[str] | None, instead: str) -> list[Path]:
+def _resolved(target: Path) -> Path:
+    """Without links, so that what is written lies beside what it becomes; raises `JaxgenError` if that cannot be."""
+    target = as_path(target, "target")
+    try:
+        target = target.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise JaxgenError(f"{str(target)!r:.200} cannot be looked up: {error}") from error
+    if not target.name:
+        raise JaxgenError(f"{target} cannot be replaced; give a new directory in it")
+    return target
+
+
+def _entries(target: Path) -> list[Path]:
+    with _as_jaxgen_error(f"{target!s:.200} was not written"):
+        if not target.exists():
+            return []
+        if not target.is_dir():
+            raise JaxgenError(f"{target} exists and is not a directory")
+        return sorted(target.iterdir())
+
+
+def _first(entries: list[Path]) -> str:
+    return f"{', '.join(path.name for path in entries[:3])}, ..."
+
+
+def _other_files(target: Path, owned: Collection[str], overwrite: bool) -> list[Path]:
     """Files of `target` to keep; raises if `target` must not be replaced."""
-    if not target.exists():
-        return []
-    if not target.is_dir():
-        raise JaxgenError(f"{target} exists and is not a directory")
-    entries = sorted(target.iterdir())
-    if entries and replaceable is None:
-        raise JaxgenError(f"{target} is not empty ({', '.join(path.name for path in entries[:3])}, ...); {instead}")
+    entries = _entries(target)
+    others = [path for path in entries if not any(path.match(pattern) for pattern in owned)]
+    if len(others) < len(entries) and not overwrite:
+        raise JaxgenError(
+            f"{target} is not empty ({_first([path for path in entries if path not in others])}); save to a new "
+            "directory, or give overwrite=True to replace the model in it"
+        )
     for path in entries:
         if not path.is_file():
             raise JaxgenError(
                 f"{target} holds {path.name!r}, which is no plain file; only flat directories are replaced"
             )
-    return [path for path in entries if not any(path.match(pattern) for pattern in replaceable or ())]
+    return others
 
 
 def _make(target: Path) -> Path:
@@ -132,6 +158,11 @@ def _make(target: Path) -> Path:
             temporary.mkdir()
             return temporary
     raise JaxgenError(f"{target}: no name left for a temporary directory")
+
+
+def _take_mode(directory: Path, target: Path) -> None:
+    if target.exists():
+        directory.chmod(stat.S_IMODE(target.stat().st_mode))
 
 
 def _sync_all(directory: Path) -> None:

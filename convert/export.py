@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,10 +14,24 @@ from jaxgen.model import QuantizedWeight
 from .atomic import new_directory
 from .checkpoint import DTYPES as CODES
 from .checkpoint import INDEX
+from .files import as_path
 from .leftovers import MODEL_FILES
 from .names import Part, parameter_parts
 from .placement import DTYPES, as_dtype
 from .writer import Layout, Planned, ShardWriter, index_of, json_bytes, plan_shards, shard_bytes
+
+# Options of transformers' save_pretrained, with the value that says what is done here anyway.
+_INERT = {
+    "is_main_process": True,
+    "push_to_hub": False,
+    "safe_serialization": True,
+    "save_function": None,
+    "save_original_format": True,
+    "save_peft_format": True,
+    "state_dict": None,
+    "token": None,
+    "variant": None,
+}
 
 
 def save_pretrained(
@@ -28,22 +41,27 @@ def save_pretrained(
     max_shard_size: int | str = 5_000_000_000,
     dtype: Any = None,
     overwrite: bool = False,
+    **options: Any,
 ) -> None:
     """Write `model` (a `MistralForCausalLM`) as a Hugging Face checkpoint, for transformers and jaxgen to load.
 
     `max_shard_size`: bytes of tensors per file, an int or HF's "5GB"; a larger tensor gets its own file.
     `dtype`: that of the written weights; when None the model's own, and then bit for bit. The directory appears
-    complete or not at all. It must be absent or empty, unless `overwrite`: then the model in it is replaced,
-    and other files (a tokenizer's) stay. Host memory holds one parameter at a time.
+    complete or not at all. It must hold no model, unless `overwrite`: then that is replaced. Other files in it (a
+    tokenizer's) stay, also those that others write meanwhile, and so does its mode. Host memory holds one parameter
+    at a time.
 
     Raises `JaxgenError` if the directory is in the way or cannot be written, `UnsupportedError` if the model
-    has parameters other than a Mistral's. Source: transformers `PreTrainedModel.save_pretrained`.
+    has parameters other than a Mistral's, and for other options of transformers unless their value changes nothing
+    (`push_to_hub=False`, `safe_serialization=True`). Source: transformers `PreTrainedModel.save_pretrained`.
     """
+    _refuse(options)
     limit = shard_bytes(max_shard_size)
     weights = _Weights(model, None if dtype is None else as_dtype(dtype))
     config = {**model.config.to_hf(), "dtype": weights.dtype.name, "torch_dtype": weights.dtype.name}
     shards = plan_shards(weights.parts, weights.nbytes, limit)
-    with new_directory(Path(directory), replaceable=MODEL_FILES if overwrite else None) as place:
+    target = as_path(directory, "save_pretrained: directory")
+    with new_directory(target, owned=MODEL_FILES, overwrite=overwrite) as place:
         (place / "config.json").write_bytes(json_bytes(config))
         # An empty file would tell transformers that there is no eos; without one it asks config.json.
         if generation := model.generation_config.to_hf():
@@ -57,6 +75,16 @@ def save_pretrained(
             weight_map = {part.name: name for name, parts in shards.items() for part in parts}
             total = sum(map(weights.nbytes, weights.parts))
             (place / INDEX).write_bytes(json_bytes(index_of(weight_map, total, total // weights.dtype.itemsize)))
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    """Raise for every option of a call that would change what is written."""
+    for name, value in options.items():
+        if name not in _INERT:
+            raise JaxgenError(f"save_pretrained: there is no option {name!r:.80}")
+        if value is not None and value is not _INERT[name]:
+            instead = "; upload the directory with `hf upload`" if name == "push_to_hub" else ""
+            raise UnsupportedError(f"save_pretrained: {name}={value!r:.80}: not supported{instead}")
 
 
 class _Weights:

@@ -14,11 +14,13 @@ import pytest
 from flax import nnx
 from safetensors import safe_open
 
+from jaxgen import demo
 from jaxgen.convert import atomic, leftovers
 from jaxgen.convert.load import AutoModelForCausalLM
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.model import MistralForCausalLM
+from jaxgen.text.tokenizer import load_tokenizer
 from tests.hf_files import CONFIG, hf_tensors, parameters, same_bits, write_hf
 
 ROOT = Path(__file__).parents[1]
@@ -174,6 +176,39 @@ def test_an_interrupted_save_leaves_everything_as_it_was(tmp_path, monkeypatch, 
         build().save_pretrained(target, overwrite=overwrite)
     assert {path.name: path.read_bytes() for path in target.glob("*")} == before
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if overwrite else [])
+
+
+def test_the_mode_of_an_empty_directory_stays(tmp_path):
+    for mode in (0o700, 0o750):
+        target = tmp_path / f"{mode:o}"
+        target.mkdir(mode)
+        build().save_pretrained(target)
+        assert target.stat().st_mode & 0o777 == mode
+
+
+def test_the_tokenizer_first_and_then_the_model(tmp_path):
+    load_tokenizer(demo.path()).save_pretrained(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    model = build()
+    model.save_pretrained(tmp_path / "out", push_to_hub=False, safe_serialization=True, state_dict=None)
+    with pytest.raises(JaxgenError, match=r"out is not empty \(config\.json, model\.safetensors, \.\.\.\)"):
+        model.save_pretrained(tmp_path / "out")
+    assert same_bits(parameters(load(tmp_path / "out")), parameters(model))
+    after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert before and after == before | {name: after[name] for name in ("config.json", "model.safetensors")}
+
+
+def test_options_of_transformers(tmp_path):
+    model = build()
+    for (name, value), message in {
+        ("push_to_hub", True): "push_to_hub=True: not supported; upload the directory with `hf upload`",
+        ("safe_serialization", False): "safe_serialization=False: not supported",
+        ("variant", "fp16"): "variant='fp16': not supported",
+        ("shards", 3): "there is no option 'shards'",
+    }.items():
+        with pytest.raises(JaxgenError, match=message):
+            model.save_pretrained(tmp_path / "out", **{name: value})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_second_rename_puts_the_old_directory_back(tmp_path, monkeypatch):

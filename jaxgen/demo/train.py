@@ -198,7 +198,7 @@ def _margin(model: MistralForCausalLM, tokenizer: "Tokenizer", prompt: str, expe
 def save(model: MistralForCausalLM, tokenizer: "Tokenizer", output: Path) -> None:
     """Write the checkpoint in bfloat16; it replaces what is in `output` when it is complete, not before."""
     settings = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": EOS_ID}
-    with new_directory(output, replaceable=("*",)) as place:
+    with new_directory(output, owned=("*",), overwrite=True) as place:
         save_pretrained(model, place, dtype="bfloat16")
         save_tokenizer(tokenizer, place)
         text = json.dumps(settings, indent=2) + "\n"
