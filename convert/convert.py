@@ -22,6 +22,7 @@ from .atomic import resumable_directory
 from .calibration import read_calibration
 from .checkpoint import DTYPES, INDEX, Checkpoint, read_json
 from .files import files_matching, require
+from .fingerprint import fingerprints
 from .formats import FIELDS, detect
 from .load import check_tensors
 from .names import HEAD, Part, parameter_parts
@@ -109,6 +110,7 @@ class _Conversion:
             "options": [dataclasses.asdict(self.int4), self.method],
             "calibration": None if self.calibration is None else _digest(self.calibration.tobytes()),
             "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()},
+            "content": fingerprints(self.checkpoint.directory, tensors.values()),
             "tensors": {name: dataclasses.astuple(info) for name, info in tensors.items()},
             "shards": {name: layout.nbytes for name, layout in self.layouts.items()},
             "small_files": {name: _digest(data) for name, data in self.small_files.items()},

@@ -239,6 +239,11 @@ def test_nothing_is_overwritten(source, tmp_path):
     assert files_in(tmp_path / "full") == {"precious": b"mine"}
 
 
+def test_the_mode_of_a_directory_made_for_it_stays(source, tmp_path):
+    (tmp_path / "out").mkdir(0o700)
+    assert convert_checkpoint(source, tmp_path / "out").stat().st_mode & 0o777 == 0o700
+
+
 def test_a_target_that_is_filled_meanwhile_is_left_alone(source, tmp_path, monkeypatch):
     def intrude(*arguments: Any, **options: Any) -> Any:
         (tmp_path / "out").mkdir(exist_ok=True)
@@ -311,18 +316,33 @@ def test_an_interrupted_conversion_goes_on_where_it_was(source, tmp_path, monkey
     assert not (tmp_path / ".out.converting").exists()
 
 
-@pytest.mark.parametrize("change", ["weights", "config", "tokenizer", "group_size", "max_shard_size"])
+@pytest.mark.parametrize(
+    "change",
+    ["weights", "weights of one tensor", "weights exchanged", "config", "tokenizer", "group_size", "max_shard_size"],
+)
 def test_another_source_or_other_options_start_afresh(source, tmp_path, monkeypatch, caplog, change):
     options: dict[str, Any] = {"group_size": 32, "max_shard_size": "30KB"}
     assert interrupt(monkeypatch, source, tmp_path / "out", 9, **options)
+    times = {path: path.stat().st_mtime_ns for path in source.iterdir()}
     if change == "weights":
         write_hf(source, WIDE, hf_tensors(WIDE, "BF16", seed=1), shards=2)
+    elif change == "weights of one tensor":
+        tensors = hf_tensors(WIDE, "BF16")
+        tensors["model.layers.1.mlp.up_proj.weight"] *= 2
+        write_hf(source, WIDE, tensors, shards=2)
+    elif change == "weights exchanged":  # two tensors of one shape under each other's name
+        tensors = hf_tensors(WIDE, "BF16")
+        one, other = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
+        tensors[one], tensors[other] = tensors[other], tensors[one]
+        write_hf(source, WIDE, tensors, shards=2)
     elif change == "config":
         write_hf(source, WIDE | {"rope_theta": 5e5}, hf_tensors(WIDE, "BF16"), shards=2)
     elif change == "tokenizer":
         (source / "tokenizer.json").write_text("{}")
     else:
         options |= {change: {"group_size": 64, "max_shard_size": "50KB"}[change]}
+    for path, time in times.items():  # as archives and copies restore them
+        os.utime(path, ns=(time, time))
     written = files_in(convert_checkpoint(source, tmp_path / "out", **options))
     assert "starting afresh" in caplog.text
     assert written == files_in(convert_checkpoint(source, tmp_path / "reference", **options))
