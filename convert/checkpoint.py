@@ -24,6 +24,7 @@ logger = logging.getLogger("jaxgen")
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+OLD_GPTQ = "quantize_config.json"  # where AutoGPTQ wrote its settings before transformers had a field for them
 DTYPES = {"BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16"), "F32": jnp.dtype("float32")}
 # What quantised checkpoints hold besides: packed weights, zero points, permutations, shapes.
 _INTEGERS = {
@@ -208,6 +209,18 @@ class Checkpoint:
             begin, end = entry["data_offsets"]
             self.tensors[name] = TensorInfo(shard, entry["dtype"], tuple(entry["shape"]), data + begin, data + end)
         return True
+
+
+def absent_shards(directory: Path) -> list[str]:
+    """Shards that the index of a directory names and that are not there; none where there is no readable index."""
+    if os.path.lexists(directory / WEIGHTS):
+        return []
+    try:
+        weight_map, _ = _weight_map(read_json(directory / INDEX))
+    except CheckpointError:  # whoever loads it says what is wrong
+        return []
+    shards = sorted(set(weight_map.values()))
+    return [name for name in shards if _SHARD_NAME.fullmatch(name) and not os.path.lexists(directory / name)]
 
 
 def read_json(path: Path) -> dict[str, Any]:

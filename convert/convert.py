@@ -227,8 +227,8 @@ def _calibration(directory: Path, path: Any, config: MistralConfig) -> np.ndarra
 def _companions(directory: Path) -> dict[str, bytes]:
     """The files beside config.json and the weights: the tokenizer's, and the defaults for generating."""
     try:
-        found = files_matching(directory, hub.WANTED)
-        return {path.name: path.read_bytes() for path in found if ".safetensors" not in path.name}
+        found = files_matching(directory, hub.COMPANIONS)
+        return {path.name: path.read_bytes() for path in found if path.suffix != ".safetensors"}
     except OSError as error:
         raise CheckpointError(str(directory), [f"cannot be read: {error}"]) from error
 

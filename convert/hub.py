@@ -7,22 +7,25 @@ from pathlib import Path
 
 from jaxgen.errors import JaxgenError
 
+from .checkpoint import INDEX, OLD_GPTQ, WEIGHTS, absent_shards
 from .leftovers import settle
 
-# Only what jaxgen reads: many repositories hold the same weights once more in other formats.
-WANTED = (
-    "config.json",
+# What belongs to a model beside its config and weights: defaults for generating, and all that makes a tokenizer.
+COMPANIONS = (
     "generation_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*.safetensors",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
-    "vocab.json",
-    "merges.txt",
+    "additional_chat_templates/*",
+    "vocab.*",
+    "merges.*",
+    "tekken.json",
 )
+# Only what jaxgen reads: many repositories hold the same weights once more in other formats. Shards are usually
+# called so; others, which only an index names, are fetched when it is there.
+WANTED = ("config.json", OLD_GPTQ, WEIGHTS, INDEX, "model-*.safetensors", *COMPANIONS)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -69,17 +72,19 @@ def _download(
     from huggingface_hub import errors
 
     where = f"{repo_id!r} is no local directory, and from the Hugging Face hub"
+    placed = {
+        "local_files_only": local_files_only,
+        "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
+        "token": token,
+    }
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo_id,
-                revision=revision,
-                local_files_only=local_files_only,
-                cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-                token=token,
-                allow_patterns=list(files),
-            )
+        place = Path(
+            huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(files), **placed)
         )
+        if INDEX in files and (rest := absent_shards(place)):
+            commit = place.name if _COMMIT.fullmatch(place.name) else revision  # a branch may have moved meanwhile
+            huggingface_hub.snapshot_download(repo_id, revision=commit, allow_patterns=rest, **placed)
+        return place
     except errors.GatedRepoError as error:
         raise JaxgenError(
             f"{where} it is gated: accept its terms at https://huggingface.co/{repo_id}, then log in "

@@ -30,7 +30,7 @@ from .checkpoint import DTYPES, Checkpoint, Wanted, read_json
 from .files import is_there, require
 from .formats import FIELDS, Format, detect
 from .formats.bitsandbytes import BitsAndBytes
-from .hub import locate
+from .hub import COMPANIONS, locate
 from .names import EMBEDDING, HEAD, is_legacy_buffer, parameter_parts
 from .placement import Device, as_device, as_dtype, auto_dtype
 from .progress import progress_bar
@@ -173,7 +173,7 @@ def open_checkpoint(place: Path) -> tuple[MistralConfig, Checkpoint, Format | No
 def _locate_gguf(name: Any, name_or_path: str | os.PathLike[str], **options: Any) -> Path:
     if not isinstance(name, str) or not name.endswith(".gguf"):
         raise JaxgenError(f"gguf_file={name!r} must be the name of a .gguf file")
-    directory = locate(name_or_path, files=(name, "generation_config.json"), **options)
+    directory = locate(name_or_path, files=(name, "config.json", *COMPANIONS), **options)
     if not (directory / name).is_file():
         raise JaxgenError(f"gguf_file={name!r}: there is no such file in {directory}")
     return directory / name

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxgen.errors import CheckpointError, JaxgenError
 from jaxgen.quant import Int4, Lookup4
 
-from ..checkpoint import Checkpoint, Wanted, read_json
+from ..checkpoint import OLD_GPTQ, Checkpoint, Wanted, read_json
 from ..files import is_there
 from ..names import Part
 from .modules import almost, setting, unsupported
@@ -62,7 +62,6 @@ _NAMES = frozenset(
     """.split()
 )
 
-_OLD_GPTQ = "quantize_config.json"  # where AutoGPTQ wrote it before transformers had a field for it
 _PACKED = (".qweight", ".weight_packed", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".W_q")
 
 
@@ -80,13 +79,13 @@ def detect(fields: dict[str, Any], checkpoint: Checkpoint) -> tuple[dict[str, An
     packed = next((name for name in sorted(checkpoint.tensors) if name.endswith(_PACKED)), None)
     if packed is None:
         return plain, None
-    path = checkpoint.directory / _OLD_GPTQ
+    path = checkpoint.directory / OLD_GPTQ
     if packed.endswith(".qweight") and is_there(path):
         quantization = read_json(path)
-        return plain, _open(_method(_OLD_GPTQ, quantization), quantization, checkpoint)
+        return plain, _open(_method(OLD_GPTQ, quantization), quantization, checkpoint)
     problem = (
         f"{packed!r} is quantised, but config.json has no quantization_config"
-        f"{f', nor is there a {_OLD_GPTQ},' if packed.endswith('.qweight') else ''} to say how; "
+        f"{f', nor is there a {OLD_GPTQ},' if packed.endswith('.qweight') else ''} to say how; "
         "restore it from where the checkpoint came from"
     )
     raise CheckpointError(str(checkpoint.directory), [problem])
@@ -96,7 +95,7 @@ def _method(name: str, quantization: Mapping[str, Any]) -> str:
     """HF's quant_method, or what stands for it in configs that have none."""
     if method := setting(quantization, "quant_method", ""):
         return method
-    if name == _OLD_GPTQ:
+    if name == OLD_GPTQ:
         return "gptq"
     if quantization.get("load_in_4bit") or quantization.get("load_in_8bit"):
         return "bitsandbytes"

@@ -53,13 +53,15 @@ def tokenizer_for(model: Any, tokenizer: Any = None) -> Any:
 
     Raises `JaxgenError` for a model that was not loaded from a checkpoint, or one without a tokenizer.
     """
-    from jaxgen.convert.hub import locate
+    from jaxgen.convert.hub import COMPANIONS, locate
 
     if tokenizer is None:
         tokenizer = getattr(model, "name_or_path", None)
         if tokenizer is None:
             raise JaxgenError("this model was not loaded from a checkpoint, so it has no tokenizer: pass tokenizer=")
-    return load_tokenizer(locate(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
+    if not isinstance(tokenizer, str | Path):
+        return tokenizer
+    return load_tokenizer(locate(tokenizer, files=("config.json", *COMPANIONS)))
 
 
 def left_pad(rows: Sequence[Sequence[int]], fill: int) -> Int[np.ndarray, "B T"]:

@@ -11,7 +11,7 @@ from jaxgen.errors import JaxgenError, UnsupportedError
 
 _FILES = (
     "config.json", "tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.*",
+    "merges.*", "tekken.json",
 )  # fmt: skip
 _MOST_BYTES = 100_000_000  # the largest vocabularies take 40 million
 _MOST_GROWTH = 10_000  # how much longer a text may become
