@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from jaxgen.errors import JaxgenError
 
-from .files import as_path
+from .files import as_path, is_ours
 from .leftovers import held, settle, take_over
 
 logger = logging.getLogger("jaxgen")
@@ -54,8 +54,8 @@ def resumable_directory(target: Path, made_from: Mapping[str, Any]) -> Iterator[
 
     If the body raises, or the process is killed, its files stay in `.NAME.converting/files` and are there again in
     the next run with an equal `made_from` (a JSON object); for another `made_from` they are removed. `target` must
-    be absent or empty. Raises `JaxgenError` for a target in the way, another process that is writing it, a full
-    disk, and every other error of the file system.
+    be absent or empty. Raises `JaxgenError` for a target in the way, another process that is writing it, a
+    `.NAME.converting` that others can write to, a full disk, and every other error of the file system.
     """
     target = _resolved(target)
     place = target.with_name(f".{target.name}.converting")
@@ -71,6 +71,7 @@ def resumable_directory(target: Path, made_from: Mapping[str, Any]) -> Iterator[
                 if files.exists():
                     logger.warning("%s is of another source or other options: starting afresh", place)
                     shutil.rmtree(files)
+                note.unlink(missing_ok=True)
                 note.write_text(json.dumps(made_from))
             files.mkdir(exist_ok=True)
             yield files
@@ -88,9 +89,15 @@ def _lock(place: Path) -> TextIO:
     import fcntl  # POSIX only: at the top it would keep all of jaxgen.convert from Windows
 
     while True:
-        place.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            place.mkdir(0o700)
         with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
-            lock = opened.enter_context((place / "lock").open("w"))
+            # Where others can write, they may have put links, for us to write through.
+            if not is_ours(place) or (place / "files").is_symlink():
+                raise JaxgenError(f"{place} is in the way: no directory of yours that only you can write to; remove it")
+            descriptor = os.open(place / "lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            lock = opened.enter_context(open(descriptor, "w"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

@@ -21,7 +21,7 @@ from .assemble import rounded
 from .atomic import resumable_directory
 from .calibration import read_calibration
 from .checkpoint import DTYPES, INDEX, Checkpoint, read_json
-from .files import files_matching, require
+from .files import files_matching, leads_out, require
 from .fingerprint import fingerprints
 from .formats import FIELDS, detect
 from .load import check_tensors
@@ -227,8 +227,16 @@ def _calibration(directory: Path, path: Any, config: MistralConfig) -> np.ndarra
 def _companions(directory: Path) -> dict[str, bytes]:
     """The files beside config.json and the weights: the tokenizer's, and the defaults for generating."""
     try:
-        found = files_matching(directory, hub.COMPANIONS)
-        return {path.name: path.read_bytes() for path in found if path.suffix != ".safetensors"}
+        found = [path for path in files_matching(directory, hub.COMPANIONS) if path.suffix != ".safetensors"]
+        copied = [directory / "config.json", *found]
+        if outside := [
+            f"{path.name} is a link out of the directory, to {os.readlink(path)!r:.200}; only what is in the "
+            "checkpoint is copied: put the file there"
+            for path in copied
+            if leads_out(path, directory)
+        ]:
+            raise CheckpointError(str(directory), outside)
+        return {path.name: path.read_bytes() for path in found}
     except OSError as error:
         raise CheckpointError(str(directory), [f"cannot be read: {error}"]) from error
 

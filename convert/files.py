@@ -49,6 +49,26 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def leads_out(path: Path, directory: Path) -> bool:
+    """Whether a file of a checkpoint's directory is a link to a place outside of it.
+
+    What the Hugging Face hub put into its cache is inside: there, snapshots/REVISION/NAME is a link to blobs/HASH.
+    """
+    if path.is_symlink():
+        target = Path(os.path.abspath(path.parent.resolve() / os.readlink(path)))
+        revisions = directory.resolve().parent
+        if revisions.name == "snapshots" and target.parent.resolve() == revisions.parent / "blobs":
+            return False
+    return not path.resolve().is_relative_to(directory.resolve())
+
+
+def is_ours(place: Path) -> bool:
+    """Whether this is a directory, no link to one, that belongs to this user, and nobody else can write to."""
+    status = os.lstat(place)
+    ours = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+    return stat.S_ISDIR(status.st_mode) and ours and not status.st_mode & 0o022
+
+
 def require(path: Path, what: str) -> Path:
     """`path`, a file that a directory of kind `what` must have; raises `CheckpointError` if it is not there."""
     if is_there(path):

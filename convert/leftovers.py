@@ -10,6 +10,8 @@ from pathlib import Path
 
 from jaxgen.errors import JaxgenError
 
+from .files import is_ours
+
 logger = logging.getLogger("jaxgen")
 
 # What a saved model consists of: replaced by overwrite=True, while other files (the tokenizer's) stay.
@@ -113,6 +115,7 @@ def _lock(directory: Path, *, wait: bool) -> int | None:
 def _of(target: Path, kind: str) -> list[Path]:
     name = re.compile(rf"\.{re.escape(target.name)}\.{kind}-\d+(-\d+)?")
     try:
-        return sorted(path for path in target.parent.iterdir() if name.fullmatch(path.name))
-    except PermissionError:
+        # Others may have prepared what has such a name, where they can write: it is none of a save of ours.
+        return sorted(path for path in target.parent.iterdir() if name.fullmatch(path.name) and is_ours(path))
+    except (PermissionError, FileNotFoundError):  # the latter: just settled by another process
         return []
