@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jaxgen.errors import JaxgenError
+from jaxgen.paths import as_path
 
-from .files import as_path, is_ours
+from .files import is_ours
 from .leftovers import held, settle, take_over
 
 logger = logging.getLogger("jaxgen")

@@ -14,6 +14,7 @@ import numpy as np
 import jaxgen
 from jaxgen.config import MistralConfig
 from jaxgen.errors import CheckpointError, JaxgenError
+from jaxgen.paths import as_path
 from jaxgen.quant import Int4, Int4Config
 
 from . import hub, packed
@@ -74,11 +75,12 @@ def convert_checkpoint(
         needs = "needs calibration text" if calibration is None else "looks at no text; leave calibration away"
         raise JaxgenError(f"convert: method={method!r} {needs}")
     config = Int4Config(group_size=group_size, lm_head=lm_head)
+    path = as_path(target, "convert: target")
     directory = hub.locate(source)
     conversion = _Conversion(directory, config, method, calibration, shard_bytes(max_shard_size))
-    with resumable_directory(Path(target), conversion.made_from()) as place:
+    with resumable_directory(path, conversion.made_from()) as place:
         conversion.write(place)
-    return Path(target).expanduser()
+    return path
 
 
 class _Conversion:
@@ -221,7 +223,7 @@ def _plain(place: Path) -> tuple[dict[str, Any], Checkpoint]:
 def _calibration(directory: Path, path: Any, config: MistralConfig) -> np.ndarray:
     from jaxgen.text.tokenizer import load_tokenizer
 
-    return read_calibration(Path(path), load_tokenizer(directory), config)
+    return read_calibration(as_path(path, "calibration"), load_tokenizer(directory), config)
 
 
 def _companions(directory: Path) -> dict[str, bytes]:

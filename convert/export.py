@@ -10,11 +10,11 @@ from flax import nnx
 
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.model import QuantizedWeight
+from jaxgen.paths import as_path
 
 from .atomic import new_directory
 from .checkpoint import DTYPES as CODES
 from .checkpoint import INDEX
-from .files import as_path
 from .leftovers import MODEL_FILES
 from .names import Part, parameter_parts
 from .placement import DTYPES, as_dtype
@@ -56,11 +56,11 @@ def save_pretrained(
     (`push_to_hub=False`, `safe_serialization=True`). Source: transformers `PreTrainedModel.save_pretrained`.
     """
     _refuse(options)
+    target = as_path(directory, "save_pretrained: directory")
     limit = shard_bytes(max_shard_size)
     weights = _Weights(model, None if dtype is None else as_dtype(dtype))
     config = {**model.config.to_hf(), "dtype": weights.dtype.name, "torch_dtype": weights.dtype.name}
     shards = plan_shards(weights.parts, weights.nbytes, limit)
-    target = as_path(directory, "save_pretrained: directory")
     with new_directory(target, owned=MODEL_FILES, overwrite=overwrite) as place:
         (place / "config.json").write_bytes(json_bytes(config))
         # An empty file would tell transformers that there is no eos; without one it asks config.json.

@@ -5,24 +5,10 @@ import stat
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-from jaxgen.errors import CheckpointError, JaxgenError
+from jaxgen.errors import CheckpointError
 
 _NAMED_AS_FILES = (".json", ".jinja", ".model", ".txt", ".safetensors")
-
-
-def as_path(value: Any, name: str) -> Path:
-    """The path that the argument `name` is, with "~" filled in; raises `JaxgenError` if it is none."""
-    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
-        raise JaxgenError(f"{name}={value!r:.80} must be a path")
-    text = os.fspath(value)
-    if "\0" in text:
-        raise JaxgenError(f"{name}={text!r:.80} is not a path: it holds a NUL character")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise JaxgenError(f"{name}={text!r:.80}: there is no such user's home") from error
 
 
 def is_there(path: Path) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgen.errors import JaxgenError
+from jaxgen.paths import as_path
 
 from .checkpoint import INDEX, OLD_GPTQ, WEIGHTS, absent_shards
 from .leftovers import settle
@@ -44,17 +45,19 @@ def locate(
     `JaxgenError` for a path that is not there, and for whatever keeps the hub from answering: no network, no such
     repository or revision, no access.
     """
+    path = as_path(name_or_path, "name_or_path", "a directory or a hub id")
     try:
-        path = Path(name_or_path).expanduser()
         if not os.path.lexists(path):
             settle(path.absolute())
         is_directory, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no permission, no such user's home, NUL
-        raise JaxgenError(f"{name_or_path!r} cannot be looked up: {error}") from error
+    except OSError as error:  # a name too long, no permission
+        raise JaxgenError(f"{name_or_path!r:.200} cannot be looked up: {error}") from error
     if is_directory or (exists and path.suffix == ".gguf"):
         return path
     if exists:
         raise JaxgenError(f"{path} is a file; give the directory that holds config.json and the weights")
+    if os.path.lexists(path):
+        raise JaxgenError(f"{path} is a link that leads nowhere")
     if not isinstance(name_or_path, str) or not _HUB_ID.fullmatch(name_or_path):
         raise JaxgenError(f"{name_or_path!r}: there is no such directory, and it is not a hub id ('owner/name')")
     return _download(name_or_path, files, revision, local_files_only, cache_dir, token)
@@ -71,10 +74,12 @@ def _download(
     import huggingface_hub
     from huggingface_hub import errors
 
+    if not isinstance(revision, str | None):
+        raise JaxgenError(f"revision={revision!r:.80} must be the name of a branch or tag, or a commit")
     where = f"{repo_id!r} is no local directory, and from the Hugging Face hub"
     placed = {
         "local_files_only": local_files_only,
-        "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
+        "cache_dir": None if cache_dir is None else os.fspath(as_path(cache_dir, "cache_dir")),
         "token": token,
     }
     try:

@@ -4,10 +4,10 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, no_type_check
 
 from jaxgen.errors import JaxgenError, UnsupportedError, listed
+from jaxgen.paths import as_path
 
 # Fields with one value that jaxgen implements; any other value would change the mathematics.
 _FIXED = {
@@ -201,7 +201,7 @@ def _rope_theta(fields: Mapping[str, Any], refused: list[str]) -> tuple[Any, lis
 def _read_json(source: "str | os.PathLike[str] | Mapping[str, Any]") -> dict[str, Any]:
     if isinstance(source, Mapping):
         return dict(source)
-    path = Path(source)
+    path = as_path(source, "config", "a mapping, a config.json, or the directory that holds one")
     path = path / "config.json" if path.is_dir() else path
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))

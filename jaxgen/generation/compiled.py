@@ -14,6 +14,7 @@ from jaxgen.generation import beam, loop, speculate
 from jaxgen.generation.controls import Recipe
 from jaxgen.generation.strict import DETERMINISTIC_OPTIONS
 from jaxgen.lowering import Target, own_rules, tracing_for
+from jaxgen.paths import as_path
 from jaxgen.quant.int4 import Int4
 from jaxgen.quant.matmul import FUSION_OPTIONS
 
@@ -197,12 +198,15 @@ def enable_compile_cache(directory: str | os.PathLike[str] | None = None) -> Pat
     """Keep compiled executables on disk, so that the next process starts warm; returns the directory.
 
     By default a private directory of this user (mode 0700). JAX loads and runs what it finds there: never use a
-    directory that others can write to. Raises `JaxgenError` if the directory belongs to someone else or is
-    writable by others.
+    directory that others can write to. Raises `JaxgenError` if the directory cannot be made, belongs to someone else
+    or is writable by others.
     """
-    path = Path(directory or Path.home() / ".cache" / "jaxgen" / "compiled").expanduser()
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    status = path.stat()
+    path = as_path(directory or "~/.cache/jaxgen/compiled", "enable_compile_cache: directory")
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = path.stat()
+    except OSError as error:
+        raise JaxgenError(f"{path!s:.200} cannot be a directory of compiled programs: {error}") from error
     if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
         raise JaxgenError(
             f"{path} can be written by other users, and whoever writes there can run code here; "

@@ -13,6 +13,7 @@ from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation.fields import CHECKS, METADATA, REFUSED, SAMPLING, out_of_range, plain
 from jaxgen.generation.notes import say_unused, usable
+from jaxgen.paths import as_path
 
 # transformers' defaults of last resort (GenerationConfig._get_default_generation_params), where they are not the
 # value at which an option does nothing. max_length is not here: when nobody sets a length, it is the prompt's
@@ -153,7 +154,7 @@ class GenerationConfig:
     def from_hf(cls, source: "str | os.PathLike[str] | Mapping[str, Any] | object") -> "GenerationConfig":
         """Read transformers' form: a generation_config.json, its directory, a dict, or a GenerationConfig object."""
         if isinstance(source, str | os.PathLike):
-            return cls.from_stored(*_read_file(Path(source)))
+            return cls.from_stored(*_read_file(as_path(source, "generation config")))
         elif isinstance(source, Mapping):
             fields = dict(source)
         elif callable(to_dict := getattr(source, "to_dict", None)):

@@ -16,6 +16,7 @@ import numpy as np
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.config import DEFAULT_NEW_TOKENS
 from jaxgen.generation.sample import SAMPLER_VERSION
+from jaxgen.paths import as_path
 from jaxgen.records.check import check, cut, logprobs_sha256
 from jaxgen.records.provenance import compiler_options, environment, model_of, tokenizer_of
 
@@ -89,7 +90,7 @@ class Record:
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Write to a file, which appears complete or not at all. Raises `JaxgenError` if it cannot be written."""
-        path = Path(os.path.realpath(path))  # a link stays one
+        path = Path(os.path.realpath(as_path(path, "the record's file")))  # a link stays one
         if path.exists() and not path.is_file():
             raise JaxgenError(f"{path}: the record was not written: it is there, and no plain file")
         aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -109,8 +110,9 @@ class Record:
     @classmethod
     def load(cls, path: "str | os.PathLike[str]") -> "Record":
         """Read a file that `save` wrote. Raises `JaxgenError`, naming it, if it is not there or no record."""
+        path = as_path(path, "the record's file")
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise JaxgenError(f"{path}: cannot be read: {error}") from error
         except JaxgenError as error:
