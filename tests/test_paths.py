@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 
 import jaxgen
@@ -56,6 +57,15 @@ FINE = {  # and mean something else
 @pytest.fixture(scope="module")
 def model():
     return AutoModelForCausalLM.from_pretrained(demo.path(), device_map="cpu")
+
+
+@pytest.fixture(autouse=True)
+def as_users_run_it():
+    """Without the checks of annotations that the tests add: they would refuse what is no path before the library."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.mark.parametrize("path, door", [(path, door) for path in PATHS for door in DOORS if (path, door) not in FINE])
