@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, no_type_check
 
 from jaxgen.errors import CheckpointError, UnsupportedError
+from jaxgen.files import read_json
 
-from .checkpoint import read_json
 from .files import require
 from .patterns import Patterns
 

@@ -1,11 +1,9 @@
 """Reading a directory of safetensors files: all headers are checked first, then one tensor is read at a time."""
 
 import dataclasses
-import json
 import logging
 import os
 import re
-import stat
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxgen.errors import CheckpointError
+from jaxgen.files import MOST_JSON, open_regular, parse_json, read_json
 
 from .files import is_there
 from .names import is_legacy_buffer
@@ -31,8 +30,6 @@ _INTEGERS = {
     code: np.dtype(name) for code, name in (("U8", "u1"), ("I8", "i1"), ("I32", "<i4"), ("U32", "<u4"), ("I64", "<i8"))
 }
 
-_MAX_JSON_BYTES = 20_000_000  # an index takes about 100 a tensor
-_MOST_NAMED = 5  # in one message
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_+=@ -][A-Za-z0-9._+=@ -]{0,200}\.safetensors")
 _CHUNK_BYTES = 4 << 20  # small enough to stay in a CPU's cache between reading and converting
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
@@ -223,38 +220,6 @@ def absent_shards(directory: Path) -> list[str]:
     return [name for name in shards if _SHARD_NAME.fullmatch(name) and not os.path.lexists(directory / name)]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises `CheckpointError` if there is none.
-
-    Refuses what is no regular file (links to one are followed: the hub's cache is made of them), files over 20 MB,
-    and names given twice, which JSON readers otherwise resolve silently.
-    """
-    repeated: list[str] = []
-    try:
-        fields = json.loads(_regular_bytes(path), object_pairs_hook=_noting_repeats(repeated))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(str(path), [f"cannot be read as JSON: {error!s:.200}"]) from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(str(path), [f"holds {type(fields).__name__}, not a JSON object"])
-    if repeated:
-        raise CheckpointError(str(path), [f"{name!r:.80} is given twice" for name in repeated[:_MOST_NAMED]])
-    if strange := [name for name in fields if not name.isprintable()]:
-        raise CheckpointError(str(path), [f"{name!r:.80} is not a name, but damage" for name in strange[:_MOST_NAMED]])
-    return fields
-
-
-def _regular_bytes(path: Path) -> bytes:
-    """What a regular file holds, within the limit, whatever its status says; never waits for a pipe."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError("it is not a regular file")
-        data = file.read(_MAX_JSON_BYTES + 1)
-    if len(data) > _MAX_JSON_BYTES:
-        raise OSError(f"it is longer than the limit of {_MAX_JSON_BYTES} bytes")
-    return data
-
-
 def _fill(file: FileIO, room: memoryview) -> None:
     done = 0
     while done < len(room):
@@ -264,30 +229,20 @@ def _fill(file: FileIO, room: memoryview) -> None:
         done += count
 
 
-def _noting_repeats(repeated: list[str]):
-    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in fields:
-                repeated.append(name)
-            fields[name] = value
-        return fields
-
-    return build
-
-
 def _header(path: Path) -> tuple[dict[str, Any], list[str], int]:
     """The header of a safetensors file, names given twice in it, and where the data begins.
 
     Raises `SafetensorError` or `OSError` for anything that the library refuses: it checks the length of the file,
     and that the tensors' sizes follow from dtype and shape and cover the data without gap or overlap.
     """
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MOST_JSON:
+            raise OSError(f"its header of {length} bytes is longer than the limit of {MOST_JSON} bytes")
+        text = file.read(length)
     with safe_open(str(path), framework="numpy"):
         pass
-    repeated: list[str] = []
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length), object_pairs_hook=_noting_repeats(repeated))
+    header, repeated = parse_json(text)
     header.pop("__metadata__", None)
     return header, repeated, 8 + length
 

@@ -14,6 +14,7 @@ import numpy as np
 import jaxgen
 from jaxgen.config import MistralConfig
 from jaxgen.errors import CheckpointError, JaxgenError
+from jaxgen.files import read_json
 from jaxgen.paths import as_path
 from jaxgen.quant import Int4, Int4Config
 
@@ -21,7 +22,7 @@ from . import hub, packed
 from .assemble import rounded
 from .atomic import resumable_directory
 from .calibration import read_calibration
-from .checkpoint import DTYPES, INDEX, Checkpoint, read_json
+from .checkpoint import DTYPES, INDEX, Checkpoint
 from .files import files_matching, leads_out, require
 from .fingerprint import fingerprints
 from .formats import FIELDS, detect

@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxgen.config import MistralConfig
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
+from jaxgen.files import read_json
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.lowering import device_runs_kernels, own_rules
 from jaxgen.model import MistralForCausalLM, QuantizedWeight
@@ -26,7 +27,7 @@ from jaxgen.quant.planar import planar
 from .adapter import FILES as ADAPTER_FILES
 from .adapter import Adapter
 from .assemble import Assembler
-from .checkpoint import DTYPES, Checkpoint, Wanted, read_json
+from .checkpoint import DTYPES, Checkpoint, Wanted
 from .files import is_there, require
 from .formats import FIELDS, Format, detect
 from .formats.bitsandbytes import BitsAndBytes

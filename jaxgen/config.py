@@ -1,12 +1,12 @@
 """MistralConfig: a Hugging Face config.json as a frozen dataclass that refuses what it does not understand."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from typing import Any, no_type_check
 
 from jaxgen.errors import JaxgenError, UnsupportedError, listed
+from jaxgen.files import read_json
 from jaxgen.paths import as_path
 
 # Fields with one value that jaxgen implements; any other value would change the mathematics.
@@ -203,13 +203,7 @@ def _read_json(source: "str | os.PathLike[str] | Mapping[str, Any]") -> dict[str
         return dict(source)
     path = as_path(source, "config", "a mapping, a config.json, or the directory that holds one")
     path = path / "config.json" if path.is_dir() else path
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise JaxgenError(f"{path}: cannot be read as a JSON config: {error}") from error
-    if not isinstance(fields, dict):
-        raise JaxgenError(f"{path}: holds {type(fields).__name__}, not a JSON object")
-    return fields
+    return read_json(path)
 
 
 def _is_int(value: object, minimum: int) -> bool:

@@ -1,11 +1,15 @@
 """What jaxgen raises: one base class, so that a caller can catch everything jaxgen says on purpose."""
 
 _MOST_SHOWN, _LONGEST = 30, 600
-_LONGEST_VALUE = 80
+_LONGEST_VALUE, _LONGEST_MESSAGE = 80, 20_000
 
 
 class JaxgenError(ValueError):
     """Something the caller can mend: the message names the field, the row, the value and the limit."""
+
+    def __init__(self, message: str):
+        # It may quote a file of others; nobody reads more.
+        super().__init__(message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}...")
 
 
 class UnsupportedError(JaxgenError):

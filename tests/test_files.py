@@ -1,18 +1,25 @@
 """Which files are there: a name that stands for no file is never taken for an absent file."""
 
 import os
+import re
 import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from jaxgen import AutoModelForCausalLM, JaxgenError, demo
+from jaxgen import AutoModelForCausalLM, GenerationConfig, JaxgenError, demo
+from jaxgen.config import MistralConfig
 from jaxgen.convert import convert_checkpoint
 from jaxgen.convert.checkpoint import INDEX, WEIGHTS
+from jaxgen.records.record import Record
 from jaxgen.text.tokenizer import load_tokenizer
+from tests.gguf_files import gguf_bytes
 from tests.hf_files import CONFIG, hf_tensors, parameters, same_bits, write_hf
+from tests.lora_files import adapter_tensors, scales, write_adapter
 
 
 def load(directory: Path, **options: Any):
@@ -30,6 +37,16 @@ def put(kind: str, path: Path) -> None:
         path.mkdir()
     else:
         os.mkfifo(path)
+
+
+def write_model(place: Path) -> None:
+    write_hf(place, CONFIG, hf_tensors(CONFIG))
+
+
+def write_lora(place: Path) -> None:
+    base = hf_tensors(CONFIG)
+    write_hf(place / "base", CONFIG, base)
+    write_adapter(place, adapter_tensors(base, scales(base)))
 
 
 NO_FILES = {
@@ -70,6 +87,76 @@ def test_nor_where_the_settings_of_gptq_are_looked_for(tmp_path, kind):
     put(kind, tmp_path / "quantize_config.json")
     with pytest.raises(JaxgenError, match=rf"quantize_config\.json.*{NO_FILES[kind]}"):
         load(tmp_path)
+
+
+# What makes a directory that is whole and has a file of this name, and what reads that.
+DOORS: dict[str, tuple[Callable[[Path], Any], str, Callable[[Path], Any]]] = {
+    "config": (write_model, "config.json", lambda place: MistralConfig.from_hf(place / "config.json")),
+    "defaults": (write_model, "generation_config.json", GenerationConfig.from_pretrained),
+    "defaults by name": (
+        write_model, "generation_config.json", lambda place: GenerationConfig.from_hf(place / "generation_config.json")
+    ),
+    "adapter": (write_lora, "adapter_config.json", lambda place: load(place / "base", adapter=place)),
+    "adapter's weights": (write_lora, "adapter_model.safetensors", lambda place: load(place / "base", adapter=place)),
+    "gguf": (
+        lambda place: (place / "a.gguf").write_bytes(gguf_bytes()), "a.gguf", lambda place: load(place / "a.gguf")
+    ),
+    "record": (lambda place: None, "record.json", lambda place: Record.load(place / "record.json")),
+    "tokenizer": (
+        lambda place: shutil.copytree(demo.path(), place, dirs_exist_ok=True), "tokenizer.json", load_tokenizer
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def ends() -> Iterator[None]:
+    """What waits for a pipe, or reads a device to its end, fails."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to itself", "long"])
+@pytest.mark.parametrize("door", DOORS)
+def test_no_reader_waits_or_reads_without_end(tmp_path, ends, door, kind):
+    write, name, read = DOORS[door]
+    write(tmp_path)
+    path = tmp_path / name
+    if kind == "long":
+        with path.open("ab") as file:
+            file.truncate(110_000_000)
+    elif kind == "device":
+        path.unlink(missing_ok=True)
+        path.symlink_to("/dev/zero")
+    else:
+        put(kind, path)
+    with pytest.raises(JaxgenError, match=re.escape(name)) as caught:
+        read(tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_headers_of_any_length_are_not_read(tmp_path):
+    write_hf(tmp_path, CONFIG, hf_tensors(CONFIG))
+    header = b'{"a":' + b"[" * 90_000_000
+    (tmp_path / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(JaxgenError, match="its header of 90000005 bytes is longer than the limit"):
+        load(tmp_path)
+
+
+def test_a_message_is_as_long_as_people_read(tmp_path):
+    write_hf(tmp_path, CONFIG, hf_tensors(CONFIG))
+    for unit, text in {"[],": '{"a": [%s[]]}', '"a":{},': '{%s"b": 1}', "x": '{"%s": 1}', "[": '{"b": %s'}.items():
+        (tmp_path / "config.json").write_text(text % (unit * (1_000_000 // len(unit))))
+        with pytest.raises(JaxgenError) as caught:
+            load(tmp_path)
+        assert len(str(caught.value)) < 20_010
+    assert len(str(JaxgenError("x" * 10**6))) < 20_010
 
 
 def test_the_hubs_cache_consists_of_links(tmp_path):

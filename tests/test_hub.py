@@ -15,7 +15,8 @@ from huggingface_hub.utils import filter_repo_objects
 
 from jaxgen import AutoModelForCausalLM, demo
 from jaxgen.convert import hub
-from jaxgen.convert.checkpoint import INDEX, read_json
+from jaxgen.convert.checkpoint import INDEX
+from jaxgen.files import read_json
 from jaxgen.text import tokenizer_files
 from jaxgen.text.tokenizer import tokenizer_for
 from tests.formats.files import changed

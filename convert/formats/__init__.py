@@ -5,9 +5,10 @@ from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
 from jaxgen.errors import CheckpointError, JaxgenError
+from jaxgen.files import read_json
 from jaxgen.quant import Int4, Lookup4
 
-from ..checkpoint import OLD_GPTQ, Checkpoint, Wanted, read_json
+from ..checkpoint import OLD_GPTQ, Checkpoint, Wanted
 from ..files import is_there
 from ..names import Part
 from .modules import almost, setting, unsupported

@@ -4,11 +4,13 @@ Source: the format's specification (ggml `docs/gguf.md`); versions 2 and 3, whic
 """
 
 import math
+import os
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from jaxgen.errors import CheckpointError, UnsupportedError
+from jaxgen.files import open_regular
 
 _KINDS = dict(enumerate(
     "F32 F16 Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S "
@@ -49,9 +51,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
     Raises `CheckpointError` unless tensors follow one another up to the end of the file, and `UnsupportedError` for
     big-endian files and kinds of tensors that jaxgen does not read.
     """
-    size = path.stat().st_size
+    size = 0
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             return _Header(file, size, path.name).read()
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError | UnsupportedError):
@@ -63,7 +66,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
 class _Header:
     """Reads from the start of a file on; every method raises `ValueError` for what the format does not allow."""
 
-    def __init__(self, file: BinaryIO, size: int, name: str):
+    def __init__(self, file: IO[bytes], size: int, name: str):
         self._file, self._size, self._name = file, size, name
         self._place = self._entries = 0
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import difflib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError, UnsupportedError
+from jaxgen.files import read_json
 from jaxgen.generation.fields import CHECKS, METADATA, REFUSED, SAMPLING, out_of_range, plain
 from jaxgen.generation.notes import say_unused, usable
 from jaxgen.paths import as_path
@@ -346,10 +346,4 @@ def _listed(value: Any) -> Any:
 
 def _read_file(path: Path) -> tuple[dict[str, Any], Path]:
     path = path / "generation_config.json" if path.is_dir() else path
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise JaxgenError(f"{path}: cannot be read as a JSON generation config: {error}") from error
-    if not isinstance(fields, dict):
-        raise JaxgenError(f"{path}: holds {type(fields).__name__}, not a JSON object")
-    return fields, path
+    return read_json(path), path

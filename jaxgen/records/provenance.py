@@ -15,6 +15,8 @@ import numpy as np
 from flax import nnx
 
 import jaxgen
+from jaxgen.errors import JaxgenError
+from jaxgen.files import read_bytes, read_json
 from jaxgen.generation import compiled
 from jaxgen.generation.weights import references, same_arrays, split
 from jaxgen.quant.planar import as_stored
@@ -129,12 +131,12 @@ def _chat_template(directory: Path | None) -> Any:
     if directory is None:
         return None
     try:
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    except OSError:
+        return read_bytes(directory / "chat_template.jinja").decode()
+    except (OSError, UnicodeDecodeError):
         pass
     try:
-        return json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-    except (OSError, ValueError):
+        return read_json(directory / "tokenizer_config.json").get("chat_template")
+    except JaxgenError:
         return None
 
 

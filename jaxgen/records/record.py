@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxgen.errors import JaxgenError
+from jaxgen.files import read_bytes
 from jaxgen.generation.config import DEFAULT_NEW_TOKENS
 from jaxgen.generation.sample import SAMPLER_VERSION
 from jaxgen.paths import as_path
@@ -24,6 +25,7 @@ SCHEMA, VERSION = "jaxgen.record", 1
 # Arguments of `generate` that decide tokens and are Python, which JSON does not hold; and others that only help.
 PYTHON = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 _HELPERS = ("assistant_model", "past_key_values")
+_MOST_BYTES = 100_000_000  # of a file: hundreds of rows of thousands of tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Record:
         """Read a file that `save` wrote. Raises `JaxgenError`, naming it, if it is not there or no record."""
         path = as_path(path, "the record's file")
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
+            return cls.from_json(read_bytes(path, _MOST_BYTES).decode())
         except (OSError, UnicodeDecodeError) as error:
             raise JaxgenError(f"{path}: cannot be read: {error}") from error
         except JaxgenError as error:

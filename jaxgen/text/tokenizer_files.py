@@ -1,6 +1,5 @@
 """A tokenizer's files, before transformers reads them: no code, no pipes, nothing that would fill the memory."""
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgen.errors import JaxgenError, UnsupportedError
+from jaxgen.files import read_json
 
 _FILES = (
     "config.json", "tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
@@ -36,8 +36,6 @@ def _check_kinds(directory: Path) -> None:
 
 
 def _refuse_code(directory: Path) -> None:
-    from jaxgen.convert.checkpoint import read_json
-
     for name in _CONFIGS:
         path = directory / name
         if os.path.lexists(path) and (code := read_json(path).get(_NAMES_CODE)):
@@ -51,12 +49,9 @@ def _check_growth(path: Path) -> None:
     """Raise where each step of a normalizer or decoder makes text longer, so that a letter would fill the memory."""
     if not path.exists():
         return
-    try:
-        fields = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise JaxgenError(f"{path}: cannot be read as JSON: {error}") from error
+    fields = read_json(path, limit=_MOST_BYTES, any_names=True)
     for name in ("normalizer", "decoder"):
-        steps = _steps(fields.get(name)) if isinstance(fields, dict) else ()
+        steps = _steps(fields.get(name))
         if (growth := math.prod(map(_growth, steps))) > _MOST_GROWTH:
             raise JaxgenError(f"{path}: {name}: makes a text more than {_MOST_GROWTH} times longer ({growth:.3g})")
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from jaxgen.convert.checkpoint import Checkpoint, read_json
+from jaxgen.convert.checkpoint import Checkpoint
 from jaxgen.convert.formats import detect
 from jaxgen.convert.load import AutoModelForCausalLM
 from jaxgen.convert.names import Part
+from jaxgen.files import read_json
 from jaxgen.quant import Int4
 
 UNIFORM = Path(__file__).parent / "uniform"

@@ -16,10 +16,11 @@ import pytest
 import torch
 import transformers
 
-from jaxgen.convert.checkpoint import Checkpoint, read_json
+from jaxgen.convert.checkpoint import Checkpoint
 from jaxgen.convert.formats import detect
 from jaxgen.convert.load import AutoModelForCausalLM
 from jaxgen.convert.names import Part
+from jaxgen.files import read_json
 from tests.formats import make_uniform
 
 pytestmark = pytest.mark.oracle
