@@ -222,4 +222,4 @@ def _as_jaxgen_error(message: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise JaxgenError(f"{message}: {error}") from error
+        raise JaxgenError(f"{message}: {error.strerror or error}") from error

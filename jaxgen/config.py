@@ -202,7 +202,7 @@ def _read_json(source: "str | os.PathLike[str] | Mapping[str, Any]") -> dict[str
     if isinstance(source, Mapping):
         return dict(source)
     path = as_path(source, "config", "a mapping, a config.json, or the directory that holds one")
-    path = path / "config.json" if path.is_dir() else path
+    path = path / "config.json" if os.path.isdir(path) else path
     return read_json(path)
 
 

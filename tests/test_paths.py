@@ -1,5 +1,6 @@
 """Paths that are none, at every door: one line that names the argument, and nothing is written."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ def save(model: Any, path: Any) -> None:
     model.save_pretrained(path)
 
 
+@functools.cache
+def record_of(model: Any) -> Record:
+    return model.generate([[1, 2]], max_new_tokens=1, return_dict_in_generate=True).record
+
+
 DOORS: dict[str, Any] = {
     "from_pretrained": lambda model, path: AutoModelForCausalLM.from_pretrained(path),
     "adapter": lambda model, path: AutoModelForCausalLM.from_pretrained(demo.path(), adapter=path),
@@ -31,13 +37,16 @@ DOORS: dict[str, Any] = {
     "save": save,
     "compile cache": lambda model, path: enable_compile_cache(path),
     "record": lambda model, path: Record.load(path),
+    "record that is saved": lambda model, path: record_of(model).save(path),
 }
 PATHS: dict[str, Any] = {
     "nobody's home": "~nouser/x",
     "NUL": "a\0b",
     "surrogate": "\ud800",
     "loop": "loop/x",
+    "loop itself": "loop",
     "too long": "x" * 5000,
+    "name too long": "x" * 300,
     "file": "file/x",
     "number": 3,
     "bytes": b"x",
@@ -75,7 +84,7 @@ def test_no_path_is_followed_by_a_raw_error(tmp_path, monkeypatch, model, path, 
     Path("file").write_text("")
     with pytest.raises(JaxgenError) as caught:
         DOORS[door](model, PATHS[path])
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
     assert {name.name for name in Path().iterdir()} == {"loop", "file"}
 
 

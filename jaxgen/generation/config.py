@@ -345,5 +345,5 @@ def _listed(value: Any) -> Any:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], Path]:
-    path = path / "generation_config.json" if path.is_dir() else path
+    path = path / "generation_config.json" if os.path.isdir(path) else path
     return read_json(path), path

@@ -93,7 +93,7 @@ class Record:
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Write to a file, which appears complete or not at all. Raises `JaxgenError` if it cannot be written."""
         path = Path(os.path.realpath(as_path(path, "the record's file")))  # a link stays one
-        if path.exists() and not path.is_file():
+        if os.path.lexists(path) and not os.path.isfile(path):
             raise JaxgenError(f"{path}: the record was not written: it is there, and no plain file")
         aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         try:
@@ -107,7 +107,7 @@ class Record:
                 aside.unlink()
             if not isinstance(error, OSError):
                 raise
-            raise JaxgenError(f"{path}: the record was not written: {error}") from error
+            raise JaxgenError(f"{path}: the record was not written: {error.strerror or error}") from error
 
     @classmethod
     def load(cls, path: "str | os.PathLike[str]") -> "Record":
