@@ -40,19 +40,17 @@ def leads_out(path: Path, directory: Path) -> bool:
 
     What the Hugging Face hub put into its cache is inside: there, snapshots/REVISION/NAME is a link to blobs/HASH.
     """
-    if path.is_symlink():
-        target = Path(os.path.abspath(path.parent.resolve() / os.readlink(path)))
-        revisions = directory.resolve().parent
-        if revisions.name == "snapshots" and target.parent.resolve() == revisions.parent / "blobs":
-            return False
-    return not path.resolve().is_relative_to(directory.resolve())
+    place, found = directory.resolve(), path.resolve()  # whatever chain of links leads there
+    if place.parent.name == "snapshots" and found.parent == place.parent.parent / "blobs":
+        return False
+    return not found.is_relative_to(place)
 
 
-def is_ours(place: Path) -> bool:
-    """Whether this is a directory, no link to one, that belongs to this user, and nobody else can write to."""
+def is_ours(place: Path, *, writable_by: int = stat.S_IWGRP | stat.S_IWOTH) -> bool:
+    """Whether this is a directory, no link to one, that belongs to this user, and none of these others can write to."""
     status = os.lstat(place)
     ours = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
-    return stat.S_ISDIR(status.st_mode) and ours and not status.st_mode & 0o022
+    return stat.S_ISDIR(status.st_mode) and ours and not status.st_mode & writable_by
 
 
 def require(path: Path, what: str) -> Path:

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -115,7 +116,9 @@ def _lock(directory: Path, *, wait: bool) -> int | None:
 def _of(target: Path, kind: str) -> list[Path]:
     name = re.compile(rf"\.{re.escape(target.name)}\.{kind}-\d+(-\d+)?")
     try:
-        # Others may have prepared what has such a name, where they can write: it is none of a save of ours.
-        return sorted(path for path in target.parent.iterdir() if name.fullmatch(path.name) and is_ours(path))
+        found = [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+        # Others may have prepared what has such a name, where they can write: it is none of a save of ours. A save has
+        # the mode of what it replaces, and where each user has a group of one, directories are made for it to write.
+        return sorted(path for path in found if is_ours(path, writable_by=stat.S_IWOTH))
     except (PermissionError, FileNotFoundError):  # the latter: just settled by another process
         return []

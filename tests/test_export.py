@@ -340,6 +340,15 @@ def test_the_next_load_or_save_settles_a_save_killed_between_its_renames(tmp_pat
     assert [path.name for path in place.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("mode", [0o700, 0o755, 0o775, 0o2775])
+def test_a_killed_save_is_found_whatever_its_mode(tmp_path, mode):
+    build(num_hidden_layers=1).save_pretrained(tmp_path / "out")
+    (tmp_path / "out").chmod(mode)
+    (tmp_path / "out").rename(tmp_path / ".out.old-1")
+    assert load(tmp_path / "out").config.num_hidden_layers == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_killed_save_is_undone_where_only_the_old_directory_is_left_and_a_living_one_is_left_alone(tmp_path, caplog):
     build(num_hidden_layers=1).save_pretrained(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / ".out.old-1")

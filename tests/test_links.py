@@ -78,9 +78,13 @@ def test_the_hubs_cache_is_made_of_links(source, secret, tmp_path, linked):
         snapshot = tmp_path / "cache" / snapshot.relative_to(tmp_path / "disk")
     out = convert_checkpoint(snapshot, tmp_path / "out")
     assert all((out / path.name).read_bytes() == path.read_bytes() for path in expected.iterdir())
-    (snapshot / "tokenizer.md").symlink_to("../../../../secret")
-    with pytest.raises(JaxgenError, match=r"tokenizer\.md is a link out"):
-        convert_checkpoint(snapshot, tmp_path / "again")
+    (repository / "blobs" / "link").symlink_to("../../../secret")
+    for target in ("../../../../secret", "../../blobs/link"):
+        (snapshot / "tokenizer.md").unlink(missing_ok=True)
+        (snapshot / "tokenizer.md").symlink_to(target)
+        assert (snapshot / "tokenizer.md").read_text() == "mine"
+        with pytest.raises(JaxgenError, match=r"tokenizer\.md is a link out"):
+            convert_checkpoint(snapshot, tmp_path / "again")
 
 
 @pytest.mark.parametrize(
