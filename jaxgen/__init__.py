@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxgen import demo as demo
     from jaxgen import plot as plot
+    from jaxgen.config import AutoConfig as AutoConfig
     from jaxgen.config import MistralConfig as MistralConfig
     from jaxgen.convert.load import AutoModelForCausalLM as AutoModelForCausalLM
     from jaxgen.errors import CheckpointError as CheckpointError
@@ -31,13 +32,16 @@ if TYPE_CHECKING:
     from jaxgen.quant.config import Int4Config as Int4Config
     from jaxgen.records.record import Record as Record
     from jaxgen.records.replay import replay as replay
+    from jaxgen.text.auto import AutoTokenizer as AutoTokenizer
     from jaxgen.text.pipeline import pipeline as pipeline
 
 __version__ = "0.1.0"
 
 _HOME = {
     "AllowedTokens": "jaxgen.generation.processors.constraint",
+    "AutoConfig": "jaxgen.config",
     "AutoModelForCausalLM": "jaxgen.convert.load",
+    "AutoTokenizer": "jaxgen.text.auto",
     "CheckpointError": "jaxgen.errors",
     "GenerateOutput": "jaxgen.generation.output",
     "GenerationConfig": "jaxgen.generation.config",
@@ -58,16 +62,19 @@ _HOME = {
     "replay": "jaxgen.records.replay",
 }
 _MODULES = ("demo", "plot")
+_OF_TRANSFORMERS = ("AsyncTextIteratorStreamer", "TextIteratorStreamer", "TextStreamer")  # as they are
 __all__ = [*_HOME, *_MODULES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"jaxgen.{name}")
+    if name in _OF_TRANSFORMERS:
+        return getattr(importlib.import_module("jaxgen.text.hf").transformers(), name)
     if name not in _HOME:
         raise AttributeError(f"module 'jaxgen' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, *_OF_TRANSFORMERS])

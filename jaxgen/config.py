@@ -1,11 +1,11 @@
-"""MistralConfig: a Hugging Face config.json as a frozen dataclass that refuses what it does not understand."""
+"""MistralConfig: a Hugging Face config.json as a dataclass that refuses what it does not understand."""
 
 import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any, no_type_check
 
-from jaxgen.errors import JaxgenError, UnsupportedError, listed
+from jaxgen.errors import NO_REMOTE_CODE, JaxgenError, UnsupportedError, listed
 from jaxgen.files import read_json
 from jaxgen.paths import as_path
 
@@ -49,12 +49,15 @@ _SLIDING_WINDOW_WHEN_MISSING = 4096  # transformers' MistralConfig; an explicit 
 
 
 @no_type_check  # fields come from files; __post_init__ checks them, and says what is wrong
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class MistralConfig:
     """The shape of a `MistralForCausalLM`, with HF's field names and transformers 5's defaults.
 
     `head_dim=None` becomes `hidden_size // num_attention_heads`; `sliding_window=None` means full attention.
     Raises `JaxgenError` for sizes that do not fit together. Source: transformers `MistralConfig`.
+
+    The token ids can be set later, for whoever saves or reads the config: as in transformers 5, generation asks
+    `model.generation_config` and not this one. So can `use_cache`, which changes nothing. A size cannot.
 
     >>> MistralConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2).head_dim
     16
@@ -76,6 +79,10 @@ class MistralConfig:
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
 
+    model_type = "mistral"
+    is_encoder_decoder = False
+    use_cache = True  # scripts that train set it; jaxgen generates with a cache, and trains without
+
     def __post_init__(self):
         problems = [
             f"{name}={getattr(self, name)!r:.80} must be {wanted}"
@@ -94,6 +101,24 @@ class MistralConfig:
         object.__setattr__(self, "head_dim", self.head_size)
         for name in ("rms_norm_eps", "rope_theta"):  # an int of the file may be beyond int32
             object.__setattr__(self, name, float(getattr(self, name)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHECKS and name not in vars(self):  # while it is made; __post_init__ checks
+            object.__setattr__(self, name, value)
+        elif name in _SETTABLE:
+            object.__setattr__(self, name, _checked(name, tuple(value) if isinstance(value, list) else value))
+        elif name in _CHECKS:
+            raise JaxgenError(
+                f"config.{name}={value!r:.60}: a config keeps its sizes, with which models are built "
+                f"({name}={getattr(self, name)!r}); dataclasses.replace(config, {name}=...) makes another one"
+            )
+        elif name not in _FIXED:
+            raise JaxgenError(f"config.{name}: MistralConfig has no such field")
+        elif refusal := _refusal(name, value):
+            raise UnsupportedError(f"config: {refusal}")
+
+    def __hash__(self) -> int:  # of what cannot change: jit compares static arguments by it
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self) if field.name in _SIZES))
 
     @property
     def head_size(self) -> int:
@@ -141,6 +166,40 @@ class MistralConfig:
             raise (UnsupportedError if refused else JaxgenError)(f"config: {listed([*refused, *problems])}")
         return config
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: "str | os.PathLike[str]",
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        cache_dir: "str | os.PathLike[str] | None" = None,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
+        **fields: Any,
+    ) -> "MistralConfig":
+        """Read the config.json of a directory or hub id; `fields` replace what it says.
+
+        How the weights are quantised, if they are, is not part of it. Raises as `from_hf`.
+
+        >>> from jaxgen import demo
+        >>> MistralConfig.from_pretrained(demo.path(), num_hidden_layers=2).num_hidden_layers
+        2
+        """
+        from jaxgen.convert.hub import locate
+
+        if trust_remote_code:
+            raise UnsupportedError(NO_REMOTE_CODE)
+        for name in fields.keys() - _CHECKS.keys():
+            raise JaxgenError(f"from_pretrained: MistralConfig has no field {name!r}")
+        placed: dict[str, Any] = {"local_files_only": local_files_only, "cache_dir": cache_dir, "token": token}
+        read = _read_json(locate(pretrained_model_name_or_path, revision=revision, files=("config.json",), **placed))
+        return cls.from_hf({k: v for k, v in read.items() if k != "quantization_config"} | fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`to_hf`, under HF's name."""
+        return self.to_hf()
+
     def to_hf(self) -> dict[str, Any]:
         """The config.json that transformers 4 and 5 read back as this model (without the weights' dtype)."""
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
@@ -153,9 +212,25 @@ class MistralConfig:
         }
 
 
+class AutoConfig:
+    """Reads configs, under the name that Hugging Face users know; never instantiated."""
+
+    def __init__(self):
+        raise JaxgenError("AutoConfig is not instantiated: call AutoConfig.from_pretrained(...)")
+
+    from_pretrained = MistralConfig.from_pretrained
+
+
 _FIELDS = frozenset(field.name for field in dataclasses.fields(MistralConfig))
 _NULLABLE = ("sliding_window", "head_dim", "bos_token_id", "eos_token_id", "pad_token_id")
 _ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
+
+
+def _checked(name: str, value: Any) -> Any:
+    is_right, wanted = _CHECKS.get(name, (lambda value: isinstance(value, bool), "true or false"))
+    if not is_right(value) and not (value is None and name in _NULLABLE):
+        raise JaxgenError(f"MistralConfig: {name}={value!r:.60} must be {wanted}")
+    return value
 
 
 def _refusal(name: str, value: Any) -> str | None:
@@ -240,3 +315,5 @@ _CHECKS = {
     ),
     "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
 }  # fmt: skip
+_SETTABLE = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
+_SIZES = frozenset(_CHECKS) - frozenset(_SETTABLE)

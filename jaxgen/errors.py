@@ -2,6 +2,10 @@
 
 _MOST_SHOWN, _LONGEST = 30, 600
 _LONGEST_VALUE, _LONGEST_MESSAGE = 80, 20_000
+NO_REMOTE_CODE = (
+    "trust_remote_code=True: jaxgen never runs code of a repository, which could do anything on this machine; what it "
+    "reads it implements itself, so leave the option out"
+)
 
 
 class JaxgenError(ValueError):

@@ -20,6 +20,11 @@ def shared() -> Any:
     return jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path())
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return jaxgen.AutoTokenizer.from_pretrained(jaxgen.demo.path(), padding_side="left")
+
+
 @pytest.fixture
 def model(shared: Any) -> Any:
     """The demo model, to be changed: a module of its own, with the same arrays."""
@@ -69,7 +74,7 @@ class TestGenerationConfig:
         assert repr(model.generation_config) == repr(copy.copy(model.generation_config))
 
     def test_what_was_compiled_for_other_values_is_compiled_again(self, model: Any):
-        generate = nnx.jit(jaxgen.generate)
+        generate: Any = nnx.jit(jaxgen.generate)
         widths = []
         for number in (2, 3, 2):
             model.generation_config.max_new_tokens = number
@@ -94,3 +99,77 @@ class TestGenerationConfig:
         config = GenerationConfig.from_pretrained(jaxgen.demo.path(), max_new_tokens=4)
         assert GenerationConfig(**config.to_dict()) == config
         assert (config.max_new_tokens, config.eos_token_id) == (4, 2)
+
+
+class TestConfig:
+    def test_token_ids_and_use_cache_can_be_set_and_generation_asks_its_own_config(self, model: Any):
+        model.config = copy.copy(model.config)
+        before = model.generate(IDS, max_new_tokens=4)
+        structure = hash(model.config)
+        model.config.pad_token_id, model.config.eos_token_id = 7, [2, 3]
+        model.config.use_cache, model.config.pretraining_tp = False, 1
+        assert (model.config.pad_token_id, model.config.eos_token_id, model.config.use_cache) == (7, (2, 3), False)
+        assert (model.generate(IDS, max_new_tokens=4) == before).all()
+        assert hash(model.config) == structure
+        assert model.config.to_dict()["pad_token_id"] == 7
+
+    @pytest.mark.parametrize(
+        ("name", "value", "says"),
+        [
+            ("hidden_size", 8, r"dataclasses.replace\(config, hidden_size=...\)"),
+            ("pad_token_id", "x", "must be a token id"),
+            ("use_cache", 1, "must be true or false"),
+            ("attention_bias", True, "attention_bias=True is not supported"),
+            ("temperature", 0.5, "no such field"),
+        ],
+    )
+    def test_what_cannot_be_set(self, shared: Any, name: str, value: Any, says: str):
+        with pytest.raises(JaxgenError, match=says):
+            setattr(copy.copy(shared.config), name, value)
+
+    def test_auto_config(self):
+        config = jaxgen.AutoConfig.from_pretrained(jaxgen.demo.path(), num_hidden_layers=2)
+        assert (config.model_type, config.num_hidden_layers, config.use_cache) == ("mistral", 2, True)
+        assert jaxgen.MistralConfig.from_hf(config.to_dict()) == config
+        with pytest.raises(JaxgenError, match="never runs code"):
+            jaxgen.AutoConfig.from_pretrained(jaxgen.demo.path(), trust_remote_code=True)
+        with pytest.raises(JaxgenError, match="no field 'layers'"):
+            jaxgen.AutoConfig.from_pretrained(jaxgen.demo.path(), layers=2)
+
+
+class TestTokenizer:
+    def test_inputs_are_moved_to_the_device_as_torch_users_do(self, model: Any, tokenizer: Any):
+        inputs = tokenizer(["1, 2, 3", "I am"], padding=True, return_tensors="jax").to(model.device)
+        assert isinstance(inputs["input_ids"], jax.Array)
+        ids = model.generate(**inputs, max_new_tokens=4)
+        assert tokenizer.batch_decode(inputs.input_ids, skip_special_tokens=True) == ["1, 2, 3", "I am"]
+        same = tokenizer(["1, 2, 3", "I am"], padding=True, return_tensors="np")
+        assert (model.generate(**same, max_new_tokens=4) == ids).all()
+
+    def test_a_chat(self, tokenizer: Any):
+        chat = [{"role": "user", "content": "Hello"}]
+        inputs = tokenizer.apply_chat_template(chat, return_tensors="jax", return_dict=True).to("cpu")
+        assert isinstance(inputs["input_ids"], jax.Array)
+        assert "Hello" in tokenizer.apply_chat_template(chat, tokenize=False)
+
+    def test_it_is_copied_pickled_and_saved(self, tokenizer: Any, tmp_path: Any):
+        again = pickle.loads(pickle.dumps(copy.deepcopy(tokenizer)))
+        again.save_pretrained(tmp_path)
+        saved = jaxgen.AutoTokenizer.from_pretrained(tmp_path)
+        assert saved("1, 2").to("cpu") == again("1, 2") == tokenizer("1, 2")
+
+    def test_torch_tensors_without_torch(self, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(JaxgenError, match="write return_tensors='np'"):
+            tokenizer("1, 2", return_tensors="pt")
+
+    def test_no_code_of_a_repository(self):
+        with pytest.raises(JaxgenError, match="never runs code"):
+            jaxgen.AutoTokenizer.from_pretrained(jaxgen.demo.path(), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("name", ["TextStreamer", "TextIteratorStreamer", "AsyncTextIteratorStreamer"])
+def test_transformers_streamers_can_be_imported_from_here(name: str):
+    import transformers
+
+    assert getattr(jaxgen, name) is getattr(transformers, name)

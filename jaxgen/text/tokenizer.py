@@ -9,24 +9,30 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxgen.errors import JaxgenError, UnsupportedError
+from jaxgen.text.hf import transformers
 from jaxgen.text.tokenizer_files import check_files
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """transformers' tokenizer of a checkpoint directory, padding on the left; pad defaults to end-of-sequence.
+    """`read_tokenizer`, padding on the left; pad defaults to end-of-sequence."""
+    tokenizer = read_tokenizer(directory, padding_side="left")
+    with telling(f"{directory}: no tokenizer that transformers can use"):
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_tokenizer(directory: Path, **options: Any) -> Any:
+    """transformers' tokenizer of a checkpoint directory; `options` are those of transformers.
 
     Code from the repository never runs, and nothing asks whether it may: raises `UnsupportedError` for a repository
     that needs its own. Raises `JaxgenError` if the directory holds no tokenizer that transformers can read and use.
     """
     check_files(directory)
-    import transformers  # takes seconds; nothing but text needs it
-
     with telling(f"{directory}: no tokenizer that transformers can read"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, padding_side="left", trust_remote_code=False
+        tokenizer = transformers().AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, **options
         )
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
         # Much of what a damaged file holds is looked at only now.
         tokenizer.decode(tokenizer("a")["input_ids"], skip_special_tokens=True)
     return tokenizer
