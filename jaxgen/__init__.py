@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from jaxgen.errors import JaxgenError as JaxgenError
     from jaxgen.errors import NonFiniteLogitsError as NonFiniteLogitsError
     from jaxgen.errors import UnsupportedError as UnsupportedError
+    from jaxgen.generation.arguments import LogitsProcessorList as LogitsProcessorList
+    from jaxgen.generation.arguments import StoppingCriteriaList as StoppingCriteriaList
     from jaxgen.generation.compiled import enable_compile_cache as enable_compile_cache
     from jaxgen.generation.config import GenerationConfig as GenerationConfig
     from jaxgen.generation.generate import generate as generate
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from jaxgen.generation.processors.constraint import AllowedTokens as AllowedTokens
     from jaxgen.generation.processors.detect import WatermarkDetector as WatermarkDetector
     from jaxgen.generation.processors.watermark import WatermarkingConfig as WatermarkingConfig
+    from jaxgen.generation.seed import set_seed as set_seed
     from jaxgen.generation.strict import Strict as Strict
     from jaxgen.model import MistralForCausalLM as MistralForCausalLM
     from jaxgen.quant.config import Int4Config as Int4Config
@@ -47,11 +50,13 @@ _HOME = {
     "GenerationConfig": "jaxgen.generation.config",
     "Int4Config": "jaxgen.quant.config",
     "JaxgenError": "jaxgen.errors",
+    "LogitsProcessorList": "jaxgen.generation.arguments",
     "MistralConfig": "jaxgen.config",
     "MistralForCausalLM": "jaxgen.model",
     "NonFiniteLogitsError": "jaxgen.errors",
     "PastKeyValues": "jaxgen.generation.past",
     "Record": "jaxgen.records.record",
+    "StoppingCriteriaList": "jaxgen.generation.arguments",
     "Strict": "jaxgen.generation.strict",
     "UnsupportedError": "jaxgen.errors",
     "WatermarkDetector": "jaxgen.generation.processors.detect",
@@ -60,6 +65,7 @@ _HOME = {
     "generate": "jaxgen.generation.generate",
     "pipeline": "jaxgen.text.pipeline",
     "replay": "jaxgen.records.replay",
+    "set_seed": "jaxgen.generation.seed",
 }
 _MODULES = ("demo", "plot")
 _OF_TRANSFORMERS = ("AsyncTextIteratorStreamer", "TextIteratorStreamer", "TextStreamer")  # as they are

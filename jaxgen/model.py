@@ -32,6 +32,7 @@ from jaxgen.attention import (
 )
 from jaxgen.cache import KVCache, LayerCache, empty_cache, layer_cache_from_prompt, visible_slots
 from jaxgen.config import MistralConfig
+from jaxgen.familiar import FamiliarMethods
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.generate import GenerationMixin
 from jaxgen.generation.weights import split
@@ -234,7 +235,7 @@ class MistralModel(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
 
-class MistralForCausalLM(nnx.Module, GenerationMixin):
+class MistralForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
     """A Mistral language model with random weights; `AutoModelForCausalLM.from_pretrained` loads real ones.
 
     `dtype` is that of the weights and of the computation; norms, softmax and logits are float32 throughout.

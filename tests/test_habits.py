@@ -173,3 +173,115 @@ def test_transformers_streamers_can_be_imported_from_here(name: str):
     import transformers
 
     assert getattr(jaxgen, name) is getattr(transformers, name)
+
+
+class TestModel:
+    def test_methods_that_change_nothing(self, model: Any):
+        same = [model.eval(), model.train(), model.train(False), model.to(model.device), model.to("cpu"), model.cpu()]
+        same += [model.to(device="cpu", dtype="float32"), model.to(np.float32), model.eval().to("cpu")]
+        assert all(each is model for each in same)
+
+    @pytest.mark.parametrize(
+        ("place", "says"), [("bfloat16", "load it with dtype='bfloat16'"), ("cuda:7", "JAX"), ("here", "device_map")]
+    )
+    def test_it_is_not_moved(self, model: Any, place: str, says: str):
+        with pytest.raises(JaxgenError, match=says):
+            model.to(place)
+
+    def test_what_it_says_of_itself(self, model: Any):
+        assert model.can_generate()
+        assert model.num_parameters() == 2_689_280
+        assert model.num_parameters(exclude_embeddings=True) == 2_689_280 - 640 * 256
+        assert model.get_memory_footprint() == 4 * 2_689_280
+        assert model.hf_device_map == {"": model.device}
+        assert model.get_input_embeddings() is model.model.embed_tokens
+        assert model.get_output_embeddings() is model.lm_head
+
+    def test_of_four_bits(self):
+        model = jaxgen.MistralForCausalLM.from_pretrained(jaxgen.demo.path(), load_in_4bit=True)
+        assert model.num_parameters() == 2_689_280
+        assert model.num_parameters(only_trainable=True) == 2 * 640 * 256 + 9 * 256
+        assert model.get_memory_footprint() < 2 * 2_689_280
+
+    def test_pipeline_of_transformers(self, model: Any, tokenizer: Any):
+        import transformers
+
+        with pytest.raises(JaxgenError, match=r"write jaxgen\.pipeline"):
+            transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+
+
+class TestArguments:
+    def test_forms_of_the_prompt(self, model: Any, tokenizer: Any):
+        inputs = tokenizer(["1, 2, 3", "I am"], padding=True, return_tensors="np")
+        wanted = model.generate(inputs["input_ids"], inputs["attention_mask"], max_new_tokens=4)
+        given = inputs["input_ids"], inputs["attention_mask"]
+        types = np.zeros_like(given[0])
+        for ids in (
+            model.generate(inputs, max_new_tokens=4),
+            model.generate(inputs=given[0], attention_mask=given[1], max_new_tokens=4),
+            model.generate(**inputs, token_type_ids=types, max_new_tokens=4),
+            model.generate({**inputs, "token_type_ids": types}, GenerationConfig(max_new_tokens=4)),
+        ):
+            assert (ids == wanted).all()
+
+    def test_a_chat(self, model: Any, tokenizer: Any):
+        chat = [{"role": "user", "content": "Hello"}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="np", return_dict=True)
+        assert (model.generate(inputs, max_new_tokens=4) == model.generate(**inputs, max_new_tokens=4)).all()
+
+    def test_transformers_own_config_in_second_place(self, model: Any):
+        import transformers
+
+        config = transformers.GenerationConfig(max_new_tokens=4)
+        assert (model.generate(IDS, config) == model.generate(IDS, max_new_tokens=4)).all()
+
+    @pytest.mark.parametrize(
+        ("arguments", "options", "says"),
+        [
+            (("1, 2, 3",), {}, "jaxgen.pipeline"),
+            ((["1, 2, 3"],), {}, "tokenizer"),
+            ((IDS,), {"inputs": IDS}, "given twice"),
+            (({"ids": IDS},), {}, "no input_ids"),
+            (({"input_ids": IDS, "attention_mask": IDS},), {"attention_mask": IDS}, "attention_mask was given twice"),
+            ((IDS, GenerationConfig()), {"generation_config": GenerationConfig()}, "given twice"),
+            ((IDS,), {"logits_processor": [lambda input_ids, scores: scores]}, "takes two arguments"),
+            ((IDS,), {"stopping_criteria": lambda input_ids, scores: False}, "takes two arguments"),
+        ],
+    )
+    def test_what_to_write_instead(self, model: Any, arguments: Any, options: Any, says: str):
+        with pytest.raises(JaxgenError, match=says):
+            model.generate(*arguments, **options)
+
+    def test_lists_of_functions(self, model: Any):
+        def only_seven(tokens: Any, lengths: Any, logits: Any) -> Any:
+            return jax.numpy.where(jax.numpy.arange(logits.shape[1]) == 7, logits, -jax.numpy.inf)
+
+        processors = jaxgen.LogitsProcessorList([only_seven])
+        assert model.generate(IDS, logits_processor=processors, max_new_tokens=2)[0, 3:].tolist() == [7, 7]
+        criteria = jaxgen.StoppingCriteriaList()
+        criteria.append(lambda tokens, lengths, scores: lengths > 4)
+        assert model.generate(IDS, stopping_criteria=criteria, max_new_tokens=6).shape == (1, 5)
+
+    def test_transformers_subclasses_are_told_what_to_write(self, model: Any):
+        import transformers
+
+        class Mine(transformers.LogitsProcessor):
+            def __call__(self, input_ids: Any, scores: Any) -> Any:
+                return scores
+
+        with pytest.raises(JaxgenError, match="takes two arguments"):
+            model.generate(IDS, logits_processor=transformers.LogitsProcessorList([Mine()]))
+
+    def test_set_seed(self, model: Any, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("jaxgen.generation.seed._of_script", [])
+
+        def two() -> list[Any]:
+            return [model.generate(IDS, do_sample=True, max_new_tokens=8).tolist() for _ in range(2)]
+
+        jaxgen.set_seed(42)
+        first = two()
+        jaxgen.set_seed(42)
+        assert two() == first
+        assert first[0] != first[1]
+        with pytest.raises(JaxgenError, match="set_seed"):
+            jaxgen.set_seed("42")

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation import loop
+from jaxgen.generation.arguments import sorted_out
 from jaxgen.generation.config import GenerationConfig, ModelDefaults, resolve
 from jaxgen.generation.controls import Plan, Recipe
 from jaxgen.generation.fields import integer
@@ -53,7 +54,8 @@ class GenerationMixin:
         """Generate text ids as transformers' `generate` does: same names, same defaults, same layout.
 
         `input_ids` [B, T] are lists, numpy or jax arrays; `attention_mask` [B, T] is 1 on real tokens, in any
-        arrangement (None: all are real). Without a prompt there is one row, of BOS, as in HF. `options` are fields of
+        arrangement (None: all are real). A tokenizer's whole output, HF's `inputs=`, and a `generation_config` as
+        second argument are taken too. Without a prompt there is one row, of BOS, as in HF. `options` are fields of
         `GenerationConfig`, which win over `generation_config`, which wins over the checkpoint's own; and HF's other
         arguments (`Extras`): `logits_processor` and `stopping_criteria` (jittable functions of tokens [R, S], lengths
         [R] and logits [R, V]),
@@ -145,6 +147,9 @@ class GenerationMixin:
         options: dict[str, Any],
     ) -> Request:
         check_process()
+        input_ids, attention_mask, generation_config, options = sorted_out(
+            input_ids, attention_mask, generation_config, options
+        )
         extras, fields = Extras.take(options)
         config = resolve(fields, generation_config, self.stored_generation_config)
         return Request.read(self, input_ids, attention_mask, config, key, seed, row_ids, extras)

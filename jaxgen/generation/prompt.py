@@ -99,6 +99,11 @@ def _mask(attention_mask: Any, shape: tuple[int, ...], names: tuple[str, str]) -
 
 
 def _table(values: Any, name: str, allow_bool: bool = False) -> np.ndarray:
+    if isinstance(values, str) or (isinstance(values, list | tuple) and values and isinstance(values[0], str)):
+        raise JaxgenError(
+            f"{name} is a text; make ids of it: tokenizer(texts, padding=True, return_tensors='np'), or give the text "
+            "to jaxgen.pipeline('text-generation', model=model)"
+        )
     parts = [values, *values] if isinstance(values, list | tuple) else [values]
     if any(isinstance(part, np.ma.MaskedArray) for part in parts):
         raise JaxgenError(

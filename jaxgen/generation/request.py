@@ -1,6 +1,7 @@
 """A call of `generate`, checked and laid out in numpy: everything that the executables will be given."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -265,7 +266,8 @@ def controls_of(config: GenerationConfig, vocab_size: int, extras: Extras = Extr
 
 def _functions(name: str, value: Any) -> tuple[Any, ...]:
     """One function or several; transformers' own classes, which want torch, are refused by name."""
-    functions = () if value is None else (value,) if callable(value) else value
+    # HF's own lists can be called as well.
+    functions = () if value is None else (value,) if callable(value) and not isinstance(value, list) else value
     if not isinstance(functions, Sequence) or not all(callable(function) for function in functions):
         raise JaxgenError(f"{name}={value!r} must be a function, or a list of functions, of (tokens, lengths, logits)")
     for function in functions:
@@ -274,7 +276,28 @@ def _functions(name: str, value: Any) -> tuple[Any, ...]:
                 f"{name}: {type(function).__name__} of transformers works on torch tensors; pass a jittable "
                 "f(tokens, lengths, logits), or the option of generate that it stands for"
             )
+        if _takes_two(function):
+            raise JaxgenError(
+                f"{name}: {shown(function)} takes two arguments, as in transformers; here it is a jittable "
+                "f(tokens [R, S], lengths [R], logits [R, V]), where a row's first lengths[row] tokens are real"
+            )
     return tuple(functions)
+
+
+def _takes_two(function: Any) -> bool:
+    """Whether a function can be called with two arguments by position, and not with three."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # written in C
+        return False
+    fits = []
+    for count in (2, 3):
+        try:
+            signature.bind(*range(count))
+            fits.append(True)
+        except TypeError:
+            fits.append(False)
+    return fits == [True, False]
 
 
 def _negative(

@@ -22,6 +22,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from jaxgen.errors import JaxgenError, shown
+from jaxgen.generation.seed import next_seed
 
 # Which tokens a key gives, as defined above. A change that alters them raises this and is named in the changelog;
 # tests/test_golden.py holds what version 1 gives.
@@ -38,8 +39,8 @@ def random_key(key: Any, seed: Any) -> tuple[Key[Array, "*rows"], int | tuple[in
     """The key of a call, and the seed it came from (None when a key was given); or one of each per row.
 
     `key` is a typed key, or a raw uint32 threefry key; `seed` is any Python int. An array of typed keys, or a list of
-    seeds, gives every row its own. With neither, a fresh seed is taken from the operating system; it is reported, so
-    that the run can be repeated. Raises `JaxgenError` for both at once, and for `rbg` keys, which are not exact under
+    seeds, gives every row its own. With neither, a fresh seed is taken (`next_seed`); it is reported, so that
+    the run can be repeated. Raises `JaxgenError` for both at once, and for `rbg` keys, which are not exact under
     vmap (rows would depend on their neighbours).
     """
     if key is not None and seed is not None:
@@ -47,7 +48,7 @@ def random_key(key: Any, seed: Any) -> tuple[Key[Array, "*rows"], int | tuple[in
     if key is not None:
         return _checked_key(key), None
     if seed is None:
-        seed = FreshSeed.from_bytes(np.random.SeedSequence().generate_state(1).tobytes(), "little")
+        seed = FreshSeed(next_seed())
     several = isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str) and np.ndim(seed) == 1
     seeds: list[Any] = list(seed) if several else [seed]
     for row, value in enumerate(seeds):

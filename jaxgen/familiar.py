@@ -1,0 +1,110 @@
+"""HF's ordinary methods of a model, which scripts call in passing: they answer, or say what to write here."""
+
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxgen.errors import JaxgenError
+
+
+class FamiliarMethods:
+    """What `PreTrainedModel` of transformers has beside `generate`; stands in front of `nnx.Module`."""
+
+    config: Any
+    dtype: Any
+    device: Any
+    model: Any
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        """`AutoModelForCausalLM.from_pretrained`."""
+        from jaxgen.convert.load import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """True."""
+        return True
+
+    def eval(self, **attributes: Any) -> Any:
+        """The model itself, which has no dropout; `attributes` as for `flax.nnx.Module.eval`."""
+        super().eval(**attributes)  # pyright: ignore[reportAttributeAccessIssue]
+        return self
+
+    def train(self, mode: bool = True, **attributes: Any) -> Any:
+        """The model itself, which has no dropout; `attributes` as for `flax.nnx.Module.train`."""
+        kind = super().train if mode else super().eval  # pyright: ignore[reportAttributeAccessIssue]
+        kind(**attributes)
+        return self
+
+    def to(self, *places: Any, device: Any = None, dtype: Any = None, non_blocking: bool = False) -> Any:
+        """The model itself, if it is there already and has this dtype: both are chosen while loading.
+
+        Raises `JaxgenError` for another device or dtype.
+        """
+        from jaxgen.convert.placement import as_device, as_dtype
+
+        for place in (*places, device, dtype):
+            if place is None:
+                continue
+            is_dtype = place is dtype or "float" in str(place)
+            if is_dtype and as_dtype(place) != self.dtype:
+                raise JaxgenError(
+                    f"the model is {self.dtype}: load it with dtype={str(place).split('.')[-1]!r} instead"
+                )
+            if not is_dtype and as_device(place) != self.device:
+                raise JaxgenError(f"the model is on {self.device}: load it with device_map={str(place)!r} instead")
+        return self
+
+    def cuda(self, device: int = 0) -> Any:
+        """`to("cuda")`."""
+        return self.to(f"cuda:{device}")
+
+    def cpu(self) -> Any:
+        """`to("cpu")`."""
+        return self.to("cpu")
+
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """The one device that holds the whole model, under the name of the whole."""
+        # transformers' pipelines look here before anything else, and would go on to torch.
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("transformers.pipelines"):
+            raise JaxgenError(
+                "transformers.pipeline runs torch models; write jaxgen.pipeline('text-generation', model=model)"
+            )
+        return {"": self.device}
+
+    def get_input_embeddings(self) -> Any:
+        """The `Embedding` of the tokens."""
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> Any:
+        """The head: a `Linear`, or the input's `Embedding` if it is the same matrix."""
+        return getattr(self, "lm_head", self.model.embed_tokens)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the model has, those in four bits counted one by one.
+
+        `only_trainable`: without quantised weights. `exclude_embeddings`: without those of the input.
+        """
+        from jaxgen.convert.names import EMBEDDING, parameter_parts
+
+        quantized = {
+            ".".join(map(str, path))
+            for path, variable in nnx.to_flat_state(nnx.state(self))  # pyright: ignore[reportArgumentType]
+            if only_trainable and not isinstance(variable, nnx.Param)
+        }
+        return sum(
+            int(np.prod(part.shape))
+            for name, parts in parameter_parts(self.config).items()
+            for part in parts
+            if name not in quantized and not (exclude_embeddings and name == EMBEDDING)
+        )
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the weights, as they are kept."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(self)))  # pyright: ignore[reportArgumentType]
