@@ -1,8 +1,6 @@
 """From a Hugging Face checkpoint to a Flax NNX module, one tensor at a time."""
 
 import dataclasses
-import difflib
-import inspect
 import logging
 import os
 import re
@@ -18,6 +16,7 @@ from jaxgen.config import MistralConfig
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
 from jaxgen.files import read_json
 from jaxgen.generation.config import GenerationConfig
+from jaxgen.generation.seed import next_seed
 from jaxgen.lowering import device_runs_kernels, own_rules
 from jaxgen.model import MistralForCausalLM, QuantizedWeight
 from jaxgen.quant import Int4Config
@@ -33,23 +32,13 @@ from .formats import FIELDS, Format, detect
 from .formats.bitsandbytes import BitsAndBytes
 from .hub import COMPANIONS, locate
 from .names import EMBEDDING, HEAD, is_legacy_buffer, parameter_parts
+from .options import as_quantization, refuse
 from .placement import Device, as_device, as_dtype, auto_dtype
 from .progress import progress_bar
 
 logger = logging.getLogger("jaxgen")
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-
-# Options of transformers' from_pretrained that jaxgen does not have.
-_UNSUPPORTED = (
-    "adapter_kwargs", "attn_implementation", "code_revision", "config", "device_mesh",
-    "experts_implementation", "force_download", "from_flax", "from_tf",
-    "ignore_mismatched_sizes", "key_mapping", "load_in_8bit", "low_cpu_mem_usage",
-    "max_memory", "mirror", "offload_buffers", "offload_folder", "offload_state_dict",
-    "output_loading_info", "proxies", "resume_download", "state_dict", "subfolder",
-    "tp_plan", "tp_size", "trust_remote_code", "use_auth_token", "use_flash_attention_2", "use_kernels",
-    "use_safetensors", "variant", "weights_only",
-)  # fmt: skip
 
 
 class AutoModelForCausalLM:
@@ -80,28 +69,28 @@ class AutoModelForCausalLM:
 
         `dtype`: "float32", "bfloat16", "float16" (or such a JAX or torch dtype), or "auto", the default:
         bfloat16 on TPUs and on GPUs that have it, float16 on older GPUs, float32 on CPUs. `torch_dtype` is its
-        old name. `device_map`: "auto" (JAX's first device), "cpu", "gpu", "cuda", "tpu", "cuda:1", or a
-        `jax.Device`. `adapter`: a PEFT LoRA adapter, as a directory or a hub id (its main branch); it is merged in
-        float32 before any rounding, and kept beside weights that the checkpoint holds quantised. `gguf_file`: the
-        name of a .gguf file in the directory or repository. The others as in `huggingface_hub.snapshot_download`.
+        old name. `device_map`: "auto" (JAX's first device), "cpu", "gpu", "cuda", "tpu", "cuda:1", a number, a
+        `jax.Device`, or one of these for the whole model (`{"": 0}`). `adapter`: a PEFT LoRA adapter, as a directory
+        or a hub id (its main branch); it is merged in float32 before any rounding, and kept beside weights that the
+        checkpoint holds quantised. `gguf_file`: the name of a .gguf file in the directory or repository. The
+        others as in `huggingface_hub.snapshot_download`.
 
         `load_in_4bit=True` quantises linear layers, by the defaults of `Int4Config`; `quantization_config` is
-        another one. Weights that the checkpoint holds in four bits stay as they are; only bitsandbytes' become int4
-        by a `quantization_config`, with a warning.
+        another one, or HF's `BitsAndBytesConfig` (transformers', ours, or as a mapping), which asks for these defaults.
+        Weights that the checkpoint holds in four bits stay as they are; only bitsandbytes' become int4 by an
+        `Int4Config`, with a warning.
 
         Host memory stays below the finished parameters (those on CPU) plus two of the largest tensor. The
         model's `generation_config` comes from generation_config.json, or else from config.json. Raises
         `CheckpointError` with every problem of the files before any weight is read, `UnsupportedError` for
-        models and options that jaxgen does not have, and `JaxgenError` for other arguments.
-        Source: transformers `PreTrainedModel.from_pretrained`.
+        models and options that jaxgen does not have (those that change nothing here are taken), and
+        `JaxgenError` for other arguments. Source: transformers `PreTrainedModel.from_pretrained`.
         """
-        _refuse(unsupported)
-        if dtype is not None and torch_dtype is not None:
-            raise JaxgenError(f"dtype={dtype!r} and torch_dtype={torch_dtype!r} are the same option; give dtype only")
-        wanted = dtype if dtype is not None else torch_dtype
+        refuse(unsupported, cls.from_pretrained)
+        wanted = _the_dtype(dtype, torch_dtype)
         device = as_device(device_map)
         chosen = auto_dtype(device) if wanted is None or wanted == "auto" else as_dtype(wanted)
-        quantization = _quantization(load_in_4bit, quantization_config)
+        quantization = as_quantization(load_in_4bit, quantization_config)
         options: dict[str, Any] = {"local_files_only": local_files_only, "cache_dir": cache_dir, "token": token}
         adapter_directory = None if adapter is None else locate(adapter, files=ADAPTER_FILES, **options)
         find = locate if gguf_file is None else partial(_locate_gguf, gguf_file)
@@ -110,9 +99,28 @@ class AutoModelForCausalLM:
             dtype=chosen,
             device=device,
             quantization=quantization,
-            requantize=quantization_config is not None,
+            requantize=isinstance(quantization_config, Int4Config),
             adapter=adapter_directory,
         )
+
+    @classmethod
+    def from_config(cls, config: Any, *, dtype: Any = None, torch_dtype: Any = None, **options: Any) -> Any:
+        """A `MistralForCausalLM` with random weights, which `jaxgen.set_seed` decides; `dtype` is float32 by default.
+
+        `config` is a `MistralConfig`, or one of transformers. Raises as `from_pretrained`.
+
+        >>> from jaxgen import demo
+        >>> config = MistralConfig.from_pretrained(demo.path(), num_hidden_layers=1)
+        >>> AutoModelForCausalLM.from_config(config).num_parameters()
+        918272
+        """
+        refuse(options, cls.from_config)
+        if not isinstance(config, MistralConfig):
+            fields = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
+            config = MistralConfig.from_hf(fields)
+        wanted = _the_dtype(dtype, torch_dtype)
+        chosen = as_dtype("float32" if wanted is None or wanted == "auto" else wanted)
+        return MistralForCausalLM(config, rngs=nnx.Rngs(next_seed()), dtype=chosen)
 
 
 def load(
@@ -171,6 +179,12 @@ def open_checkpoint(place: Path) -> tuple[MistralConfig, Checkpoint, Format | No
     return MistralConfig.from_hf(plain), checkpoint, stored_as
 
 
+def _the_dtype(dtype: Any, torch_dtype: Any) -> Any:
+    if dtype is not None and torch_dtype is not None:
+        raise JaxgenError(f"dtype={dtype!r} and torch_dtype={torch_dtype!r} are the same option; give dtype only")
+    return torch_dtype if dtype is None else dtype
+
+
 def _locate_gguf(name: Any, name_or_path: str | os.PathLike[str], **options: Any) -> Path:
     if not isinstance(name, str) or not name.endswith(".gguf"):
         raise JaxgenError(f"gguf_file={name!r} must be the name of a .gguf file")
@@ -178,19 +192,6 @@ def _locate_gguf(name: Any, name_or_path: str | os.PathLike[str], **options: Any
     if not (directory / name).is_file():
         raise JaxgenError(f"gguf_file={name!r}: there is no such file in {directory}")
     return directory / name
-
-
-def _quantization(load_in_4bit: Any, config: Any) -> Int4Config | None:
-    """What to quantise while loading, from HF's two options for it."""
-    if not isinstance(load_in_4bit, bool):
-        raise JaxgenError(f"load_in_4bit={load_in_4bit!r} must be True or False")
-    if config is None:
-        return Int4Config() if load_in_4bit else None
-    if not isinstance(config, Int4Config):
-        raise JaxgenError(
-            f"quantization_config={config!r:.80} must be a jaxgen.Int4Config; load_in_4bit=True is its default"
-        )
-    return config
 
 
 def _has_four_bits(config: MistralConfig, stored_as: Format | None) -> bool:
@@ -295,20 +296,3 @@ def _place(model: MistralForCausalLM, name: str, value: Any) -> None:
     for step in path:
         module = module[int(step)] if step.isdigit() else getattr(module, step)
     setattr(module, last, nnx.Param(value) if isinstance(value, jax.Array) else QuantizedWeight(value))
-
-
-def _refuse(options: dict[str, Any]) -> None:
-    """Raise for every option that from_pretrained does not have, whatever its value."""
-    known = [
-        name
-        for name, parameter in inspect.signature(AutoModelForCausalLM.from_pretrained).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    foreign = sorted(options.keys() & set(_UNSUPPORTED))
-    if foreign:
-        values = ", ".join(f"{name}={options[name]!r:.60}" for name in foreign)
-        raise UnsupportedError(f"from_pretrained: {values}: not supported yet; jaxgen has {', '.join(known)}")
-    for name in options:
-        near = difflib.get_close_matches(name, [*known, *_UNSUPPORTED], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"jaxgen has {', '.join(known)}"
-        raise JaxgenError(f"from_pretrained: there is no option {name!r}; {hint}")

@@ -1,6 +1,7 @@
 """Which dtype and which device a model is loaded to: HF's `dtype` and `device_map`, for JAX."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -51,19 +52,31 @@ def auto_dtype(device: Device) -> np.dtype:
 
 
 def as_device(device_map: Any) -> Device:
-    """The device that `device_map` names: "auto", "cpu", "gpu", "cuda", "tpu", "cuda:1", or a `jax.Device`.
+    """The device that `device_map` names: "auto", "cpu", "gpu", "cuda", "tpu", "cuda:1", a number, or a `jax.Device`.
+
+    A mapping of "" to one of these is the same: the whole model goes there.
 
     Raises `JaxgenError` for any other value, and for a platform or index that JAX does not have here.
     """
+    if isinstance(device_map, Mapping) and list(device_map) == [""]:  # HF's name for the whole model
+        return as_device(device_map[""])
     if isinstance(device_map, jax.Device):
         return device_map
+    if type(device_map).__module__ == "torch":
+        return as_device(str(device_map))
+    if isinstance(device_map, int) and not isinstance(device_map, bool):
+        if not 0 <= device_map < len(jax.local_devices()):
+            raise JaxgenError(
+                f"device_map={device_map}: JAX has {len(jax.local_devices())} devices here, numbered from 0"
+            )
+        return jax.local_devices()[device_map]
     if device_map == "auto":
         return jax.local_devices()[0]
     match = re.fullmatch(r"([a-z]+)(?::(\d{1,4}))?", device_map) if isinstance(device_map, str) else None
     if match is None or match[1] not in _PLATFORMS:
         raise JaxgenError(
             f"device_map={device_map!r} is not 'auto', one of {', '.join(map(repr, _PLATFORMS))} "
-            "(with an index: 'cuda:1'), or a jax.Device; jaxgen loads a model to one device"
+            "(with an index: 'cuda:1'), a number, or a jax.Device; jaxgen loads a model to one device"
         )
     try:
         devices = jax.local_devices(backend=_PLATFORMS[match[1]])

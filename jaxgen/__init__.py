@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jaxgen.generation.seed import set_seed as set_seed
     from jaxgen.generation.strict import Strict as Strict
     from jaxgen.model import MistralForCausalLM as MistralForCausalLM
+    from jaxgen.quant.bitsandbytes import BitsAndBytesConfig as BitsAndBytesConfig
     from jaxgen.quant.config import Int4Config as Int4Config
     from jaxgen.records.record import Record as Record
     from jaxgen.records.replay import replay as replay
@@ -45,6 +46,7 @@ _HOME = {
     "AutoConfig": "jaxgen.config",
     "AutoModelForCausalLM": "jaxgen.convert.load",
     "AutoTokenizer": "jaxgen.text.auto",
+    "BitsAndBytesConfig": "jaxgen.quant.bitsandbytes",
     "CheckpointError": "jaxgen.errors",
     "GenerateOutput": "jaxgen.generation.output",
     "GenerationConfig": "jaxgen.generation.config",

@@ -1,13 +1,51 @@
 """HF's ordinary methods of a model, which scripts call in passing: they answer, or say what to write here."""
 
+import dataclasses
 import sys
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxgen.errors import JaxgenError
+
+IGNORED = -100  # HF's label of a token that does not count
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossAndLogits:
+    """What a model returns for `labels`."""
+
+    loss: Any  # float32 []
+    logits: Any  # float32 [B, T, V]
+
+
+def answer(logits: Any, labels: Any = None, token_type_ids: Any = None, use_cache: Any = None, **unknown: Any) -> Any:
+    """The logits as they are; with `labels` [B, T], a `LossAndLogits`.
+
+    The loss is the mean cross-entropy (nats) of each next label, without those that are -100, as in HF; padding is not
+    left out by itself. `token_type_ids` and `use_cache=False` change nothing. Raises `JaxgenError` for other options.
+    """
+    for name in unknown:
+        raise JaxgenError(
+            f"model(...): there is no option {name!r:.60}; model(input_ids, attention_mask) is the array of logits, "
+            "with labels= there is .loss and .logits"
+        )
+    if use_cache:
+        raise JaxgenError("model(..., use_cache=True): it returns logits; model.prefill and model.step have a cache")
+    if labels is None:
+        return logits
+    if np.shape(labels) != logits.shape[:2]:
+        raise JaxgenError(f"labels has shape {np.shape(labels)}; expected that of input_ids, {logits.shape[:2]}")
+    following, before = jnp.asarray(labels, jnp.int32)[:, 1:], logits[:, :-1]
+    counts = following != IGNORED
+    logprobs = jax.nn.log_softmax(before, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, jnp.where(counts, following, 0)[..., None], axis=-1)[..., 0]
+    loss = -jnp.sum(jnp.where(counts, chosen, 0.0)) / jnp.sum(counts)
+    return LossAndLogits(loss, logits)
 
 
 class FamiliarMethods:
@@ -69,6 +107,7 @@ class FamiliarMethods:
         return self.to("cpu")
 
     @property
+    @no_type_check  # a checked function has another caller
     def hf_device_map(self) -> dict[str, Any]:
         """The one device that holds the whole model, under the name of the whole."""
         # transformers' pipelines look here before anything else, and would go on to torch.

@@ -32,7 +32,7 @@ from jaxgen.attention import (
 )
 from jaxgen.cache import KVCache, LayerCache, empty_cache, layer_cache_from_prompt, visible_slots
 from jaxgen.config import MistralConfig
-from jaxgen.familiar import FamiliarMethods
+from jaxgen.familiar import FamiliarMethods, answer
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.generate import GenerationMixin
 from jaxgen.generation.weights import split
@@ -286,13 +286,15 @@ class MistralForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
         self,
         input_ids: Int[Array | np.ndarray, "B T"],
         attention_mask: "Int[Array | np.ndarray, 'B T'] | Bool[Array | np.ndarray, 'B T'] | None" = None,
-    ) -> Float[Array, "B T V"]:
-        """Logits (float32) for the token after each column.
+        **options: Any,
+    ) -> Any:
+        """Logits [B, T, V] (float32) for the token after each column; `options` as for `jaxgen.familiar.answer`.
 
         `attention_mask` is 1 on real tokens, in any arrangement; positions count real tokens only, and the logits
         of masked columns mean nothing.
         """
-        return self.logits(self.hidden(input_ids, attention_mask))
+        logits = self.logits(self.hidden(input_ids, attention_mask))
+        return answer(logits, **options) if options else logits
 
     @own_rules()
     def hidden(

@@ -285,3 +285,110 @@ class TestArguments:
         assert first[0] != first[1]
         with pytest.raises(JaxgenError, match="set_seed"):
             jaxgen.set_seed("42")
+
+
+class TestLoading:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"attn_implementation": "sdpa", "low_cpu_mem_usage": True, "use_safetensors": True, "max_memory": None},
+            {"trust_remote_code": False, "load_in_8bit": False, "variant": None, "device_map": {"": 0}},
+        ],
+    )
+    def test_options_that_change_nothing(self, options: Any, shared: Any):
+        model = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), **options)
+        assert (model.generate(IDS, max_new_tokens=2) == shared.generate(IDS, max_new_tokens=2)).all()
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            ({"trust_remote_code": True}, "never runs code of a repository"),
+            ({"max_memory": {0: "10GiB"}}, "the one device that device_map names"),
+            ({"use_safetensors": False}, "safetensors and GGUF files only"),
+            ({"device_map": {"": 99}}, "JAX has"),
+            ({"device_map": {"model": 0, "lm_head": 1}}, "one device"),
+            ({"quantization_config": {"load_in_8bit": True}}, "load_in_8bit=True"),
+            ({"quantization_config": {"load_in_4bit": 1}}, "load_in_4bit=1 must be"),
+            ({"quantization_config": {"bits": 4}}, "no field 'bits'"),
+            ({"quantization_config": {"quant_method": "gptq"}}, "quant_method='gptq'"),
+            (
+                {"quantization_config": jaxgen.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["o"])},
+                "skip",
+            ),
+            ({"quantization_config": 4}, "must be a jaxgen.Int4Config"),
+        ],
+    )
+    def test_options_that_are_refused(self, options: Any, says: str):
+        with pytest.raises(JaxgenError, match=says):
+            jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), **options)
+
+    def test_four_bits(self):
+        import transformers
+
+        def made(quantization_config: Any) -> Any:
+            return jaxgen.AutoModelForCausalLM.from_pretrained(
+                jaxgen.demo.path(), quantization_config=quantization_config
+            )
+
+        wanted = jax.tree.leaves(nnx.state(made(jaxgen.Int4Config())))
+        theirs = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        ours = jaxgen.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        for config in ({"load_in_4bit": True}, ours, theirs, theirs.to_dict()):
+            for found, leaf in zip(jax.tree.leaves(nnx.state(made(config))), wanted, strict=True):
+                assert (found == leaf).all()
+
+    def test_the_fields_are_those_of_transformers(self):
+        import transformers
+
+        theirs = transformers.BitsAndBytesConfig().to_dict()
+        ours = jaxgen.BitsAndBytesConfig(load_in_4bit=True)
+        assert {name for name in theirs if not name.startswith("_")} - {"quant_method"} <= set(vars(ours))
+
+    def test_from_config(self, monkeypatch: pytest.MonkeyPatch):
+        import transformers
+
+        monkeypatch.setattr("jaxgen.generation.seed._of_script", [])
+        config = transformers.AutoConfig.from_pretrained(jaxgen.demo.path(), num_hidden_layers=1)
+        heads = []
+        for seed in (1, 1, 2):
+            jaxgen.set_seed(seed)
+            heads.append(jaxgen.AutoModelForCausalLM.from_config(config, dtype="bfloat16").lm_head.weight[...])
+        assert heads[0].dtype == "bfloat16"
+        assert (heads[0] == heads[1]).all() and not (heads[0] == heads[2]).all()
+        with pytest.raises(JaxgenError, match="no option 'device'"):
+            jaxgen.AutoModelForCausalLM.from_config(config, device="cpu")
+
+
+class TestCall:
+    def test_without_labels_it_is_the_array(self, model: Any, tokenizer: Any):
+        inputs = tokenizer(["1, 2, 3"], return_tensors="np")
+        types = np.zeros_like(inputs["input_ids"])
+        logits = model(**inputs, token_type_ids=types)
+        assert isinstance(logits, jax.Array)
+        assert (logits == model(inputs["input_ids"])).all()
+
+    def test_labels(self, model: Any):
+        ids = np.array([[1, 5, 9, 4], [1, 7, 7, 8]], np.int32)
+        labels = np.where(ids == 7, -100, ids)
+        out = model(ids, labels=labels)
+        logprobs = jax.nn.log_softmax(out.logits)
+        wanted = [logprobs[0, 0, 5], logprobs[0, 1, 9], logprobs[0, 2, 4], logprobs[1, 2, 8]]
+        np.testing.assert_allclose(out.loss, -np.mean(wanted), rtol=1e-5)
+
+        @nnx.jit
+        def gradient(model: Any) -> Any:
+            return nnx.grad(lambda model: model(ids, labels=labels).loss)(model)
+
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(model)))
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            ({"return_dict": True}, "is the array of logits, with labels= there is .loss"),
+            ({"use_cache": True}, "model.prefill"),
+            ({"labels": np.array([[1]])}, "expected that of input_ids"),
+        ],
+    )
+    def test_what_to_write_instead(self, model: Any, options: Any, says: str):
+        with pytest.raises(JaxgenError, match=says):
+            model(IDS, **options)

@@ -101,7 +101,7 @@ def test_old_rotary_buffers_are_ignored(tmp_path):
     "options, error, message",
     [
         ({"load_in_8bit": True}, UnsupportedError, "load_in_8bit=True: not supported yet"),
-        ({"trust_remote_code": False}, UnsupportedError, "trust_remote_code=False: not supported yet"),
+        ({"trust_remote_code": True}, UnsupportedError, "trust_remote_code=True: jaxgen never runs code"),
         ({"dtyp": "float32"}, JaxgenError, "no option 'dtyp'; did you mean 'dtype'"),
         ({"zzz": 1}, JaxgenError, "no option 'zzz'; jaxgen has dtype, torch_dtype, device_map"),
         ({"dtype": "int8"}, JaxgenError, "dtype='int8' is not one of float32, bfloat16, float16"),
@@ -126,10 +126,10 @@ def test_dtype_and_device_choices(tmp_path):
     ):
         assert load(tmp_path, dtype=half).dtype == load(tmp_path, torch_dtype=half).dtype == jnp.bfloat16
     cpu = jax.local_devices(backend="cpu")[0]
-    for place in ("auto", "cpu", "cpu:0", cpu):
+    for place in ("auto", "cpu", "cpu:0", 0, {"": 0}, {"": "cpu"}, cpu):
         model = AutoModelForCausalLM.from_pretrained(str(tmp_path), device_map=place)
         assert model.device == cpu
-    for wrong in ("cpu:99", "sequential", "disk", {"": 0}, 0, None):
+    for wrong in ("cpu:99", "sequential", "disk", {"": 99}, {"model": 0}, 99, -1, True, None):
         with pytest.raises(JaxgenError, match=r"device_map="):
             AutoModelForCausalLM.from_pretrained(tmp_path, device_map=wrong)
 
