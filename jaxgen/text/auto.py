@@ -37,7 +37,7 @@ class AutoTokenizer:
         >>> from jaxgen import demo
         >>> tokenizer = AutoTokenizer.from_pretrained(demo.path(), padding_side="left")
         >>> tokenizer(["1, 2, 3"], return_tensors="jax").to("cpu")["input_ids"].shape
-        (1, 7)
+        (1, 8)
         """
         from jaxgen.convert.hub import COMPANIONS, locate
 
