@@ -1,7 +1,6 @@
 """Directories that appear complete or not at all, also when the process is killed while writing."""
 
 import contextlib
-import itertools
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from jaxgen.errors import JaxgenError
 from jaxgen.paths import as_path
 
 from .files import is_ours
-from .leftovers import held, settle, take_over
+from .leftovers import held, renamed, settle, sweep, take_over, unused
 
 logger = logging.getLogger("jaxgen")
 
@@ -25,21 +24,22 @@ def new_directory(target: Path, *, owned: Collection[str], overwrite: bool) -> I
     """A temporary directory beside `target`, to be filled by the caller, that becomes `target` at the end.
 
     If the body raises, the temporary is removed and `target` is as before; what a killed process leaves, the next
-    save or load of `target` finds (see `leftovers.settle`). An existing `target` must be a directory
+    use of `target` finds (see `leftovers`). An existing `target` must be a directory
     without any file that belongs to what is written (`owned`, name patterns), unless `overwrite`: then those are
-    replaced. All other files are kept, also those that somebody writes into it meanwhile, and so is its mode.
+    replaced. All else in it is kept, also what somebody writes into it meanwhile, and so is its mode.
     Raises `JaxgenError` for a target in the way, a full disk, and every other error of the file system.
     """
     target = _resolved(target)
     settle(target)
-    _other_files(target, owned, overwrite)
+    sweep(target)
+    _others(target, owned, overwrite)
     with _as_jaxgen_error(f"{target} was not written, and nothing of it is left behind"):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _make(target)
         try:
             with held(temporary):
                 yield temporary
-                for path in _other_files(target, owned, overwrite):
+                for path in _others(target, owned, overwrite):
                     _link(path, temporary / path.name)
                 _take_mode(temporary, target)
                 _sync_all(temporary)
@@ -59,6 +59,7 @@ def resumable_directory(target: Path, made_from: Mapping[str, Any]) -> Iterator[
     `.NAME.converting` that others can write to, a full disk, and every other error of the file system.
     """
     target = _resolved(target)
+    settle(target)
     place = target.with_name(f".{target.name}.converting")
     files, note = place / "files", place / "made_from.json"
     with (
@@ -141,31 +142,27 @@ def _first(entries: list[Path]) -> str:
     return f"{', '.join(path.name for path in entries[:3])}, ..."
 
 
-def _other_files(target: Path, owned: Collection[str], overwrite: bool) -> list[Path]:
-    """Files of `target` to keep; raises if `target` must not be replaced."""
+def _others(target: Path, owned: Collection[str], overwrite: bool) -> list[Path]:
+    """What `target` holds beside the files that are replaced; raises if it must not be replaced."""
     entries = _entries(target)
-    others = [path for path in entries if not any(path.match(pattern) for pattern in owned)]
-    if len(others) < len(entries) and not overwrite:
+    mine = [path for path in entries if any(path.match(pattern) for pattern in owned)]
+    if mine and not overwrite:
         raise JaxgenError(
-            f"{target} is not empty ({_first([path for path in entries if path not in others])}); save to a new "
-            "directory, or give overwrite=True to replace the model in it"
+            f"{target} is not empty ({_first(mine)}); save to a new directory, or give overwrite=True to replace the "
+            "model in it"
         )
-    for path in entries:
+    for path in mine:
         if not path.is_file():
-            raise JaxgenError(
-                f"{target} holds {path.name!r}, which is no plain file; only flat directories are replaced"
-            )
-    return others
+            raise JaxgenError(f"{target} holds {path.name!r}, which is no file; only files are replaced: remove it")
+    return [path for path in entries if path not in mine]
 
 
 def _make(target: Path) -> Path:
-    for attempt in itertools.count():
-        suffix = f"-{attempt}" if attempt else ""  # left by a killed process that had our id
-        temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}{suffix}")
-        with contextlib.suppress(FileExistsError):
+    while True:
+        temporary = unused(target, "tmp")
+        with contextlib.suppress(FileExistsError):  # made by another thread just now
             temporary.mkdir()
             return temporary
-    raise JaxgenError(f"{target}: no name left for a temporary directory")
 
 
 def _take_mode(directory: Path, target: Path) -> None:
@@ -174,14 +171,17 @@ def _take_mode(directory: Path, target: Path) -> None:
 
 
 def _sync_all(directory: Path) -> None:
-    for path in directory.iterdir():
-        _sync(path)
-    _sync(directory)
+    for path in (*directory.rglob("*"), directory):
+        if not path.is_symlink():
+            _sync(path)
 
 
 def _link(path: Path, copy: Path) -> None:
-    """The same file under another name, so that what is still being written to it is kept; else a copy."""
-    if os.path.lexists(copy):
+    """The same file under another name, so that what is still being written to it is kept; else a copy.
+
+    Directories and what else is no file are moved at the end.
+    """
+    if os.path.lexists(copy) or not (path.is_symlink() or path.is_file()):
         return
     with contextlib.suppress(FileNotFoundError):  # removed meanwhile
         try:
@@ -197,7 +197,7 @@ def _swap(temporary: Path, target: Path, replaceable: Collection[str]) -> None:
     if not target.exists() or not any(target.iterdir()):
         temporary.rename(target)
     else:
-        aside = temporary.with_name(temporary.name.replace(".tmp-", ".old-"))
+        aside = renamed(temporary, "old")
         with held(target):
             target.rename(aside)
             try:
@@ -205,6 +205,7 @@ def _swap(temporary: Path, target: Path, replaceable: Collection[str]) -> None:
             except BaseException:
                 aside.rename(target)
                 raise
+            _sync(target.parent)
             take_over(aside, target, replaceable)
     _sync(target.parent)
 

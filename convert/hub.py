@@ -46,9 +46,8 @@ def locate(
     repository or revision, no access.
     """
     path = as_path(name_or_path, "name_or_path", "a directory or a hub id")
+    settle(path)
     try:
-        if not os.path.lexists(path):
-            settle(path.absolute())
         is_directory, exists = path.is_dir(), path.exists()
     except OSError as error:  # a name too long, no permission
         raise JaxgenError(f"{name_or_path!r:.200} cannot be looked up: {error}") from error

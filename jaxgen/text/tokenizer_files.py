@@ -22,6 +22,9 @@ _CONFIGS, _NAMES_CODE = ("tokenizer_config.json", "config.json"), "auto_map"
 
 def check_files(directory: Path) -> None:
     """Raise for files that must not be read: `UnsupportedError` for code, `JaxgenError` for the rest."""
+    from jaxgen.convert.leftovers import settle
+
+    settle(directory)
     _check_kinds(directory)
     _refuse_code(directory)
     _check_growth(directory / "tokenizer.json")
