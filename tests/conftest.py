@@ -22,12 +22,21 @@ collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["oracle/*"]
 if not importlib.util.find_spec("jax_plugins"):
     collect_ignore_glob.append("aot/*")
 
-
-# What the command line compiles stays out of the user's directory, unless a test says otherwise.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+pytest.register_assert_rewrite("tests.helpers")
 
 # XLA:CPU maps some memory for every function it compiles, and crashes when Linux gives no more: 65530 maps by default.
 _MOST_MAPS = 30_000
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What is compiled is kept for the other workers and the next run: `pytest --cache-clear` forgets it.
+
+    Processes that tests start keep theirs here too, and not in the user's directory.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = getattr(config, "cache", None)  # None with `-p no:cacheprovider`
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache.mkdir("compiled")) if cache else ""
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def pytest_runtest_teardown() -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -85,7 +86,12 @@ def test_without_a_private_directory_it_says_so_and_goes_on(tmp_path: Path, monk
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".cache").write_text("a file")
-    cli._keep_compiled(parser().parse_args(["generate", "x"]))
+    chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        cli._keep_compiled(parser().parse_args(["generate", "x"]))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", chosen)
     said = capsys.readouterr().err
     assert said.startswith("jaxgen: compiled programs are not kept (--no-compile-cache does not try): ")
     assert said.count("\n") == 1
