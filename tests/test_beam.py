@@ -28,6 +28,7 @@ from jaxgen.generation.request import Extras, Request, controls_of, recipe_of
 from jaxgen.generation.run import Run
 from jaxgen.generation.sample import row_id_words
 from jaxgen.generation.stop import CRITERION
+from tests.helpers import some_slow
 from tests.test_rows import padded
 
 EOS = 1
@@ -207,7 +208,7 @@ def test_no_more_of_the_cache_moves_than_must(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("early", [False, True, "never"])
-@pytest.mark.parametrize("beams", [2, 3])
+@pytest.mark.parametrize("beams", some_slow([2, 3], lambda beams: beams == 3))
 def test_random_tables_against_a_search_in_python(beams: int, early: Any):
     rng = np.random.default_rng(beams)
     ends = 0
@@ -351,6 +352,7 @@ def model(reference_model):
     return reference_model("window_8")  # the ring turns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample", [False, True])
 def test_padding_order_and_neighbours_change_nothing_in_a_real_model(model, sample: bool):
     options = OPTIONS | {"do_sample": sample}
@@ -422,6 +424,7 @@ def test_int8_caches_move_with_their_beams(model):
     np.testing.assert_allclose(small.sequences_scores, exact.sequences_scores, atol=0.05)
 
 
+@pytest.mark.slow
 def test_guided_beams_take_their_negative_rows_along(model):
     """Each token's score, from scratch: prompt and negative prompt with the tokens before it, read anew."""
     scale, negative = 1.7, [8, 15, 16, 23, 42]

@@ -125,6 +125,7 @@ def test_a_system_prompt_is_kept_by_reset(model, tokenizer):
     assert [message["role"] for message in session.messages] == ["system", "user", "assistant"]
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_a_conversation(model, tokenizer):
     def answers(seed: int) -> list[str]:
         options = {"do_sample": True, "temperature": 4.0, "max_new_tokens": 12}

@@ -290,6 +290,7 @@ def _damage(directory: Path, rng: random.Random) -> str:
     return f"{how}: {path.name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 3])
 def test_damaged_files_raise_jaxgen_errors_or_do_no_harm(tmp_path, shards):
     write_hf(tmp_path / "good", CONFIG, hf_tensors(CONFIG, "BF16"), shards)
@@ -315,6 +316,7 @@ def test_damaged_files_raise_jaxgen_errors_or_do_no_harm(tmp_path, shards):
     assert refused > 100  # the rest are flips in values that loading does not depend on
 
 
+@pytest.mark.slow
 def test_memory_stays_within_the_parameters_and_two_tensors():
     command = [sys.executable, "benchmarks/loading.py", "--gigabytes", "0.2", "--shards", "2", "--width", "1024"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

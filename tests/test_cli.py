@@ -43,6 +43,7 @@ def command(*arguments: str, **environment: str) -> tuple[int, str, str]:
     return result.returncode, result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_the_first_command_and_the_second_which_finds_compiled_programs(tmp_path: Path, monkeypatch):
     """In the user's own directory, private, and it stays as it is with the same command, or with --no-compile-cache."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
@@ -104,6 +105,7 @@ def test_version(capsys):
     assert capsys.readouterr() == (f"jaxgen {jaxgen.__version__}\n", "")
 
 
+@pytest.mark.slow
 def test_several_prompts_in_batches_give_the_same(capsys):
     prompts = [COLORS, "1, 2, 3", "A, B, C, D, E"]
     options = ["--do-sample", "--seed", "5", "--max-new-tokens", "9"]

@@ -58,6 +58,7 @@ def test_the_counter_counts(model):
     assert len(compilations) >= 2  # prefill and decode
 
 
+@pytest.mark.slow
 def test_random_lengths_compile_no_more_than_the_buckets(model):
     lengths = np.random.default_rng(0).integers(1, 201, 50).tolist()
     buckets = {bucket(length, SMALLEST_PROMPT) for length in lengths}

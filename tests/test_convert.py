@@ -25,6 +25,7 @@ from jaxgen.convert.calibration import read_calibration
 from jaxgen.convert.checkpoint import Checkpoint
 from jaxgen.quant import quantize
 from jaxgen.text.tokenizer import load_tokenizer
+from tests.helpers import some_slow
 from tests.hf_files import CONFIG, DTYPES, hf_tensors, write_hf
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +106,7 @@ def test_every_tensor(tmp_path, code, group_size, lm_head, tied):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"group_size": 32, "lm_head": True}, {"group_size": -1}])
+@pytest.mark.parametrize("options", some_slow([{}, {"group_size": 32, "lm_head": True}, {"group_size": -1}], bool))
 def test_the_converted_demo_is_the_one_quantised_while_loading(tmp_path, options):
     path = convert_checkpoint(demo.path(), tmp_path / "out", max_shard_size="500KB", **options)
     quantization = jaxgen.Int4Config(**options)
@@ -424,6 +425,7 @@ print(json.dumps({"kills": kills, "moments": moments}))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     config = WIDE | {"num_hidden_layers": 6, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     write_hf(tmp_path / "source", config, hf_tensors(config, "BF16"), shards=2)
@@ -507,6 +509,7 @@ def test_methods_that_go_layer_by_layer(tmp_path, monkeypatch, method):
     assert 2 in seen["made"]
 
 
+@pytest.mark.slow
 def test_gptq_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     """The method itself, resumed on a layer that is read back from a finished file."""
     square = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 4, "vocab_size": 40}

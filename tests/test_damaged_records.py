@@ -135,6 +135,7 @@ def stated(record: dict[str, Any]) -> Any:
     return model, entries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
 def test_mutants(name, monkeypatch):
     """Each is read or refused by a `JaxgenError`, as the schema has it; and only what states the same is identical.

@@ -18,12 +18,18 @@ import jaxgen
 from jaxgen.arguments import parser
 from jaxgen.generation.config import DEFAULT_NEW_TOKENS, DEFAULTS
 from jaxgen.generation.support import table
+from tests.helpers import some_slow
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 PAGES_WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
 NEEDS = {"looking": ("matplotlib", "pandas"), "training": ("optax",)}  # pages that need more than jaxgen
+# Pages and modules whose examples compile much.
+SLOW = {
+    "compile", "convert", "jit", "looking", "processors", "reuse", "scores", "speculation", "stopping", "training",
+    "jaxgen.generation.generate", "jaxgen.plot",
+}  # fmt: skip
 MODULES = [module.name for module in pkgutil.walk_packages(jaxgen.__path__, "jaxgen.") if "demo" not in module.name]
 
 
@@ -35,7 +41,7 @@ def demo():
     return jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path()), load_tokenizer(jaxgen.demo.path())
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", some_slow(MODULES, SLOW.__contains__))
 def test_docstring_examples(name: str, request: pytest.FixtureRequest):
     module = importlib.import_module(name)
     names = vars(module) | {"getfixture": request.getfixturevalue}
@@ -95,7 +101,7 @@ def test_the_readmes_python_runs_and_prints_what_it_says(capsys: pytest.CaptureF
     assert run_blocks(README, capsys)
 
 
-@pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", some_slow(PAGES_WITH_CODE, lambda page: page.stem in SLOW), ids=lambda page: page.stem)
 def test_the_pages_python_runs_and_prints_what_it_says(page: Path, capsys: pytest.CaptureFixture[str], as_it_was: None):
     for package in NEEDS.get(page.stem, ()):
         pytest.importorskip(package)
@@ -246,6 +252,7 @@ def test_the_reproducibility_table_counts(hook):
     assert "(2026-01-02), 2 cores, a CPU; jax 1.2." in text
 
 
+@pytest.mark.slow
 def test_the_site_builds_and_fetches_nothing(tmp_path: Path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")

@@ -266,6 +266,7 @@ for attempt in range(8):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_its_target_absent_or_complete(tmp_path):
     build(vocab_size=20_000).save_pretrained(tmp_path / "source")
     command = [sys.executable, "-c", _KILLED_SAVES, str(tmp_path / "source"), str(tmp_path / "killed")]

@@ -50,6 +50,7 @@ def load():
     return get
 
 
+@pytest.mark.slow
 def test_logits_are_nearer_to_float32_than_those_of_bfloat16(load, inputs):
     """float16 has three more bits, so a ratio of about 8; 4 leaves room for which roundings meet.
 
@@ -73,9 +74,10 @@ SAMPLING: dict[str, Any] = {"do_sample": True, "seed": 1, "top_k": 0}
     ("load_in_4bit", "options", "tolerance"),
     [
         (False, {}, 0.02),
-        (True, SAMPLING, 0.02),
-        (False, {"num_beams": 2}, 0.003),  # of a mean over 12 tokens
-        (False, {"cache_implementation": "quantized", **SAMPLING}, 0.2),  # which rounds keys and values to 8 bits
+        pytest.param(True, SAMPLING, 0.02, marks=pytest.mark.slow),
+        pytest.param(False, {"num_beams": 2}, 0.003, marks=pytest.mark.slow),  # of a mean over 12 tokens
+        # Which rounds keys and values to 8 bits.
+        pytest.param(False, {"cache_implementation": "quantized", **SAMPLING}, 0.2, marks=pytest.mark.slow),
     ],
     ids=["greedy", "sampling from int4", "beams", "int8 cache"],
 )

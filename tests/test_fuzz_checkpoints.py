@@ -19,6 +19,7 @@ from jaxgen.convert.names import parameter_parts
 from jaxgen.errors import JaxgenError
 from tests.formats.files import UNIFORM
 from tests.gguf_files import METADATA, gguf_bytes
+from tests.helpers import some_slow
 from tests.hf_files import CONFIG, hf_tensors, write_hf
 from tests.mutate import mutate_bytes, mutate_json
 from tests.reference.cases import v4_rope, v5_rope
@@ -101,7 +102,7 @@ def judge_config(tally: Tally, directory: Path, text: str | bytes, whole: Model)
         assert says(found[0]), text
 
 
-@pytest.mark.parametrize("spelling", [v4_rope, v5_rope])
+@pytest.mark.parametrize("spelling", some_slow([v4_rope, v5_rope], lambda spelling: spelling is v4_rope))
 def test_config_json(tmp_path, spelling):
     fields = FIELDS | spelling(1e6)
     write_hf(tmp_path, fields, hf_tensors(fields))
@@ -116,6 +117,7 @@ def test_config_json(tmp_path, spelling):
     assert tally.errors > 400 and tally.other > 20, vars(tally)
 
 
+@pytest.mark.slow
 def test_a_tied_model(tmp_path):
     fields = FIELDS | {"tie_word_embeddings": True, "rope_theta": 1e6}
     write_hf(tmp_path, fields, hf_tensors(fields))
@@ -200,7 +202,7 @@ def mlx(directory: Path) -> Path:
     return write_both(directory, {"quantization": MLX, "quantization_config": MLX}, mlx_tensors, lambda name: True)[0]
 
 
-@pytest.mark.parametrize("case", [*QUANTISED, bitsandbytes, mlx])
+@pytest.mark.parametrize("case", some_slow([*QUANTISED, bitsandbytes, mlx], lambda case: case not in ("awq", mlx)))
 def test_quantisation_configs(tmp_path, case):
     if isinstance(case, str):
         directory = tmp_path
@@ -260,6 +262,7 @@ def nested(name: str, shape: tuple[int, int], seed: int) -> tuple[dict[str, np.n
     return tensors, values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encode", [bnb_tensors, nested])
 def test_what_bitsandbytes_says_of_a_tensor(tmp_path, encode):
     directory = write_both(tmp_path, {"quantization_config": BNB}, encode, is_linear)[0]
@@ -316,6 +319,7 @@ def damaged_gguf(data: bytes, header: int, odd: int, draw: random.Random) -> Ite
         yield data[:-more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, tied", [("Q4_0", False), ("F32", True)])
 def test_gguf(tmp_path, kind, tied):
     path, data, tally = tmp_path / "m.gguf", gguf_bytes(kind=kind, tied=tied), Tally()

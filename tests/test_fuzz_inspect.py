@@ -11,6 +11,7 @@ from jaxgen.convert.inspect import describe
 from jaxgen.errors import CheckpointError, JaxgenError
 from tests.formats.files import UNIFORM
 from tests.gguf_files import gguf_bytes
+from tests.helpers import some_slow
 from tests.hf_files import CONFIG, hf_tensors, write_hf
 from tests.mutate import mutate_bytes, mutate_json
 
@@ -37,7 +38,7 @@ def test_tensors_that_the_config_does_not_imply(tmp_path):
         describe(tmp_path)
 
 
-@pytest.mark.parametrize("case", ["floats", *QUANTISED])
+@pytest.mark.parametrize("case", some_slow(["floats", *QUANTISED], lambda case: case != "floats"))
 def test_damaged_configs(tmp_path, case):
     if case == "floats":
         fields = CONFIG | {"rope_theta": 1e4, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}

@@ -39,6 +39,7 @@ def used(directory: Path) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_damaged_settings(directory):
     path, draw = directory / "tokenizer_config.json", random.Random(0)
     fields = json.loads(path.read_text()) | {"padding_side": "right", "model_max_length": 512, "legacy": False}

@@ -79,6 +79,7 @@ def test_precedence_of_options(model: MistralForCausalLM):
         model.generation_config = before
 
 
+@pytest.mark.slow
 def test_none_as_an_option_switches_off(model: MistralForCausalLM):
     first = int(model.generate([[5, 6]], max_new_tokens=1, eos_token_id=None)[0, -1])
     config = GenerationConfig(eos_token_id=first, max_new_tokens=9)
@@ -200,6 +201,7 @@ class TestPureFunction:
         assert result.shape == (3, 11)
         np.testing.assert_array_equal(result[:, : expected.shape[1]], expected)
 
+    @pytest.mark.slow
     def test_vmap_over_keys_equals_one_by_one(self, model: MistralForCausalLM):
         config = GenerationConfig(max_new_tokens=5, do_sample=True, return_dict_in_generate=True)
         keys = jax.random.split(jax.random.key(0), 4)
@@ -275,6 +277,7 @@ def test_generation_far_past_the_window(model: MistralForCausalLM):
     assert result == greedy_by_hand(model, PROMPTS[1].tolist(), 30)
 
 
+@pytest.mark.slow
 def test_long_prompts_are_read_in_blocks(model: MistralForCausalLM):
     """Past 512 tokens the prompt's attention runs block by block: same tokens as reading a row again and again."""
     config = MistralConfig(

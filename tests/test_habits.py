@@ -341,6 +341,7 @@ class TestCall:
         assert isinstance(logits, jax.Array)
         assert (logits == model(inputs["input_ids"])).all()
 
+    @pytest.mark.slow
     def test_labels(self, model: Any):
         ids = np.array([[1, 5, 9, 4], [1, 7, 7, 8]], np.int32)
         labels = np.where(ids == 7, -100, ids)

@@ -68,6 +68,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return clone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["editable", "wheel"])
 def test_it_imports_from_everywhere_around_the_clone(kind: str, clone: Path, tmp_path: Path):
     """As after `pip install`, which does the same: has setuptools build, and unpacks that into the environment."""

@@ -260,7 +260,7 @@ def test_configs_that_make_no_sense(options, error, message):
 
 def test_options_of_from_pretrained_are_checked():
     with pytest.raises(JaxgenError, match=r"must be a jaxgen\.Int4Config"):
-        AutoModelForCausalLM.from_pretrained(demo.path(), quantization_config={"load_in_4bit": True})
+        AutoModelForCausalLM.from_pretrained(demo.path(), quantization_config=4)
     with pytest.raises(JaxgenError, match="load_in_4bit='yes' must be True or False"):
         AutoModelForCausalLM.from_pretrained(demo.path(), load_in_4bit="yes")
 
@@ -295,6 +295,7 @@ def test_errors_of_running_are_not_taken_for_errors_of_compiling():
         stage(jnp.ones(()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_decode_step_for_gpus_computes_what_the_other_does(rows):
     """For one row it carries a second one along; the tests' platform would never trace it."""
