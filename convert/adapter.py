@@ -12,6 +12,7 @@ from jaxgen.quant.adapted import Adapted
 
 from .adapter_config import CONFIG, MERGE, LoraConfig
 from .checkpoint import DTYPES, Checkpoint
+from .files import is_there
 from .names import EMBEDDING, Part
 
 logger = logging.getLogger("jaxgen")
@@ -34,7 +35,7 @@ class Adapter:
 
     def __init__(self, directory: Path):
         self._config = LoraConfig.read(directory)
-        if not (directory / _WEIGHTS).is_file():
+        if not is_there(directory / _WEIGHTS):
             raise CheckpointError(
                 str(directory),
                 [

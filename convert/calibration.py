@@ -8,10 +8,12 @@ from jaxtyping import Int
 
 from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError
+from jaxgen.files import read_bytes
 from jaxgen.text.utf8 import decode_utf8
 
 SEQUENCES = 128
 TOKENS = 2048
+MOST_BYTES = 20_000_000  # all of it is tokenised; a million or two are used
 
 
 def read_calibration(
@@ -20,11 +22,11 @@ def read_calibration(
     """Sequences of token ids from a UTF-8 text file, as int32.
 
     They are `tokens` long, or the model's context if that is shorter; at most `sequences`, spread evenly over the
-    file. Raises `JaxgenError` for a file that cannot be read, that is too short for one sequence, or whose tokens the
-    model does not have.
+    file. Raises `JaxgenError` for a file that is not regular, that has more than `MOST_BYTES` or not one sequence, or
+    whose tokens the model does not have.
     """
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, MOST_BYTES)
     except (OSError, ValueError) as error:
         raise JaxgenError(f"calibration {path}: cannot be read: {error}") from error
     text = decode_utf8(data, f"calibration {path}")

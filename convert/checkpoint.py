@@ -74,10 +74,13 @@ class Checkpoint:
         self.problems: list[str] = []
         self.unreadable: set[str] = set()
         self._scratch = bytearray()
-        if is_there(directory / weights):
+        # Also what is not needed beside the weights must be no other thing than a file.
+        names = (WEIGHTS, INDEX, OLD_GPTQ) if weights == WEIGHTS else (weights,)
+        there = [name for name in names if is_there(directory / name)]
+        if weights in there:
             if not self._scan_shard(weights):
                 raise CheckpointError(str(directory), self.problems)
-        elif is_there(directory / INDEX):
+        elif INDEX in there:
             self._scan_index()
         else:
             raise CheckpointError(str(directory), [_no_weights(directory)])
@@ -187,8 +190,12 @@ class Checkpoint:
     def _scan_shard(self, shard: str) -> bool:
         """Open one file and note its tensors; False, with a problem noted, if it cannot be opened."""
         path = self.directory / shard
-        if not path.is_file():
-            self.problems.append(f"shard {shard} is missing; download the checkpoint again")
+        try:
+            if not is_there(path):
+                self.problems.append(f"shard {shard} is missing; download the checkpoint again")
+                return False
+        except CheckpointError as error:
+            self.problems += [f"shard {shard} {problem}" for problem in error.problems]
             return False
         try:
             header, repeated, data = _header(path)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +25,18 @@ from .assemble import rounded
 from .atomic import resumable_directory
 from .calibration import read_calibration
 from .checkpoint import DTYPES, INDEX, Checkpoint
-from .files import files_matching, leads_out, require
-from .fingerprint import fingerprints
+from .companions import Companions
+from .files import require
+from .fingerprint import fingerprint
 from .formats import FIELDS, detect
 from .load import check_tensors
 from .names import HEAD, Part, parameter_parts
 from .progress import progress_bar
 from .writer import Layout, Planned, ShardWriter, index_of, json_bytes, plan_shards, shard_bytes
 
+logger = logging.getLogger("jaxgen")
+
+_LAYER = re.compile(r"model\.layers\.\d+\.")
 _METHODS = ("rtn", "gptq", "autoround")
 _WEIGHTS_AT_ONCE = 1 << 22  # as many as `quantize` takes at a time
 
@@ -100,29 +106,32 @@ class _Conversion:
         self.shards = plan_shards(parts, self._nbytes, limit)
         self.layouts = {shard: self._layout(parts) for shard, parts in self.shards.items()}
         fields["quantization_config"] = packed.quantization_config(int4.group_size, ignore_head=not int4.lm_head)
-        self.small_files = {**_companions(directory), "config.json": json_bytes(fields)}
+        self.companions = Companions(directory)
+        self.small_files = {"config.json": json_bytes(fields)}
         if len(self.shards) > 1:
             self.small_files[INDEX] = json_bytes(self._index(parts))
 
     def made_from(self) -> dict[str, Any]:
-        """What the result depends on: conversions that agree in this write the same bytes."""
+        """What the result depends on beside the weights: conversions that agree in this and those write the same."""
         tensors = self.checkpoint.tensors
-        files = {info.shard: (self.checkpoint.directory / info.shard).stat() for info in tensors.values()}
         return {
             "jaxgen": jaxgen.__version__,
             "options": [dataclasses.asdict(self.int4), self.method],
             "calibration": None if self.calibration is None else _digest(self.calibration.tobytes()),
-            "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()},
-            "content": fingerprints(self.checkpoint.directory, tensors.values()),
             "tensors": {name: dataclasses.astuple(info) for name, info in tensors.items()},
             "shards": {name: layout.nbytes for name, layout in self.layouts.items()},
-            "small_files": {name: _digest(data) for name, data in self.small_files.items()},
+            "small_files": {name: _digest(data) for name, data in self.small_files.items()} | self.companions.digests,
         }
 
     def write(self, place: Path) -> None:
-        """Write the files that are not there yet."""
+        """Write the files that are not there yet, or all if what is there was made of other weights."""
         for partial in place.glob("*.partial"):  # of a process that was killed
             partial.unlink()
+        finished = [shard for shard in self.shards if (place / shard).exists()]
+        if any(self._source(shard) != _noted(place, shard) for shard in finished):
+            logger.warning("%s is of another source: starting afresh", place.parent)
+            for shard in finished:
+                (place / shard).unlink()
         missing = [shard for shard in self.shards if not (place / shard).exists()]
         self._check_room(place, missing)
         blocks = self._blocks(place, missing)
@@ -130,6 +139,7 @@ class _Conversion:
             for shard in self.shards.keys() - set(missing):
                 bar.update(sum(self.checkpoint.tensors[part.name].nbytes for part in self.shards[shard]))
             for shard in missing:
+                _note(place, shard, self._source(shard))  # before: what changes meanwhile is found out next time
                 with ShardWriter(place / shard, self.layouts[shard]) as file:
                     for part in self.shards[shard]:
                         for name, piece in self._pieces(part, blocks):
@@ -137,6 +147,15 @@ class _Conversion:
                         bar.update(self.checkpoint.tensors[part.name].nbytes)
         for name, data in self.small_files.items():
             (place / name).write_bytes(data)
+        self.companions.copy_to(place)
+
+    def _source(self, shard: str) -> str:
+        """A hash of all weights of the source that a file depends on beside those that the files before it do."""
+        names = [part.name for part in self.shards[shard]]
+        if self.calibration is not None:  # the weights of a layer are made together
+            layers = {match[0] for name in names if (match := _LAYER.match(name))}
+            names += [name for name in self.planned if (match := _LAYER.match(name)) and match[0] in layers]
+        return fingerprint(self.checkpoint, dict.fromkeys(names))
 
     def _planned(self, part: Part) -> dict[str, Planned]:
         """The tensors that are written for one of the source."""
@@ -155,7 +174,8 @@ class _Conversion:
         return index_of(weight_map, sum(map(self._nbytes, parts)), sum(math.prod(part.shape) for part in parts))
 
     def _check_room(self, place: Path, missing: list[str]) -> None:
-        needed = sum(self.layouts[shard].nbytes for shard in missing) + sum(map(len, self.small_files.values()))
+        small = sum(map(len, self.small_files.values())) + self.companions.nbytes
+        needed = sum(self.layouts[shard].nbytes for shard in missing) + small
         free = shutil.disk_usage(place).free
         if needed > free:
             raise JaxgenError(f"convert: {needed:,} bytes are to be written, but the disk has {free:,} free ({place})")
@@ -227,21 +247,18 @@ def _calibration(directory: Path, path: Any, config: MistralConfig) -> np.ndarra
     return read_calibration(as_path(path, "calibration"), load_tokenizer(directory), config)
 
 
-def _companions(directory: Path) -> dict[str, bytes]:
-    """The files beside config.json and the weights: the tokenizer's, and the defaults for generating."""
+def _note(place: Path, shard: str, source: str) -> None:
+    """Keep, beside the files, what one of them is made of."""
+    path = place.parent / f"{shard}.source"
+    path.unlink(missing_ok=True)  # no link is followed
+    path.write_text(source)
+
+
+def _noted(place: Path, shard: str) -> str | None:
     try:
-        found = [path for path in files_matching(directory, hub.COMPANIONS) if path.suffix != ".safetensors"]
-        copied = [directory / "config.json", *found]
-        if outside := [
-            f"{path.name} is a link out of the directory, to {os.readlink(path)!r:.200}; only what is in the "
-            "checkpoint is copied: put the file there"
-            for path in copied
-            if leads_out(path, directory)
-        ]:
-            raise CheckpointError(str(directory), outside)
-        return {path.name: path.read_bytes() for path in found}
-    except OSError as error:
-        raise CheckpointError(str(directory), [f"cannot be read: {error}"]) from error
+        return (place.parent / f"{shard}.source").read_text()
+    except (OSError, ValueError):
+        return None
 
 
 def _rows(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:

@@ -66,15 +66,27 @@ def require(path: Path, what: str) -> Path:
 def files_matching(directory: Path, patterns: Iterable[str]) -> list[Path]:
     """The files of a directory whose names match one of the patterns, sorted; raises as `is_there`.
 
-    Directories are passed over, unless they stand where a file is looked for ("tokenizer.json").
+    A pattern may begin with the name of a folder ("templates/*.jinja"). Directories are passed over, unless they stand
+    where a file is looked for ("tokenizer.json").
     """
+    found: list[Path] = []
     patterns = tuple(patterns)
+    for folder in sorted({os.path.dirname(pattern) for pattern in patterns}):
+        place = directory / folder
+        # Not `glob`, which before Python 3.13 takes a link that leads nowhere for absent.
+        for path in (place / name for name in _listed(place, optional=not folder)):
+            matches = any(fnmatchcase(os.path.join(folder, path.name), pattern) for pattern in patterns)
+            if matches and (path.suffix in _NAMED_AS_FILES or not path.is_dir()) and is_there(path):
+                found.append(path)
+    return found
+
+
+def _listed(place: Path, *, optional: bool) -> list[str]:
     try:
-        names = sorted(os.listdir(directory))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+        return sorted(os.listdir(place))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if optional or not os.path.lexists(place):
+            return []
+        raise CheckpointError(str(place), ["is no directory"]) from error
     except OSError as error:
-        raise CheckpointError(str(directory), [f"cannot be read: {error.strerror}"]) from error
-    # Not `glob`, which before Python 3.13 takes a link that leads nowhere for absent.
-    paths = [directory / name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    return [path for path in paths if (path.suffix in _NAMED_AS_FILES or not path.is_dir()) and is_there(path)]
+        raise CheckpointError(str(place), [f"cannot be read: {error.strerror}"]) from error

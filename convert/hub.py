@@ -18,7 +18,7 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
-    "additional_chat_templates/*",
+    "additional_chat_templates/*.jinja",
     "vocab.*",
     "merges.*",
     "tekken.json",

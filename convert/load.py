@@ -189,7 +189,7 @@ def _locate_gguf(name: Any, name_or_path: str | os.PathLike[str], **options: Any
     if not isinstance(name, str) or not name.endswith(".gguf"):
         raise JaxgenError(f"gguf_file={name!r} must be the name of a .gguf file")
     directory = locate(name_or_path, files=(name, "config.json", *COMPANIONS), **options)
-    if not (directory / name).is_file():
+    if not is_there(directory / name):
         raise JaxgenError(f"gguf_file={name!r}: there is no such file in {directory}")
     return directory / name
 

@@ -3,12 +3,14 @@
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from jaxgen.errors import CheckpointError
 
 MOST_JSON = 20_000_000  # bytes; an index takes about 100 a tensor
+MOST_TOKENIZER = 100_000_000  # the largest vocabularies take 40 million
 _MOST_NAMED = 5  # in one message
 _CHUNK = 1 << 20
 
@@ -26,15 +28,20 @@ def open_regular(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "rb")
 
 
-def read_bytes(path: Path, limit: int = MOST_JSON) -> bytes:
+def read_chunks(path: Path, limit: int) -> Iterator[bytes]:
     """What a regular file holds; raises `OSError` if that is more than `limit` bytes, whatever its status says."""
-    data = bytearray()
+    done = 0
     with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
-            data += chunk
-            if len(data) > limit:
+            done += len(chunk)
+            if done > limit:
                 raise OSError(f"it is longer than the limit of {limit} bytes")
-    return bytes(data)
+            yield chunk
+
+
+def read_bytes(path: Path, limit: int = MOST_JSON) -> bytes:
+    """All that a regular file holds; raises as `read_chunks`."""
+    return b"".join(read_chunks(path, limit))
 
 
 def parse_json(data: bytes) -> tuple[Any, list[str]]:

@@ -161,8 +161,17 @@ def test_files_beside_the_weights_are_copied(source, tmp_path):
         (source / name).write_text(name)
     (source / "notes.txt").write_text("not a model's")
     (source / "tokenizer.d").mkdir()
+    templates = source / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "short.jinja").write_text("{{ messages[0]['content'] }}")
+    (templates / "notes.md").write_text("not a template")
     path = convert_checkpoint(source, tmp_path / "out")
     names = "chat_template.jinja generation_config.json special_tokens_map.json tokenizer.json tokenizer.model".split()
+    assert {str(found.relative_to(path / templates.name)) for found in (path / templates.name).rglob("*")} == {
+        "short.jinja"
+    }
+    assert (path / templates.name / "short.jinja").read_text() == (templates / "short.jinja").read_text()
+    shutil.rmtree(path / templates.name)
     assert sorted(files_in(path)) == sorted([*names, "config.json", "model.safetensors"])
     assert all((path / name).read_bytes() == (source / name).read_bytes() for name in names)
 
@@ -319,23 +328,32 @@ def test_an_interrupted_conversion_goes_on_where_it_was(source, tmp_path, monkey
 
 @pytest.mark.parametrize(
     "change",
-    ["weights", "weights of one tensor", "weights exchanged", "config", "tokenizer", "group_size", "max_shard_size"],
-)
+    [
+        "weights", "weights of one tensor", "weights to come", "weights exchanged", "one bit", "config", "tokenizer",
+        "group_size", "max_shard_size",
+    ],
+)  # fmt: skip
 def test_another_source_or_other_options_start_afresh(source, tmp_path, monkeypatch, caplog, change):
     options: dict[str, Any] = {"group_size": 32, "max_shard_size": "30KB"}
     assert interrupt(monkeypatch, source, tmp_path / "out", 9, **options)
     times = {path: path.stat().st_mtime_ns for path in source.iterdir()}
     if change == "weights":
         write_hf(source, WIDE, hf_tensors(WIDE, "BF16", seed=1), shards=2)
-    elif change == "weights of one tensor":
+    elif change in ("weights of one tensor", "weights to come"):
         tensors = hf_tensors(WIDE, "BF16")
-        tensors["model.layers.1.mlp.up_proj.weight"] *= 2
+        layer = 0 if change == "weights of one tensor" else 1
+        tensors[f"model.layers.{layer}.mlp.up_proj.weight"] *= 2
         write_hf(source, WIDE, tensors, shards=2)
     elif change == "weights exchanged":  # two tensors of one shape under each other's name
         tensors = hf_tensors(WIDE, "BF16")
         one, other = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
         tensors[one], tensors[other] = tensors[other], tensors[one]
         write_hf(source, WIDE, tensors, shards=2)
+    elif change == "one bit":
+        (shard, first) = next((source / info.shard, info) for info in Checkpoint(source).tensors.values())
+        data = bytearray(shard.read_bytes())
+        data[first.begin + first.nbytes // 2 + 1] ^= 1
+        shard.write_bytes(data)
     elif change == "config":
         write_hf(source, WIDE | {"rope_theta": 5e5}, hf_tensors(WIDE, "BF16"), shards=2)
     elif change == "tokenizer":
@@ -345,8 +363,48 @@ def test_another_source_or_other_options_start_afresh(source, tmp_path, monkeypa
     for path, time in times.items():  # as archives and copies restore them
         os.utime(path, ns=(time, time))
     written = files_in(convert_checkpoint(source, tmp_path / "out", **options))
-    assert "starting afresh" in caplog.text
+    assert ("starting afresh" in caplog.text) == (change != "weights to come")
     assert written == files_in(convert_checkpoint(source, tmp_path / "reference", **options))
+
+
+def test_the_same_weights_elsewhere_and_later_are_the_same_source(source, tmp_path, monkeypatch, caplog):
+    options = {"group_size": 32, "max_shard_size": "30KB"}
+    finished = interrupt(monkeypatch, source, tmp_path / "out", 9, **options)
+    inodes = {path.name: path.stat().st_ino for path in finished}
+    shutil.copytree(source, tmp_path / "copy", copy_function=shutil.copyfile)
+    path = convert_checkpoint(tmp_path / "copy", tmp_path / "out", **options)
+    assert inodes and inodes == {name: (path / name).stat().st_ino for name in inodes}
+    assert "afresh" not in caplog.text
+
+
+def test_a_method_that_goes_by_layers_depends_on_all_of_a_layer(tmp_path, monkeypatch, caplog):
+    """A file may end within a layer, whose weights are made together."""
+    text = tmp_path / "text.txt"
+    text.write_text("A list of colors: red, blue, green. " * 200)
+    shutil.copytree(demo.path(), tmp_path / "source")
+    stub_blocks(monkeypatch)
+    options: dict[str, Any] = {"group_size": 64, "method": "gptq", "calibration": text, "max_shard_size": "200KB"}
+    shards = convert._Conversion(tmp_path / "source", jaxgen.Int4Config(group_size=64), "gptq", text, 200_000).shards
+    names = [[part.name for part in parts] for parts in shards.values()]
+    cut = next(i for i, those in enumerate(names) if those[-1].startswith("model.layers.0."))
+    assert names[cut + 1][0].startswith("model.layers.0.")
+    appended = convert.ShardWriter.append
+
+    def stop(self: Any, name: str, piece: np.ndarray) -> None:
+        if name.startswith(names[cut + 1][0]):
+            raise Interrupted
+        appended(self, name, piece)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(convert.ShardWriter, "append", stop)
+        convert_checkpoint(tmp_path / "source", tmp_path / "out", **options)
+    info = Checkpoint(tmp_path / "source").tensors[names[cut + 1][0]]
+    with (tmp_path / "source" / info.shard).open("r+b") as file:
+        file.seek(info.begin + info.nbytes // 3)
+        file.write(b"\0\0")
+    written = files_in(convert_checkpoint(tmp_path / "source", tmp_path / "out", **options))
+    assert "starting afresh" in caplog.text
+    assert written == files_in(convert_checkpoint(tmp_path / "source", tmp_path / "reference", **options))
 
 
 def test_a_full_disk_keeps_what_is_finished(source, tmp_path):

@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors import safe_open
 
 from jaxgen import demo
-from jaxgen.convert import atomic
+from jaxgen.convert import atomic, convert_checkpoint
 from jaxgen.convert.load import AutoModelForCausalLM
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation.config import GenerationConfig
@@ -197,6 +197,19 @@ def test_the_tokenizer_first_and_then_the_model(tmp_path):
     assert same_bits(parameters(load(tmp_path / "out")), parameters(model))
     after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert before and after == before | {name: after[name] for name in ("config.json", "model.safetensors")}
+
+
+def test_chat_templates_in_a_folder_stay_and_are_converted(tmp_path):
+    """transformers writes all but one of several templates into additional_chat_templates/."""
+    tokenizer, model = load_tokenizer(demo.path()), build(intermediate_size=16, head_dim=8)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "short": "{{ messages[0]['content'] }}"}
+    tokenizer.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "additional_chat_templates" / "short.jinja").exists()
+    for overwrite in (False, True):
+        model.save_pretrained(tmp_path / "out", overwrite=overwrite)
+        assert load_tokenizer(tmp_path / "out").chat_template == tokenizer.chat_template
+    convert_checkpoint(tmp_path / "out", tmp_path / "int4", group_size=-1)
+    assert load_tokenizer(tmp_path / "int4").chat_template == tokenizer.chat_template
 
 
 def test_options_of_transformers(tmp_path):

@@ -1,5 +1,6 @@
 """Which files are there: a name that stands for no file is never taken for an absent file."""
 
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,8 @@ import pytest
 from jaxgen import AutoModelForCausalLM, GenerationConfig, JaxgenError, demo
 from jaxgen.config import MistralConfig
 from jaxgen.convert import convert_checkpoint
-from jaxgen.convert.checkpoint import INDEX, WEIGHTS
+from jaxgen.convert.checkpoint import INDEX, OLD_GPTQ, WEIGHTS
+from jaxgen.convert.inspect import describe
 from jaxgen.records.record import Record
 from jaxgen.text.tokenizer import load_tokenizer
 from tests.gguf_files import gguf_bytes
@@ -28,6 +30,8 @@ def load(directory: Path, **options: Any):
 
 def put(kind: str, path: Path) -> None:
     """Something under a file's name that is no file."""
+    if path.is_dir():
+        shutil.rmtree(path)
     path.unlink(missing_ok=True)
     if kind == "dangling link":
         path.symlink_to("nowhere")
@@ -35,8 +39,24 @@ def put(kind: str, path: Path) -> None:
         path.symlink_to(path.name)
     elif kind == "directory":
         path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
     else:
         os.mkfifo(path)
+
+
+@pytest.fixture
+def ends() -> Iterator[None]:
+    """What waits for a pipe, or reads a device to its end, fails."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
 
 
 def write_model(place: Path) -> None:
@@ -54,39 +74,111 @@ NO_FILES = {
     "link to itself": "cannot be looked up: Too many levels of symbolic links",
     "directory": "is a directory",
     "pipe": "is not a regular file",
+    "device": "is not a regular file",
+}
+SHARD = "model-00002-of-00002.safetensors"
+TEMPLATE = "additional_chat_templates/short.jinja"
+OF_WEIGHTS = ["config.json", WEIGHTS, INDEX, SHARD, OLD_GPTQ]
+OF_TOKENIZERS = [
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "chat_template.jinja", TEMPLATE,
+]  # fmt: skip
+# The files that each way in may look for, whether or not it needs them.
+WAYS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "load": (load, [*OF_WEIGHTS, "generation_config.json"]),
+    "inspect": (describe, OF_WEIGHTS),
+    "tokenizer": (load_tokenizer, ["config.json", *OF_TOKENIZERS]),
+    "convert": (
+        lambda place: convert_checkpoint(place, place.parent / "out", group_size=-1),
+        [*OF_WEIGHTS, "generation_config.json", *OF_TOKENIZERS],
+    ),
+    "calibrate": (
+        lambda place: convert_checkpoint(
+            place, place.parent / "out", group_size=-1, method="gptq", calibration=place / "text.txt"
+        ),
+        ["text.txt", "tokenizer.json"],
+    ),
+    "adapt": (
+        lambda place: load(place, adapter=place / "adapter"),
+        ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"],
+    ),
+    "gguf": (lambda place: load(place, gguf_file="a.gguf"), ["a.gguf", "generation_config.json"]),
 }
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for all ways in, of which each works."""
+    place = tmp_path_factory.mktemp("whole") / "model"
+    config = CONFIG | {"intermediate_size": 16, "head_dim": 8}
+    write_hf(place, config, tensors := hf_tensors(config))
+    for path in demo.path().glob("*token*"):
+        shutil.copy(path, place)
+    write_adapter(place / "adapter", adapter_tensors(tensors, scales(tensors)))
+    (place / "a.gguf").write_bytes(gguf_bytes())
+    (place / "text.txt").write_text("too short")
+    (place / "additional_chat_templates").mkdir()
+    (place / TEMPLATE).write_text("{{ messages[0]['content'] }}")
+    return place
+
+
 @pytest.mark.parametrize("kind", NO_FILES)
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", WEIGHTS, INDEX])
-def test_what_is_no_file_is_not_an_absent_one(tmp_path, name, kind):
-    write_hf(tmp_path, CONFIG, hf_tensors(CONFIG), shards=2 if name in (WEIGHTS, INDEX) else 1)
-    put(kind, tmp_path / name)
-    with pytest.raises(JaxgenError, match=f"{name}.*{NO_FILES[kind]}"):
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_no_file_is_not_an_absent_one(whole, tmp_path, ends, way, kind):
+    enter, names = WAYS[way]
+    for number, name in enumerate(names):
+        place = tmp_path / str(number) / "model"
+        shutil.copytree(whole, place)
+        if name == SHARD:
+            (place / WEIGHTS).unlink()
+            (place / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": SHARD}}))
+        put(kind, place / name)
+        message = NO_FILES[kind] if name != "text.txt" else ""
+        with pytest.raises(JaxgenError, match=f"(?s){re.escape(name)}.*{re.escape(message)}"):
+            enter(place)
+        assert [path.name for path in place.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "link to itself", "pipe", "device"])
+@pytest.mark.parametrize("way", ["tokenizer", "convert"])
+def test_nor_what_is_no_folder(whole, tmp_path, ends, way, kind):
+    shutil.copytree(whole, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "additional_chat_templates")
+    put(kind, tmp_path / "model" / "additional_chat_templates")
+    with pytest.raises(JaxgenError, match=r"additional_chat_templates: (is no directory|cannot be read)"):
+        WAYS[way][0](tmp_path / "model")
+
+
+def test_nor_where_the_settings_of_gptq_are_needed(tmp_path):
+    tensors = {**hf_tensors(CONFIG), "model.layers.0.self_attn.q_proj.qweight": np.zeros((1, 24), np.int32)}
+    write_hf(tmp_path, CONFIG, tensors)
+    put("pipe", tmp_path / OLD_GPTQ)
+    with pytest.raises(JaxgenError, match=r"quantize_config\.json.*is not a regular file"):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("kind", NO_FILES)
-@pytest.mark.parametrize(
-    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"]
-)
-def test_nor_among_a_tokenizers_files(tmp_path, name, kind):
-    shutil.copytree(demo.path(), tmp_path / "model")
-    put(kind, tmp_path / "model" / name)
-    with pytest.raises(JaxgenError, match=f"{name}.*{NO_FILES[kind]}"):
-        load_tokenizer(tmp_path / "model")
-    with pytest.raises(JaxgenError, match=f"{name}.*{NO_FILES[kind]}"):
-        convert_checkpoint(tmp_path / "model", tmp_path / "out", group_size=32)
+@pytest.mark.parametrize("name", ["tokenizer.md", "tokenizer.json", TEMPLATE, "text.txt"])
+def test_nothing_of_any_length_is_copied_or_tokenised(whole, tmp_path, name):
+    place = tmp_path / "model"
+    shutil.copytree(whole, place)
+    with (place / name).open("ab") as file:
+        file.truncate(200_000_000)
+    way, limit = ("calibrate", 20_000_000) if name == "text.txt" else ("convert", 100_000_000)
+    with pytest.raises(JaxgenError, match=rf"{name}.* longer than the limit of {limit} bytes"):
+        WAYS[way][0](place)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("kind", NO_FILES)
-def test_nor_where_the_settings_of_gptq_are_looked_for(tmp_path, kind):
-    tensors = {**hf_tensors(CONFIG), "model.layers.0.self_attn.q_proj.qweight": np.zeros((1, 24), np.int32)}
-    write_hf(tmp_path, CONFIG, tensors)
-    put(kind, tmp_path / "quantize_config.json")
-    with pytest.raises(JaxgenError, match=rf"quantize_config\.json.*{NO_FILES[kind]}"):
-        load(tmp_path)
+def test_what_is_copied_is_what_was_there(whole, tmp_path, monkeypatch):
+    def change(self: Any, place: Path, missing: list[str]) -> None:
+        (whole / TEMPLATE).write_text("other")
+
+    before = (whole / TEMPLATE).read_text()
+    monkeypatch.setattr("jaxgen.convert.convert._Conversion._check_room", change)
+    with pytest.raises(JaxgenError, match=f"{TEMPLATE} has changed meanwhile"):
+        convert_checkpoint(whole, tmp_path / "out", group_size=-1)
+    (whole / TEMPLATE).write_text(before)
+    assert not (tmp_path / "out").exists()
 
 
 # What makes a directory that is whole and has a file of this name, and what reads that.
@@ -108,20 +200,6 @@ DOORS: dict[str, tuple[Callable[[Path], Any], str, Callable[[Path], Any]]] = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def ends() -> Iterator[None]:
-    """What waits for a pipe, or reads a device to its end, fails."""
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, previous)
-
-
 @pytest.mark.parametrize("kind", ["pipe", "device", "link to itself", "long"])
 @pytest.mark.parametrize("door", DOORS)
 def test_no_reader_waits_or_reads_without_end(tmp_path, ends, door, kind):
@@ -131,9 +209,6 @@ def test_no_reader_waits_or_reads_without_end(tmp_path, ends, door, kind):
     if kind == "long":
         with path.open("ab") as file:
             file.truncate(110_000_000)
-    elif kind == "device":
-        path.unlink(missing_ok=True)
-        path.symlink_to("/dev/zero")
     else:
         put(kind, path)
     with pytest.raises(JaxgenError, match=re.escape(name)) as caught:

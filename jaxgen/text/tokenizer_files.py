@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxgen.errors import JaxgenError, UnsupportedError
-from jaxgen.files import read_json
+from jaxgen.files import MOST_TOKENIZER, read_json
 
 _FILES = (
-    "config.json", "tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.*", "tekken.json",
+    "config.json", "tokenizer*", "chat_template*", "additional_chat_templates/*.jinja", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.*", "tekken.json",
 )  # fmt: skip
-_MOST_BYTES = 100_000_000  # the largest vocabularies take 40 million
 _MOST_GROWTH = 10_000  # how much longer a text may become
 
 # Where transformers looks for the names of a repository's own classes, and how it writes them.
@@ -34,8 +33,8 @@ def _check_kinds(directory: Path) -> None:
     from jaxgen.convert.files import files_matching
 
     for path in files_matching(directory, _FILES):
-        if (size := path.stat().st_size) > _MOST_BYTES:
-            raise JaxgenError(f"{path}: {size} bytes are more than a tokenizer's file has, {_MOST_BYTES}")
+        if (size := path.stat().st_size) > MOST_TOKENIZER:
+            raise JaxgenError(f"{path}: {size} bytes are more than a tokenizer's file has, {MOST_TOKENIZER}")
 
 
 def _refuse_code(directory: Path) -> None:
@@ -52,7 +51,7 @@ def _check_growth(path: Path) -> None:
     """Raise where each step of a normalizer or decoder makes text longer, so that a letter would fill the memory."""
     if not path.exists():
         return
-    fields = read_json(path, limit=_MOST_BYTES, any_names=True)
+    fields = read_json(path, limit=MOST_TOKENIZER, any_names=True)
     for name in ("normalizer", "decoder"):
         steps = _steps(fields.get(name))
         if (growth := math.prod(map(_growth, steps))) > _MOST_GROWTH:
