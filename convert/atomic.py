@@ -1,11 +1,13 @@
 """Directories that appear complete or not at all, also when the process is killed while writing."""
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -193,21 +195,33 @@ def _link(path: Path, copy: Path) -> None:
 
 
 def _swap(temporary: Path, target: Path, replaceable: Collection[str]) -> None:
-    """Rename over an absent or empty target; move any other aside first, and back if the rename fails."""
+    """Rename over an absent or empty target; exchange any other, or move it aside first, and back if that fails."""
     if not target.exists() or not any(target.iterdir()):
         temporary.rename(target)
     else:
         aside = renamed(temporary, "old")
         with held(target):
-            target.rename(aside)
-            try:
-                temporary.rename(target)
-            except BaseException:
-                aside.rename(target)
-                raise
+            temporary.rename(aside)  # where settling takes it for what has no use, while `target` is whole
+            if not _exchange(aside, target):
+                aside.rename(temporary)
+                target.rename(aside)
+                try:
+                    temporary.rename(target)
+                except BaseException:
+                    aside.rename(target)
+                    raise
             _sync(target.parent)
             take_over(aside, target, replaceable)
     _sync(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Give two directories each other's name at once; False where system or file system cannot (not on Linux)."""
+    if sys.platform != "linux":
+        return False
+    function = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return function is not None and not function(here, os.fsencode(one), here, os.fsencode(other), exchange)
 
 
 def _sync(path: Path) -> None:

@@ -1,7 +1,8 @@
 """What a killed save leaves beside its directory, found and finished or undone by whatever uses the name next.
 
-A save fills `.NAME.tmp-PID`, renames `NAME` to `.NAME.old-PID` when that is complete, and the first to `NAME`; then it
-moves to it what only the old one has, and removes that. So where both are left, the new model is complete.
+A save fills `.NAME.tmp-PID`, and when that is complete, exchanges it with `NAME`, by way of `.NAME.old-PID`. Where that
+cannot be done at once, it renames `NAME` to `.NAME.old-PID`, and the first to `NAME`. Then it moves to `NAME` what only
+the old one has, and removes that. So where both are left, the new model is complete.
 """
 
 import contextlib
@@ -44,6 +45,8 @@ def settle(place: Path) -> None:
             if os.path.lexists(target) or time.monotonic() > end:
                 return
             time.sleep(0.02)
+        if not os.path.lexists(target) and (others := _of(target, "old", ours=False)):
+            logger.warning("%s: there is %s, of a killed save and not this user's: rename it", target, others[0].name)
     except OSError as error:
         problem = f"{target}: what a killed save left beside it cannot be put in order: {error}"
         if not os.path.lexists(target):
@@ -82,7 +85,7 @@ def _settle_old(old: Path, target: Path) -> bool:
         new = temporary if os.path.lexists(temporary) and is_ours(temporary, writable_by=0) else old
         if new is old and _is_whole(target):
             take_over(old, target, MODEL_FILES)
-            logger.warning("%s: finished a save that was killed at its end", target)
+            logger.warning("%s: removed what a save that was killed at its end had left", target)
             return True
         left = [] if new is old else [old]
         if os.path.lexists(target):  # made by another program meanwhile
@@ -190,12 +193,12 @@ def renamed(path: Path, kind: str) -> Path:
     return path.with_name(re.sub(r"\.(?:tmp|old)-([0-9-]+)$", rf".{kind}-\1", path.name))
 
 
-def _of(target: Path, kind: str) -> list[Path]:
+def _of(target: Path, kind: str, *, ours: bool = True) -> list[Path]:
     name = re.compile(rf"\.{re.escape(target.name)}\.{kind}-\d+(-\d+)?")
     try:
         found = [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
         # Others may have prepared what has such a name, where they can write, but they cannot make it ours. Its mode
         # says nothing: a save has that of what it replaces.
-        return sorted(path for path in found if is_ours(path, writable_by=0))
+        return sorted(path for path in found if is_ours(path, writable_by=0) == ours)
     except OSError:  # no such directory, or one that cannot be read; or just settled by another process
         return []

@@ -19,15 +19,19 @@ from jaxgen.text.tokenizer import load_tokenizer
 from tests.hf_files import CONFIG, hf_tensors, parameters, same_bits, write_hf
 
 ROOT = Path(__file__).parents[1]
+MODEL = {"config.json", "generation_config.json", "model.safetensors"}
 TEMPLATE = "additional_chat_templates/short.jinja"
 
 # Imports once, then forks a process for each attempt, which ends before its next step number N on the file system.
 _KILLS = """
 import os, pathlib, shutil, signal, sys
+from jaxgen.convert import atomic
 from jaxgen.convert.atomic import new_directory
 from jaxgen.convert.leftovers import MODEL_FILES
 
-new, before, place = map(pathlib.Path, sys.argv[1:])
+new, before, place = map(pathlib.Path, sys.argv[1:4])
+if sys.argv[4] == "two renames":
+    atomic._exchange = lambda one, other: False
 STEPS = ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "open", "fsync")
 left = None
 
@@ -66,6 +70,10 @@ def contents(place: Path) -> dict[str, Any]:
     return {str(path.relative_to(place)): path.is_file() and path.read_bytes() for path in sorted(place.rglob("*"))}
 
 
+def model_in(files: dict[str, Any]) -> dict[str, Any]:
+    return {name: data for name, data in files.items() if name in MODEL}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`new` of two layers; `old` of one, in a directory with all that may be beside a model."""
@@ -83,14 +91,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture(scope="module")
-def killed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+@pytest.fixture(scope="module", params=["exchanged", "two renames"])
+def killed(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """What was left by saves that were killed, each step at which something else was left once."""
-    return kill(models / "new", models / "old", tmp_path_factory.mktemp("killed"))
+    left = kill(models / "new", models / "old", tmp_path_factory.mktemp("killed"), request.param)
+    absent = [place for place in left if not (place / "out").exists()]
+    # Where directories can be exchanged, other programs find a whole model at every moment, too.
+    assert bool(absent) == (request.param == "two renames")
+    whole = [model_in(contents(models / side)) for side in ("old", "new")]
+    assert all(model_in(contents(place / "out")) in whole for place in left if place not in absent)
+    return left
 
 
-def kill(new: Path, before: Path, place: Path) -> list[Path]:
-    command = [sys.executable, "-c", _KILLS, *map(str, (new, before, place))]
+def kill(new: Path, before: Path, place: Path, how: str) -> list[Path]:
+    command = [sys.executable, "-c", _KILLS, *map(str, (new, before, place)), how]
     subprocess.run(command, check=True, cwd=ROOT, timeout=120)
     return list({_shape(left): left for left in sorted(place.iterdir())}.values())
 
@@ -118,8 +132,7 @@ DOORS: dict[str, Callable[[Path, Path], Any]] = {
 
 @pytest.mark.parametrize("door", DOORS)
 def test_one_whole_model_is_there_whatever_comes_first(models, killed, tmp_path, door):
-    expected = {name: parameters(load(models / name)) for name in ("old", "new")}
-    beside = contents(models / "old")
+    expected = {name: contents(models / name) for name in ("old", "new")}
     found = []
     for left in killed:
         place = tmp_path / left.name
@@ -127,20 +140,24 @@ def test_one_whole_model_is_there_whatever_comes_first(models, killed, tmp_path,
         DOORS[door](place / "out", models / "new")
         after = contents(place / "out")
         assert [path.name for path in place.iterdir() if not path.name.startswith(".out.tmp-")] == ["out"]
-        assert all(after[name] == data for name, data in beside.items() if name not in MODEL)
-        loaded = parameters(load(place / "out"))
-        found += [name for name in expected if same_bits(loaded, expected[name])]
-        load(models / "new").save_pretrained(place / "out", overwrite=True)
-        assert [path.name for path in place.iterdir()] == ["out"]
+        found += [side for side in expected if after == expected["old"] | model_in(expected[side])]
     assert len(found) == len(killed) and found == sorted(found, reverse=True) and set(found) == {"old", "new"}
 
 
-MODEL = {"config.json", "generation_config.json", "model.safetensors"}
+def test_the_next_save_leaves_nothing_beside_it(models, killed, tmp_path):
+    model = load(models / "new")
+    for left in killed:
+        place = tmp_path / left.name
+        shutil.copytree(left, place, symlinks=True)
+        model.save_pretrained(place / "out", overwrite=True)
+        assert os.listdir(place) == ["out"]
+        assert same_bits(parameters(load(place / "out")), parameters(model))
+        assert contents(place / "out").keys() == contents(models / "old").keys()
 
 
 def test_a_first_save_leaves_nothing_or_a_whole_model(models, tmp_path):
     whole = 0
-    for left in kill(models / "new", tmp_path / "nothing", tmp_path / "killed"):
+    for left in kill(models / "new", tmp_path / "nothing", tmp_path / "killed", "exchanged"):
         if (left / "out").exists():
             assert contents(left / "out") == contents(models / "new")
             whole += 1
@@ -231,6 +248,12 @@ def test_it_is_waited_for_another_process_between_two_renames(between, monkeypat
         patch.setattr(leftovers.time, "sleep", rename)
         assert load(between / "out").config.num_hidden_layers == 2
     assert len(names) == 2
+
+
+def test_what_another_user_left_is_named(between, monkeypatch, caplog):
+    monkeypatch.setattr(os, "geteuid", lambda: between.lstat().st_uid + 1)
+    refused(lambda: load(between / "out"), "no such directory")
+    assert "there is .out.old-1, of a killed save and not this user's: rename it" in caplog.text
 
 
 def test_who_reads_removes_no_unfinished_save(models, tmp_path):
