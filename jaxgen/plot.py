@@ -295,7 +295,7 @@ def _axes(ax: Any, width: float, height: float = 3.0, most: float = 16) -> Any:
         import matplotlib as mpl
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise JaxgenError('jaxgen.plot needs a package: pip install "jaxgen[plot]"') from error
+        raise JaxgenError("jaxgen.plot needs a package: pip install matplotlib") from error
     plain = all(mpl.rcParams[name] == mpl.rcParamsDefault[name] for name in ("text.color", "figure.facecolor"))
     with plt.rc_context(_ON_ANY_PAGE if plain else {}):  # whoever chose a style has it
         return plt.subplots(figsize=(min(max(width, 6), most), height), layout="constrained")[1]

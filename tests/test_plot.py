@@ -259,5 +259,5 @@ def test_bad_input(sampled, model, reference_model, monkeypatch):
     with pytest.raises(JaxgenError, match="vocabularies of"):
         plot.kl(model, reference_model("gqa_4"), PROMPTS)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(JaxgenError, match=r"pip install .jaxgen\[plot\]"):
+    with pytest.raises(JaxgenError, match="pip install matplotlib"):
         plot.token_probabilities(sampled)

@@ -317,7 +317,7 @@ def to_pandas(output: Any, tokenizer: Any = None) -> Any:
     try:
         import pandas as pd
     except ImportError as error:
-        raise JaxgenError('to_pandas needs a package: pip install "jaxgen[plot]"') from error
+        raise JaxgenError("to_pandas needs a package: pip install pandas") from error
 
     texts = texts_of(output, tokenizer)
     lines = [line for row in rows_of(output) for line in _lines(output, row, texts)]
