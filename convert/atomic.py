@@ -33,9 +33,9 @@ def new_directory(target: Path, *, owned: Collection[str], overwrite: bool) -> I
     """
     target = _resolved(target)
     settle(target)
-    sweep(target)
     _others(target, owned, overwrite)
     with _as_jaxgen_error(f"{target} was not written, and nothing of it is left behind"):
+        sweep(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _make(target)
         try:

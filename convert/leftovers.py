@@ -32,8 +32,8 @@ _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 def settle(place: Path) -> None:
     """Finish or undo a save to `place` whose process is dead, and say so: to be called before the name is looked up.
 
-    Nothing is removed but an old model where a complete new one has its name. Raises `JaxgenError` where the file
-    system refuses and nothing has the name.
+    Nothing is removed but an old model that a complete new one has just taken the place of. Raises `JaxgenError` where
+    the file system refuses and nothing has the name.
     """
     try:
         target = place.resolve()
@@ -55,10 +55,15 @@ def settle(place: Path) -> None:
 
 
 def sweep(target: Path) -> None:
-    """Remove what saves to `target` had written when they were killed; only for who saves to it, after `settle`.
+    """Remove what killed saves to `target` have left, of which nothing is needed; only for who saves to it.
 
     Who only reads might be on another machine than a living save, where its mark does not show.
     """
+    for old in _of(target, "old"):
+        with _held_now(old) as ours:
+            if ours and not os.path.lexists(renamed(old, "tmp")) and _is_whole(target):
+                logger.warning("%s: removing %s, of a save that was killed at its end", target, old.name)
+                take_over(old, target, MODEL_FILES)
     for temporary in _of(target, "tmp"):
         with _held_now(temporary) as ours:
             if ours and not os.path.lexists(renamed(temporary, "old")):
@@ -83,9 +88,8 @@ def _settle_old(old: Path, target: Path) -> bool:
             return False
         temporary = renamed(old, "tmp")
         new = temporary if os.path.lexists(temporary) and is_ours(temporary, writable_by=0) else old
-        if new is old and _is_whole(target):
-            take_over(old, target, MODEL_FILES)
-            logger.warning("%s: removed what a save that was killed at its end had left", target)
+        if new is old and _is_whole(target):  # which may still lack what is moved at the end
+            _moved(old, target, MODEL_FILES)
             return True
         left = [] if new is old else [old]
         if os.path.lexists(target):  # made by another program meanwhile
@@ -118,6 +122,11 @@ def _is_whole(target: Path) -> bool:
 
 def take_over(old: Path, new: Path, replaceable: Collection[str]) -> None:
     """Move to `new` what only `old` has, or came into it too late to be linked to `new`, and remove `old`."""
+    if _moved(old, new, replaceable):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _moved(old: Path, new: Path, replaceable: Collection[str]) -> bool:
     try:
         # What others can put into the one must not get into the other, unless they can write there, too.
         if old.lstat().st_mode & ~new.lstat().st_mode & _OTHERS:
@@ -125,8 +134,8 @@ def take_over(old: Path, new: Path, replaceable: Collection[str]) -> None:
         _move(old, new, replaceable)
     except OSError as error:
         logger.warning("%s is saved, but what else was in the directory is still in %s: %s", new, old.name, error)
-    else:
-        shutil.rmtree(old, ignore_errors=True)
+        return False
+    return True
 
 
 def _move(old: Path, new: Path, replaceable: Collection[str] = ()) -> None:

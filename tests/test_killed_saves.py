@@ -139,7 +139,7 @@ def test_one_whole_model_is_there_whatever_comes_first(models, killed, tmp_path,
         shutil.copytree(left, place, symlinks=True)
         DOORS[door](place / "out", models / "new")
         after = contents(place / "out")
-        assert [path.name for path in place.iterdir() if not path.name.startswith(".out.tmp-")] == ["out"]
+        assert [name for name in os.listdir(place) if not name.startswith(".out.")] == ["out"]
         found += [side for side in expected if after == expected["old"] | model_in(expected[side])]
     assert len(found) == len(killed) and found == sorted(found, reverse=True) and set(found) == {"old", "new"}
 
@@ -256,11 +256,19 @@ def test_what_another_user_left_is_named(between, monkeypatch, caplog):
     assert "there is .out.old-1, of a killed save and not this user's: rename it" in caplog.text
 
 
-def test_who_reads_removes_no_unfinished_save(models, tmp_path):
-    """It may be that of a living process on another machine."""
-    shutil.copytree(models / "new", tmp_path / ".out.tmp-1")
-    refused(lambda: load(tmp_path / "out"), "no such directory")
-    assert contents(tmp_path / ".out.tmp-1") == contents(models / "new")
+@pytest.mark.parametrize("kind", ["tmp", "old"])
+def test_who_reads_removes_no_save_of_another_machine(models, tmp_path, kind):
+    """It may be living, about to rename what it has written."""
+    left = tmp_path / f".out.{kind}-1"
+    shutil.copytree(models / "new", left)
+    if kind == "tmp":
+        refused(lambda: load(tmp_path / "out"), "no such directory")
+    else:
+        shutil.copytree(models / "old", tmp_path / "out", symlinks=True)
+        assert load(tmp_path / "out").config.num_hidden_layers == 1
+    assert contents(left) == contents(models / "new")
+    load(models / "new").save_pretrained(tmp_path / "out", overwrite=True)
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_where_nothing_can_be_renamed_a_model_that_is_there_is_loaded(models, tmp_path, monkeypatch, caplog):
