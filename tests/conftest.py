@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.reach import Reach, watched
 from tests.reference.cases import CASES
 from tests.reference.weights import write_checkpoint
 
@@ -22,7 +23,7 @@ collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["oracle/*"]
 if not importlib.util.find_spec("jax_plugins"):
     collect_ignore_glob.append("aot/*")
 
-pytest.register_assert_rewrite("tests.helpers")
+pytest.register_assert_rewrite("tests.helpers", "tests.oracle.beams")
 
 # XLA:CPU maps some memory for every function it compiles, and crashes when Linux gives no more: 65530 maps by default.
 _MOST_MAPS = 30_000
@@ -37,6 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
         cache = getattr(config, "cache", None)  # None with `-p no:cacheprovider`
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache.mkdir("compiled")) if cache else ""
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    if watched(config):
+        config.pluginmanager.register(Reach())
 
 
 def pytest_runtest_teardown() -> None:
@@ -76,3 +79,20 @@ def reference_model(checkpoint: Callable[[str], Path]) -> Callable[[str], "Mistr
         return loaded[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer():
+    """Of Llama's kind: spaces as U+2581, the first one dropped, bytes as tokens of their own."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words += ["▁", "▁▁", "▁a", "▁word", "b", "é", "界", "▁世", "\n", ".", ","]
+    raw = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], byte_fallback=True))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    raw.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in words[:3]])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>")

@@ -101,3 +101,55 @@ def same_bits(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool
         (a := left[name]).dtype == (b := right[name]).dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
         for name in left
     )
+
+
+# What the hub's config.json files hold, first as published in transformers 4's spelling.
+_V01 = {
+    "architectures": ["MistralForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.34.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+_LATER = _V01 | {"attention_dropout": 0.0, "rope_theta": 1000000.0, "sliding_window": None}
+HUB: dict[str, dict[str, Any]] = {
+    "7B-v0.1": _V01,
+    "Zephyr-7B": _V01 | {"pad_token_id": 2, "attention_dropout": 0.0, "use_cache": False},
+    "7B-Instruct-v0.2": _LATER,
+    "7B-v0.3": _LATER | {"vocab_size": 32768, "head_dim": 128},
+    "Mathstral-7B": _LATER | {"vocab_size": 32768, "sliding_window": 4096},
+    "Nemo-2407": _LATER
+    | {"hidden_size": 5120, "num_hidden_layers": 40, "head_dim": 128, "vocab_size": 131072}
+    | {"max_position_embeddings": 1024000},
+    "Small-2409": _LATER
+    | {"hidden_size": 6144, "intermediate_size": 16384, "num_attention_heads": 48, "num_hidden_layers": 56}
+    | {"vocab_size": 32768},
+    "Small-24B-2501": _LATER
+    | {"hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40, "head_dim": 128}
+    | {"vocab_size": 131072, "rope_theta": 100000000.0},
+    "TinyMistral": _V01
+    | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "sliding_window": 32}
+    | {"rms_norm_eps": 1e-06},
+}
+
+
+def in_v5_spelling(config: dict[str, Any]) -> dict[str, Any]:
+    """The same config.json as transformers 5 saves it."""
+    theta = config["rope_theta"]
+    rest = {k: v for k, v in config.items() if k not in ("rope_theta", "torch_dtype")}
+    return rest | {"dtype": "bfloat16", "rope_parameters": {"rope_theta": theta, "rope_type": "default"}}

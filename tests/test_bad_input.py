@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxgen import GenerationConfig, JaxgenError, MistralConfig, MistralForCausalLM, UnsupportedError
 from jaxgen.generation import limits
-from tests.test_compile import counted
+from tests.helpers import counted
 
 IDS = np.array([[1, 2, 3], [4, 5, 6]])
 

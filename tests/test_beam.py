@@ -28,8 +28,7 @@ from jaxgen.generation.request import Extras, Request, controls_of, recipe_of
 from jaxgen.generation.run import Run
 from jaxgen.generation.sample import row_id_words
 from jaxgen.generation.stop import CRITERION
-from tests.helpers import some_slow
-from tests.test_rows import padded
+from tests.helpers import padded, some_slow
 
 EOS = 1
 WIDEST, TOTAL = 4, 12

@@ -24,7 +24,7 @@ from jaxgen.generation.controls import Plan, Recipe
 from jaxgen.generation.prompt import bucket
 from jaxgen.model import MistralForCausalLM
 from jaxgen.quant import Int4Config
-from tests.test_config import HUB
+from tests.hf_files import HUB
 
 ROOT = Path(__file__).parent.parent
 CONSTRAINTS = ROOT / "tests" / "colab" / "constraints.txt"

@@ -1,12 +1,9 @@
 """Compile discipline, counted by JAX's own events: a bucket compiles once, and numbers never recompile."""
 
-import contextlib
 import gc
 import logging
 import re
 import weakref
-from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,25 +14,7 @@ import jaxgen
 from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
 from jaxgen.generation.compiled import enable_compile_cache
 from jaxgen.generation.prompt import SMALLEST_PROMPT, bucket
-
-EVENT = "/jax/core/compile/backend_compile_duration"
-_compilations: list[str] = []
-
-
-def _note(event: str, duration_secs: float, **_: Any) -> None:
-    if event == EVENT:
-        _compilations.append(event)
-
-
-jax.monitoring.register_event_duration_secs_listener(_note)
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[list[str]]:
-    """The compilations inside the block, whoever asked for them."""
-    start, inside = len(_compilations), []
-    yield inside
-    inside += _compilations[start:]
+from tests.helpers import counted
 
 
 @pytest.fixture(scope="module")

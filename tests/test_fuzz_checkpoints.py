@@ -18,12 +18,12 @@ from jaxgen.convert.load import check_tensors, open_checkpoint
 from jaxgen.convert.names import parameter_parts
 from jaxgen.errors import JaxgenError
 from tests.formats.files import UNIFORM
+from tests.formats.tables import BNB, MLX, bnb_tensors, is_linear, mlx_tensors, write_both
 from tests.gguf_files import METADATA, gguf_bytes
 from tests.helpers import some_slow
 from tests.hf_files import CONFIG, hf_tensors, write_hf
 from tests.mutate import mutate_bytes, mutate_json
 from tests.reference.cases import v4_rope, v5_rope
-from tests.test_formats_tables import BNB, MLX, bnb_tensors, is_linear, mlx_tensors, write_both
 
 INDEX = "model.safetensors.index.json"
 FIELDS = CONFIG | {

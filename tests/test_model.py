@@ -1,7 +1,6 @@
 """The model's logits: against transformers, under every padding, in every graph mode; and its gradients."""
 
 import contextlib
-import functools
 from collections.abc import Callable
 
 import jax
@@ -13,22 +12,11 @@ from flax import nnx
 from jaxgen import attention
 from jaxgen.config import MistralConfig
 from jaxgen.model import MistralForCausalLM
+from tests.helpers import Models, forward, loss_and_gradients, real_logits
 from tests.reference.cases import CASES, left_padded, right_padded, with_holes
 from tests.reference.read import read
 
 ATOL = 1e-4
-Models = Callable[[str], MistralForCausalLM]
-
-
-@nnx.jit
-def forward(model: MistralForCausalLM, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    return model(ids, mask)
-
-
-def real_logits(model: MistralForCausalLM, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
-    """Each row's logits at its real tokens."""
-    logits = np.asarray(forward(model, jnp.asarray(ids), jnp.asarray(mask)))
-    return [row[real == 1] for row, real in zip(logits, mask, strict=True)]
 
 
 def assert_reference(name: str, logits: list[np.ndarray]) -> None:
@@ -76,25 +64,6 @@ def test_graph_modes(mode: bool | None, checkpoint: Callable):
         ids, mask = left_padded(prompts)
         merged = jax.jit(lambda w: nnx.merge(structure, w)(ids, mask))(weights)
         np.testing.assert_allclose(merged[0, mask[0] == 1], read().logits[f"{name}/0"], atol=ATOL)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _loss_and_gradients(structure: nnx.GraphDef, weights: nnx.State, ids: jax.Array, mask: jax.Array):
-    def loss(weights: nnx.State) -> jax.Array:
-        log_probs = jax.nn.log_softmax(nnx.merge(structure, weights)(ids, mask))
-        chosen = jnp.take_along_axis(log_probs[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
-        pairs = mask[:, :-1] * mask[:, 1:]  # of neighbouring real tokens
-        return -(chosen * pairs).sum() / pairs.sum()
-
-    return jax.value_and_grad(loss)(weights)
-
-
-def loss_and_gradients(model: MistralForCausalLM, ids: np.ndarray, mask: np.ndarray) -> tuple[float, dict]:
-    """Mean next-token loss over real tokens, and its gradient for every parameter."""
-    structure, weights = nnx.split(model)
-    value, gradients = _loss_and_gradients(structure, weights, jnp.asarray(ids), jnp.asarray(mask))
-    leaves = jax.tree_util.tree_leaves_with_path(gradients)
-    return float(value), {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 @pytest.mark.parametrize("name", ["window_8", "tied"])

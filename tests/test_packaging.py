@@ -51,3 +51,9 @@ def test_the_workflow_runs_the_script():
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert ".ci/run --list" in workflow
     assert re.findall(r"run: (\.ci/run .*)", workflow) == [".ci/run --only ${{ matrix.part }}"]
+
+
+def test_no_test_file_imports_from_another():
+    """What several use stands in tests/helpers.py and the files beside it."""
+    imports = re.compile(r"^\s*(from|import) tests\.([\w.]+\.)?test_\w+", re.M)
+    assert [path.name for path in ROOT.glob("tests/**/*.py") if imports.search(path.read_text(encoding="utf-8"))] == []

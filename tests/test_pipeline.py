@@ -10,7 +10,6 @@ from flax import nnx
 from jaxgen import GenerationConfig, JaxgenError, MistralConfig, MistralForCausalLM, UnsupportedError, demo
 from jaxgen.text.pipeline import TextGenerationPipeline, pipeline
 from jaxgen.text.tokenizer import load_tokenizer
-from tests.test_stream import llama_tokenizer  # noqa: F401  (a fixture)
 
 COLORS = "A list of colors: red, blue"
 COLORS_CONTINUED = ", green, yellow, orange, purple, pink,"
@@ -104,7 +103,7 @@ def test_a_context_that_is_full_is_an_error_and_a_hole_helps(generator):
         generator(long, handle_long_generation="hole", max_length=50, truncation=False)
 
 
-def test_the_space_after_the_prompt_is_kept(llama_tokenizer):  # noqa: F811
+def test_the_space_after_the_prompt_is_kept(llama_tokenizer):
     """Llama's tokenizers drop a space at the front of what they decode; transformers' pipeline then loses it."""
     config = MistralConfig(
         vocab_size=270, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,

@@ -4,7 +4,6 @@ Every case runs through `chain_of`, as `generate` does; tests/oracle compares th
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,62 +22,17 @@ from jaxgen.generation.processors.constraint import AllowedTokens, host_errors
 from jaxgen.generation.processors.detect import WatermarkDetector
 from jaxgen.generation.processors.select import largest, ordered_keys
 from jaxgen.generation.processors.watermark import WatermarkingConfig
-from jaxgen.generation.rows import Rows
+from tests.helpers import assert_same, floats, processed, rows_of, run, traces
 from tests.reference import filters
 from tests.reference.filters import EOS
 from tests.reference.read import read
 
 INF = math.inf
-traces = []  # one entry per compilation of `run`
-
-
-@jax.jit
-def run(chain: tuple[Partial, ...], logits: jax.Array, rows: Rows) -> jax.Array:
-    traces.append(len(chain))
-    for entry in chain:
-        logits = entry(logits, rows)
-    return logits
-
-
-def rows_of(
-    histories: Sequence[Sequence[int]],
-    new_tokens: Sequence[int] | None = None,
-    limits: Sequence[int] | None = None,
-    slots: int = 8,
-    garbage: int = 0,
-) -> Rows:
-    """Rows that hold `histories`; what stands behind their end is `garbage`, which nothing may look at."""
-    tokens = np.full((len(histories), slots), garbage, np.int32)
-    for row, history in enumerate(histories):
-        tokens[row, : len(history)] = history
-    lengths = np.array([len(history) for history in histories], np.int32)
-    return Rows(
-        tokens=jnp.asarray(tokens),
-        lengths=jnp.asarray(lengths),
-        prompt_lengths=jnp.asarray(lengths - np.array(new_tokens or [0] * len(histories), np.int32)),
-        limits=jnp.asarray(np.array(limits or [100] * len(histories), np.int32)),
-        prompts=jnp.arange(len(histories), dtype=jnp.int32),
-        running=jnp.ones(len(histories), bool),
-    )
-
-
-def processed(
-    options: dict[str, Any], logits: Any, rows: Rows | None = None, **chain_options: Any
-) -> list[list[float]]:
-    """What the chain of these options makes of the logits; top_k is off unless it is given."""
-    logits = jnp.asarray(np.array(logits, np.float32))
-    rows = rows_of([[0]] * len(logits)) if rows is None else rows
-    config = GenerationConfig(**{"top_k": 0, **options})
-    return np.asarray(run(chain_of(config, logits.shape[1], **chain_options), logits, rows)).tolist()
 
 
 def sampled(options: dict[str, Any], row: list[float], **chain_options: Any) -> list[float]:
     """One row through sampling filters."""
     return processed({"do_sample": True, **options}, [row], **chain_options)[0]
-
-
-def floats(values: Any) -> np.ndarray:
-    return np.asarray(values, np.float32)
 
 
 def kept(row: list[float]) -> list[int]:
@@ -576,19 +530,6 @@ def test_committed_results_of_hf(name: str):
     actual = floats(processed({**options, "do_sample": True, "eos_token_id": EOS}, batch.logits, rows))
     assert not filters.undecided(batch.logits, options).any()
     assert_same(actual, read().filtered[name], ties="top_p" in options)
-
-
-def assert_same(actual: np.ndarray, expected: np.ndarray, ties: bool, rtol: float = 1e-5) -> None:
-    """The same entries are removed; what stays has the same value.
-
-    `ties`: where equal logits are cut apart, which ones go is up to torch's sort, so only the values are compared.
-    """
-    both = ~np.isneginf(actual) & ~np.isneginf(expected)
-    np.testing.assert_allclose(actual[both], expected[both], rtol=rtol, atol=1e-6)
-    if ties:
-        np.testing.assert_allclose(np.sort(actual), np.sort(expected), rtol=rtol, atol=1e-6)
-    else:
-        np.testing.assert_array_equal(np.isneginf(actual), np.isneginf(expected))
 
 
 # Chains

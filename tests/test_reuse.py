@@ -8,9 +8,9 @@ from flax import nnx
 
 from jaxgen import GenerateOutput, JaxgenError
 from jaxgen.cache import Int8Slots, to_int8
+from tests.helpers import counted
 from tests.reference.cases import CASES, NEW_TOKENS, PAD, left_padded, right_padded, with_holes
 from tests.reference.read import read
-from tests.test_compile import counted
 
 # Full attention, one key-value head; a window that every row outgrows; one that only the longer rows do.
 NAMES = ("gqa_4", "window_8", "window_32")

@@ -18,7 +18,8 @@ from jaxgen.generation.output import GenerateOutput, Origin, collect
 from jaxgen.generation.processors.constraint import AllowedTokens
 from jaxgen.generation.request import Extras, Request
 from jaxgen.generation.run import Run
-from tests.test_stop_strings import characters
+from tests.helpers import padded
+from tests.tokenizers import characters
 
 
 def discouraged(tokens: Any, lengths: Any, logits: Any) -> Any:
@@ -105,21 +106,6 @@ def is_exact(name: str) -> bool:
 @pytest.fixture(scope="module")
 def model(reference_model):
     return reference_model("window_8")
-
-
-def padded(rows: list[list[int]], side: str, extra: int, filler: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as a table and its mask: padded left or right, or with holes in front of every token while they last."""
-    width = max(map(len, rows)) + extra
-    ids, mask = np.full((len(rows), width), filler), np.zeros((len(rows), width), int)
-    for row, tokens in enumerate(rows):
-        space = width - len(tokens)
-        columns = {
-            "left": np.arange(space, width),
-            "right": np.arange(len(tokens)),
-            "holes": np.minimum(2 * np.arange(len(tokens)) + 1, np.arange(len(tokens)) + space),
-        }[side]
-        ids[row, columns], mask[row, columns] = tokens, 1
-    return ids, mask
 
 
 def arguments(name: str, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> dict[str, Any]:

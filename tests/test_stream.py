@@ -35,23 +35,6 @@ def tokenizer():
     return load_tokenizer(demo.path())
 
 
-@pytest.fixture(scope="module")
-def llama_tokenizer():
-    """Of Llama's kind: spaces as U+2581, the first one dropped, bytes as tokens of their own."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words += ["▁", "▁▁", "▁a", "▁word", "b", "é", "界", "▁世", "\n", ".", ","]
-    raw = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], byte_fallback=True))
-    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    raw.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    raw.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in words[:3]])
-    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
 # From ids to text.
 
 

@@ -9,7 +9,7 @@ import pytest
 import jaxgen
 from jaxgen import GenerationConfig, JaxgenError, cli
 from jaxgen.generation import notes
-from tests.test_compile import counted
+from tests.helpers import counted
 
 IDS = [[1, 5, 9]]
 GREEDY = {"max_new_tokens": 3}

@@ -7,10 +7,10 @@ import torch
 import jaxgen
 from jaxgen.convert.load import AutoModelForCausalLM
 from jaxgen.text.tokenizer import load_tokenizer
+from tests.helpers import real_logits
 from tests.reference import live
 from tests.reference.cases import CASES, left_padded
 from tests.reference.weights import write_checkpoint
-from tests.test_model import real_logits
 
 pytestmark = pytest.mark.oracle
 

@@ -9,13 +9,13 @@ import transformers
 
 from jaxgen.config import MistralConfig
 from jaxgen.convert.load import AutoModelForCausalLM
+from tests.helpers import Models, loss_and_gradients, real_logits
+from tests.hf_files import HUB, in_v5_spelling
 from tests.oracle.draws import draw
 from tests.reference import live, make
 from tests.reference.cases import CASES, left_padded
 from tests.reference.read import read
 from tests.reference.weights import write_checkpoint
-from tests.test_config import HUB, in_v5_spelling
-from tests.test_model import Models, loss_and_gradients, real_logits
 
 pytestmark = pytest.mark.oracle
 

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from jaxgen.convert.load import AutoModelForCausalLM
-from tests.oracle.test_beam_oracle import Watched, compare
+from tests.oracle.beams import Watched, compare
 from tests.reference import live
 from tests.reference.cases import CASES, left_padded
 from tests.reference.weights import write_checkpoint
-from tests.test_stop_strings import characters
+from tests.tokenizers import characters
 
 pytestmark = pytest.mark.oracle
 

@@ -15,8 +15,8 @@ from jaxgen.generation.processors import watermark
 from jaxgen.generation.processors.detect import WatermarkDetector
 from jaxgen.generation.processors.watermark import WatermarkingConfig
 from jaxgen.generation.rows import Rows
+from tests.helpers import assert_same, floats, processed, rows_of
 from tests.reference import filters
-from tests.test_processors import assert_same, floats, processed, rows_of
 
 pytestmark = pytest.mark.oracle
 

@@ -6,7 +6,8 @@ import torch
 from transformers import StopStringCriteria
 
 from jaxgen.generation.stop_strings import StopStrings
-from tests.test_stop_strings import SLOTS, TOKENIZERS, VOCAB, byte_level, decisions, ids_of
+from tests.helpers import SLOTS, decisions
+from tests.tokenizers import TOKENIZERS, VOCAB, byte_level, ids_of
 
 pytestmark = pytest.mark.oracle
 
