@@ -65,7 +65,7 @@ class Reach:
             terminalreporter.line("No default test runs a function of: " + ", ".join(sorted(self.missing)))
 
 
-def watched(config: pytest.Config) -> bool:
+def watched(config: Any) -> bool:
     """Whether all default tests are to run, and in a Python that can watch."""
     if hasattr(config, "workerinput"):
         return "reach" in config.workerinput

@@ -17,6 +17,7 @@ from tests.helpers import SLOTS, decisions
 from tests.tokenizers import (
     TOKENIZERS,
     VOCAB,
+    byte_alphabet,
     byte_fallback,
     byte_level,
     characters,
