@@ -20,8 +20,11 @@ from jaxgen.model import MistralForCausalLM
 
 
 def some_slow(values: Iterable[Any], slow: Callable[[Any], bool]) -> list[Any]:
-    """Values of a parameter; those that are `slow` are not among the default tests."""
-    return [pytest.param(value, marks=pytest.mark.slow) if slow(value) else value for value in values]
+    """Values of a parameter, or tuples of several; those that are `slow` are not among the default tests."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow if slow(value) else ())
+        for value in values
+    ]
 
 
 # Compilations, whoever asks for them.

@@ -26,6 +26,7 @@ from jaxgen.model import QuantizedWeight
 from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
 from jaxgen.quant.adapted import Adapted
 from jaxgen.quant.planar import as_stored, planar
+from tests.helpers import some_slow
 
 # Relative error, in norm, of a result that is rounded once; bfloat16 products round scaled weights too.
 CLOSE = {jnp.bfloat16: 4e-3, jnp.float16: 5e-4}
@@ -79,7 +80,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("out", "inputs", "group", "offset", "dtype"), SHAPES)
+@pytest.mark.parametrize(("out", "inputs", "group", "offset", "dtype"), some_slow(SHAPES, lambda case: case[2] != 128))
 def test_int4_products(out: int, inputs: int, group: int, offset: bool, dtype: Any):
     rng = np.random.default_rng(inputs + out)
     stored = int4_weight(rng, out, inputs, group, offset)
@@ -182,11 +183,11 @@ def attended(qkv: Any, cos: Any, sin: Any, positions: np.ndarray, cache: LayerCa
     ("parts", "groups", "size", "slots", "window", "splits", "block", "positions"),
     [
         (1, 4, 64, 256, None, 2, 32, [0, 77, 255]),
-        (2, 3, 64, 96, None, 1, 64, [63, 64, 95]),
         (1, 4, 32, 64, 64, 2, 32, [63, 64, 300]),  # a ring that has turned
         (1, 4, 32, 128, 40, 4, 32, [5, 100, 500]),  # a window with room for drafts
-        (1, 7, 64, 100, None, None, None, [0, 99, 50]),
-        (2, 1, 128, 48, None, 3, 16, [0, 47, 10]),
+        pytest.param(2, 3, 64, 96, None, 1, 64, [63, 64, 95], marks=pytest.mark.slow),
+        pytest.param(1, 7, 64, 100, None, None, None, [0, 99, 50], marks=pytest.mark.slow),
+        pytest.param(2, 1, 128, 48, None, 3, 16, [0, 47, 10], marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("int8", [False, True])
@@ -248,10 +249,10 @@ def model_of(kind: str) -> MistralForCausalLM:
     return model
 
 
-@pytest.mark.parametrize(
-    ("kind", "rows", "int8"),
-    [("floats", 1, False), ("int4", 3, True), ("permuted", 3, False), ("table", 1, False), ("adapted", 1, False)],
-)
+STEPS = [("floats", 1, False), ("int4", 3, True), ("permuted", 3, False), ("table", 1, False), ("adapted", 1, False)]
+
+
+@pytest.mark.parametrize(("kind", "rows", "int8"), some_slow(STEPS, lambda case: case[0] not in ("table", "adapted")))
 def test_a_decode_step_of_kernels_is_the_model_s_step(kind: str, rows: int, int8: bool):
     """In bfloat16, so as near as two orders of rounding are; and the same cache."""
     model = model_of(kind)
@@ -299,6 +300,7 @@ def test_devices_that_run_kernels():
     assert not device_runs_kernels(jax.devices("cpu")[0])
 
 
+@pytest.mark.slow
 def test_an_assistant_in_float32_beside_a_model_of_kernels_stays_in_float32():
     model = MistralForCausalLM(CONFIG, rngs=nnx.Rngs(0))
     _, cache = model.prefill(jnp.ones((1, 4), jnp.int32), jnp.full((1,), 4), 8)

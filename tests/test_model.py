@@ -118,6 +118,7 @@ def test_window_cuts_off_exactly(padding: int):
     assert reach(one_layer(None), 10, padding) == list(range(10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 4])
 def test_query_blocks_change_nothing(window: int | None, monkeypatch: pytest.MonkeyPatch):
     # Long prompts are computed in blocks of queries; small blocks here stand for long prompts.

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxgen import GenerationConfig, JaxgenError, MistralConfig, MistralForCausalLM, Strict
 from jaxgen.generation.fields import CHECKS
 from jaxgen.generation.stop_strings import MOST_BYTES
+from tests.helpers import some_slow
 
 IDS = np.array([[1, 2, 3, 1, 2]])
 GIVEN = {"do_sample": True, "seed": 1, "max_new_tokens": 4, "eos_token_id": 49, "return_dict_in_generate": True}
@@ -64,9 +65,11 @@ def test_what_32_bits_do_not_hold_is_refused_by_name(name: str, form):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "form"), [(n, form) for n, form in NUMERIC if takes(n, form(LARGEST)) and n not in SHOWN_BELOW]
-)
+COMPILED = [(n, form) for n, form in NUMERIC if takes(n, form(LARGEST)) and n not in SHOWN_BELOW]
+BY_DEFAULT = ("repetition_penalty", "top_k", "max_time", "temperature", "min_new_tokens")
+
+
+@pytest.mark.parametrize(("name", "form"), some_slow(COMPILED, lambda case: case[0] not in BY_DEFAULT))
 def test_the_largest_number_is_carried_out_or_refused(name: str, form, model):
     try:
         output = model.generate(IDS, **GIVEN | {name: form(LARGEST)})
@@ -76,7 +79,10 @@ def test_the_largest_number_is_carried_out_or_refused(name: str, form, model):
         assert output.sequences.shape[1] <= IDS.shape[1] + GIVEN["max_new_tokens"]
 
 
-@pytest.mark.parametrize("name", ["no_repeat_ngram_size", "max_matching_ngram_size"])
+NGRAMS = ["no_repeat_ngram_size", "max_matching_ngram_size"]
+
+
+@pytest.mark.parametrize("name", some_slow(NGRAMS, NGRAMS[1].__eq__))
 def test_an_ngram_longer_than_the_row_costs_nothing(name: str, model):
     """It does what one of the row's length does."""
     lookup = {"prompt_lookup_num_tokens": 3} if name == "max_matching_ngram_size" else {}
@@ -85,7 +91,10 @@ def test_an_ngram_longer_than_the_row_costs_nothing(name: str, model):
     np.testing.assert_array_equal(model.generate(IDS, **options, **{name: LARGEST}), expected)
 
 
-@pytest.mark.parametrize("option", ["prompt_lookup_num_tokens", "num_assistant_tokens"])
+DRAFTS = ["prompt_lookup_num_tokens", "num_assistant_tokens"]
+
+
+@pytest.mark.parametrize("option", some_slow(DRAFTS, DRAFTS[1].__eq__))
 def test_drafts_are_no_more_than_the_tokens_wanted(option: str, model):
     drafter = {"assistant_model": model} if option == "num_assistant_tokens" else {}
     ids = model.generate(IDS, max_new_tokens=4, **drafter, **{option: 10**6})
