@@ -48,7 +48,6 @@ from jaxgen.kernels.int4_row import int4_row_product
 from jaxgen.kernels.int4_rows import as_columns, int4_rows_product
 from jaxgen.model import QuantizedWeight
 from jaxgen.quant import Int4
-from jaxgen.quant.planar import planar
 
 GROUP = 128
 STEPS = 128  # tokens per timing of decode
@@ -219,7 +218,7 @@ def check(report: Report, tiny: bool) -> None:
         jnp.asarray(rng.uniform(0.002, 0.02, (out, inputs // GROUP)), jnp.bfloat16),
         jnp.asarray(rng.uniform(-0.02, 0.02, (out, inputs // GROUP)), jnp.bfloat16),
     )
-    weight, exact = planar(stored), np.asarray(stored.dequantize(), np.float64)
+    weight, exact = stored.for_kernels(), np.asarray(stored.dequantize(), np.float64)
     one, some, dense = normal(1, inputs), normal(8, inputs), normal(out, inputs)
     wide_one, wide_some = np.asarray(one, np.float64), np.asarray(some, np.float64)
     report.add("check", kernel="int4_row", error=error(int4_row_product(one, weight, **platform), wide_one @ exact.T))

@@ -45,7 +45,7 @@ from jaxgen.generation.read import Prompts
 from jaxgen.generation.request import controls_of, recipe_of
 from jaxgen.generation.weights import Structure
 from jaxgen.model import QuantizedWeight
-from jaxgen.quant import Int4
+from jaxgen.quant import Int4, Weight
 from jaxgen.quant.planar import block_size
 
 # From NVIDIA's data sheet and CUDA's guide for compute capability 9.0; the driver and runtime versions decide which
@@ -156,7 +156,7 @@ def lower(
     if stage == "prefill":
         chosen = compiled._strict_prefill_on_gpu if options.strict else compiled._prefill
     else:
-        int4 = any(isinstance(weight, Int4) for weight in weights)
+        int4 = any(isinstance(weight, Weight) and weight.fuses for weight in weights)
         chosen = compiled._kernels_int4_on_gpu if int4 else compiled._kernels_on_gpu
         if options.xla and chosen.otherwise:
             chosen = chosen.otherwise

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxgen.errors import CheckpointError
-from jaxgen.quant import Int4, Lookup4
+from jaxgen.quant import Weight
 from jaxgen.quant.adapted import Adapted
 
 from .adapter_config import CONFIG, MERGE, LoraConfig
@@ -113,7 +113,7 @@ class Adapter:
             rows = slice(start, start + step)
             weight[rows] += up[rows] @ down
 
-    def beside(self, base: Int4 | Lookup4, parts: Sequence[Part], dtype: np.dtype) -> Adapted:
+    def beside(self, base: Weight, parts: Sequence[Part], dtype: np.dtype) -> Adapted:
         """`base`, a parameter that `parts` are rows of, with their changes in `dtype` beside it.
 
         The parts' A lie under each other; B of each fills its own rows and columns, and the rest is zero. Raises

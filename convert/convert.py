@@ -21,7 +21,7 @@ from jaxgen.paths import as_path
 from jaxgen.quant import Int4, Int4Config
 
 from . import hub, packed
-from .assemble import rounded
+from .assemble import finite
 from .atomic import resumable_directory
 from .calibration import read_calibration
 from .checkpoint import DTYPES, INDEX, Checkpoint
@@ -186,8 +186,8 @@ class _Conversion:
             yield from ((part.name, rows) for rows in _rows(self.checkpoint, part.name))
             return
         if self.method == "rtn" or part.name == HEAD:
-            size = self.int4.group_size
-            weights = (rounded(self.checkpoint, part, rows, size) for rows in _rows(self.checkpoint, part.name))
+            pieces = (finite(self.checkpoint, part, rows) for rows in _rows(self.checkpoint, part.name))
+            weights = (self.int4.quantize(rows, repr(part.name)) for rows in pieces)
         else:
             weights = iter([blocks[part.name]])
         for weight in weights:

@@ -9,8 +9,9 @@ import numpy as np
 from flax import nnx
 
 from jaxgen.errors import JaxgenError, UnsupportedError
-from jaxgen.model import QuantizedWeight
+from jaxgen.generation.weights import split
 from jaxgen.paths import as_path
+from jaxgen.quant import Weight
 
 from .atomic import new_directory
 from .checkpoint import DTYPES as CODES
@@ -92,10 +93,10 @@ class _Weights:
 
     def __init__(self, model: Any, dtype: np.dtype | None):
         variables = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-        if any(isinstance(value, QuantizedWeight) for _, value in nnx.to_flat_state(nnx.state(model))):
+        if kinds := {weight.describe() for weight in split(model)[1] if isinstance(weight, Weight)}:
             raise UnsupportedError(
-                "save_pretrained: the model has weights of four bits; `jaxgen convert SRC DST` writes those, from the "
-                "original checkpoint"
+                f"save_pretrained: the model has quantised weights ({'; '.join(sorted(kinds))}); "
+                "`jaxgen convert SRC DST` writes int4, from the original checkpoint"
             )
         table = parameter_parts(model.config)
         if variables.keys() != table.keys():

@@ -19,9 +19,7 @@ from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.seed import next_seed
 from jaxgen.lowering import device_runs_kernels, own_rules
 from jaxgen.model import MistralForCausalLM, QuantizedWeight
-from jaxgen.quant import Int4Config
-from jaxgen.quant.config import check_group
-from jaxgen.quant.planar import planar
+from jaxgen.quant import Int4Config, Quantization, Weight
 
 from .adapter import FILES as ADAPTER_FILES
 from .adapter import Adapter
@@ -99,7 +97,7 @@ class AutoModelForCausalLM:
             dtype=chosen,
             device=device,
             quantization=quantization,
-            requantize=isinstance(quantization_config, Int4Config),
+            requantize=isinstance(quantization_config, Quantization),
             adapter=adapter_directory,
         )
 
@@ -128,7 +126,7 @@ def load(
     *,
     dtype: np.dtype,
     device: Device,
-    quantization: Int4Config | None = None,
+    quantization: Quantization | None = None,
     requantize: bool = False,
     adapter: Path | None = None,
 ) -> MistralForCausalLM:
@@ -199,8 +197,8 @@ def _has_four_bits(config: MistralConfig, stored_as: Format | None) -> bool:
     return stored_as is not None and any(stored_as.stored(part) is not None for part in parts)
 
 
-def _requantization(config: Int4Config, stored_as: Format | None) -> Int4Config | None:
-    """What `quantization_config` asks of a checkpoint that has four bits: only lookup tables become int4."""
+def _requantization(config: Quantization, stored_as: Format | None) -> Quantization | None:
+    """What `quantization_config` asks of a checkpoint that has four bits: only lookup tables are quantised again."""
     assert stored_as is not None
     if config == Int4Config(low_cpu_memory=True) and not isinstance(stored_as, BitsAndBytes):
         return None  # says how to run the weights, and not how to make them
@@ -213,13 +211,14 @@ def _requantization(config: Int4Config, stored_as: Format | None) -> Int4Config 
     return config
 
 
-def _check_quantization(quantization: Int4Config, config: MistralConfig, kept: Format | None) -> None:
+def _check_quantization(quantization: Quantization, config: MistralConfig, kept: Format | None) -> None:
     """Raise `JaxgenError` for a weight that is to be quantised and cannot be, before any is read.
 
     What `kept` stores in four bits is not.
     """
     if quantization.lm_head and config.tie_word_embeddings:
-        raise JaxgenError("Int4Config: lm_head=True, but this model's head is its embedding, which is not quantised")
+        kind = type(quantization).__name__
+        raise JaxgenError(f"{kind}: lm_head=True, but this model's head is its embedding, which is not quantised")
     shapes = {
         part.shape
         for parts in parameter_parts(config).values()
@@ -227,7 +226,7 @@ def _check_quantization(quantization: Int4Config, config: MistralConfig, kept: F
         if quantization.quantizes(part.name) and (kept is None or kept.stored(part) is None)
     }
     for shape in sorted(shapes):
-        check_group(shape, quantization.group_size, f"quantization_config={quantization}: a weight")
+        quantization.check(shape, f"quantization_config={quantization}: a weight")
 
 
 def check_tensors(
@@ -284,7 +283,7 @@ def _stream(assembler: Assembler, config: MistralConfig, device: Device) -> Mist
             value = assembler.parameter(parts, variables[name].shape)
             on_device = jax.block_until_ready(jax.tree.map(lambda array: jax.device_put(array, device), value))
             del value  # before the next one is allocated
-            _place(model, name, planar(on_device) if kernels else on_device)
+            _place(model, name, on_device.for_kernels() if kernels and isinstance(on_device, Weight) else on_device)
             bar.update(assembler.stored_bytes(parts))
     return model
 
@@ -295,4 +294,4 @@ def _place(model: MistralForCausalLM, name: str, value: Any) -> None:
     module: Any = model
     for step in path:
         module = module[int(step)] if step.isdigit() else getattr(module, step)
-    setattr(module, last, nnx.Param(value) if isinstance(value, jax.Array) else QuantizedWeight(value))
+    setattr(module, last, QuantizedWeight(value) if isinstance(value, Weight) else nnx.Param(value))

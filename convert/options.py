@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxgen.errors import NO_REMOTE_CODE, JaxgenError, UnsupportedError, shown
 from jaxgen.quant.bitsandbytes import BitsAndBytesConfig
-from jaxgen.quant.config import Int4Config
+from jaxgen.quant.config import Int4Config, Quantization
 
 # Options of transformers' from_pretrained that jaxgen does not have.
 _UNSUPPORTED = (
@@ -55,13 +55,13 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
     return name in _INERT or (name in (*_REASONS, *_UNSUPPORTED) and (value is None or value is False))
 
 
-def as_quantization(load_in_4bit: Any, config: Any) -> Int4Config | None:
+def as_quantization(load_in_4bit: Any, config: Any) -> Quantization | None:
     """What to quantise while loading, from HF's two options for it."""
     if not isinstance(load_in_4bit, bool):
         raise JaxgenError(f"load_in_4bit={load_in_4bit!r} must be True or False")
     if config is None:
         return Int4Config() if load_in_4bit else None
-    if isinstance(config, Int4Config):
+    if isinstance(config, Quantization):
         return config
     if type(config).__name__ == "BitsAndBytesConfig" and not isinstance(config, BitsAndBytesConfig):
         config = config.to_dict()  # of transformers

@@ -14,7 +14,7 @@ from jaxgen.convert.checkpoint import Checkpoint, Wanted
 from jaxgen.convert.load import AutoModelForCausalLM
 from jaxgen.convert.names import Part
 from jaxgen.quant import Int4
-from jaxgen.quant.int4 import pack
+from jaxgen.quant.nibbles import pack
 from tests.hf_files import CONFIG, DTYPES, hf_tensors, safetensors_bytes, write_hf
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

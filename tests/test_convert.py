@@ -20,10 +20,10 @@ from safetensors import safe_open
 import jaxgen
 from jaxgen import AutoModelForCausalLM, CheckpointError, JaxgenError, cli, demo
 from jaxgen.arguments import parser
-from jaxgen.convert import assemble, convert, convert_checkpoint
+from jaxgen.convert import convert, convert_checkpoint
 from jaxgen.convert.calibration import read_calibration
 from jaxgen.convert.checkpoint import Checkpoint
-from jaxgen.quant import quantize
+from jaxgen.quant import int4, quantize
 from jaxgen.text.tokenizer import load_tokenizer
 from tests.helpers import some_slow
 from tests.hf_files import CONFIG, DTYPES, hf_tensors, write_hf
@@ -150,7 +150,7 @@ def test_it_goes_through_a_tensor_by_rows(source, tmp_path, monkeypatch):
         return quantize(rows, *arguments, **options)
 
     monkeypatch.setattr(convert, "_WEIGHTS_AT_ONCE", 4096)
-    monkeypatch.setattr(assemble, "quantize", spy)
+    monkeypatch.setattr(int4, "quantize", spy)
     convert_checkpoint(source, tmp_path / "rows", group_size=32)
     assert set(sizes) == {4096}
     assert files_in(tmp_path / "rows") == files_in(tmp_path / "whole")
@@ -260,7 +260,7 @@ def test_a_target_that_is_filled_meanwhile_is_left_alone(source, tmp_path, monke
         (tmp_path / "out" / "precious").write_text("mine")
         return quantize(*arguments, **options)
 
-    monkeypatch.setattr(assemble, "quantize", intrude)
+    monkeypatch.setattr(int4, "quantize", intrude)
     with pytest.raises(JaxgenError, match="was not written"):
         convert_checkpoint(source, tmp_path / "out")
     assert files_in(tmp_path / "out") == {"precious": b"mine"}
@@ -275,7 +275,7 @@ def test_a_second_process_is_refused(source, tmp_path, monkeypatch):
         refusals.append(caught)
         return quantize(*arguments, **options)
 
-    monkeypatch.setattr(assemble, "quantize", second)
+    monkeypatch.setattr(int4, "quantize", second)
     convert_checkpoint(source, tmp_path / "out")
     assert refusals
 
@@ -307,7 +307,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, source: Path, target: Path, after
         return quantize(*arguments, **keywords)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(assemble, "quantize", stop)
+        patch.setattr(int4, "quantize", stop)
         convert_checkpoint(source, target, **options)
     assert not target.exists()
     staging = target.with_name(f".{target.name}.converting")

@@ -18,8 +18,8 @@ from jaxgen import attention, linear
 from jaxgen.cache import LayerCache, layer_cache_from_prompt
 from jaxgen.convert.placement import auto_dtype
 from jaxgen.model import MistralForCausalLM, RMSNorm
-from jaxgen.quant import Int4, matmul
-from jaxgen.quant.int4 import pack
+from jaxgen.quant import Int4, int4_matmul, matmul
+from jaxgen.quant.nibbles import pack
 from jaxgen.text.tokenizer import load_tokenizer
 
 HALF = np.float16
@@ -230,7 +230,7 @@ def test_an_offset_is_added_in_float32():
     x = halves(np.full((1, 64), 1100.0))
     weight = Int4(jnp.asarray(pack(np.full((4, 64), 7, np.int8))), jnp.full((4, 1), 1 / 8), jnp.full((4, 1), -15 / 16))
     assert 7 / 8 * 64 * 1100 < LARGEST < 15 / 16 * 64 * 1100
-    result = np.asarray(as_written(matmul.int4_matmul)(x, weight))
+    result = np.asarray(as_written(int4_matmul)(x, weight))
     np.testing.assert_array_equal(result, np.full((1, 4), (7 / 8 - 15 / 16) * 64 * 1100, HALF))
 
 

@@ -15,7 +15,7 @@ from jaxgen.convert.names import Part
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
 from jaxgen.files import read_json
 from jaxgen.quant import Int4
-from jaxgen.quant.int4 import unpack
+from jaxgen.quant.nibbles import unpack
 from tests.formats.files import DOWN, IDS, QUERY, UNIFORM, Change, Tensors, add, changed, drop, load, put, read, same
 
 NAMES = {

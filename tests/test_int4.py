@@ -24,7 +24,9 @@ from jaxgen.lowering import Target, target, tracing_for
 from jaxgen.model import QuantizedWeight
 from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
 from jaxgen.quant import matmul as forms
-from jaxgen.quant.int4 import pack, search_scale, unpack
+from jaxgen.quant.int4 import search_scale
+from jaxgen.quant.nibbles import pack, unpack
+from jaxgen.quant.weight import matmul
 from jaxgen.text.tokenizer import load_tokenizer
 from tests.hf_files import CONFIG, hf_tensors, write_hf
 
@@ -186,7 +188,7 @@ def test_lookup_table():
     dense = table[codes] * np.repeat(scale, 32, axis=1)
     np.testing.assert_array_equal(weight.dequantize(), dense)
     x = RANDOM.standard_normal((3, 64)).astype(np.float32)
-    np.testing.assert_allclose(forms.matmul(jnp.asarray(x), weight), x @ dense.T, atol=1e-5)
+    np.testing.assert_allclose(matmul(jnp.asarray(x), weight), x @ dense.T, atol=1e-5)
 
 
 def test_bounded_memory_on_cpu_is_bounded():

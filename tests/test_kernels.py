@@ -25,7 +25,6 @@ from jaxgen.lowering import Target, device_runs_kernels, tracing_for
 from jaxgen.model import QuantizedWeight
 from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
 from jaxgen.quant.adapted import Adapted
-from jaxgen.quant.planar import as_stored, planar
 from tests.helpers import some_slow
 
 # Relative error, in norm, of a result that is rounded once; bfloat16 products round scaled weights too.
@@ -84,9 +83,9 @@ SHAPES = [
 def test_int4_products(out: int, inputs: int, group: int, offset: bool, dtype: Any):
     rng = np.random.default_rng(inputs + out)
     stored = int4_weight(rng, out, inputs, group, offset)
-    weight, exact = planar(stored), codes(stored)
+    weight, exact = stored.for_kernels(), codes(stored)
     assert weight.planar == min(group, 128)
-    np.testing.assert_array_equal(as_stored(weight).packed, stored.packed)
+    np.testing.assert_array_equal(weight.as_stored().packed, stored.packed)
     np.testing.assert_allclose(wide(weight.dequantize()), exact, atol=1e-6)
 
     x, norm_weight = normal(rng, (1, inputs), dtype), jnp.asarray(rng.uniform(0.5, 1.5, inputs), dtype)
@@ -114,13 +113,13 @@ def test_int4_products(out: int, inputs: int, group: int, offset: bool, dtype: A
 @given(rows=st.sampled_from([2, 7, 16, 33, 64]), seed=st.integers(0, 99), splits=st.sampled_from([1, 2, 4]))
 def test_a_row_does_not_know_its_neighbours(rows: int, seed: int, splits: int):
     rng = np.random.default_rng(seed)
-    weight, x = planar(int4_weight(rng, 16, 512, 64, True)), normal(rng, (rows, 512), jnp.bfloat16)
+    weight, x = int4_weight(rng, 16, 512, 64, True).for_kernels(), normal(rng, (rows, 512), jnp.bfloat16)
     tile = int4_rows.Tile(outputs=16, splits=splits)
     base = int4_rows.int4_rows_product(int4_rows.as_columns(x), weight, tile=tile, interpret=True)
     others = normal(rng, (rows, 512), jnp.bfloat16).at[0].set(x[0]).at[-1].set(jnp.nan)
     got = int4_rows.int4_rows_product(int4_rows.as_columns(others), weight, tile=tile, interpret=True)
     np.testing.assert_array_equal(np.asarray(base[:, 0]), np.asarray(got[:, 0]))
-    assert relative(base.astype(jnp.float32).sum(0)[:rows], wide(x) @ codes(as_stored(weight)).T) < 5e-3
+    assert relative(base.astype(jnp.float32).sum(0)[:rows], wide(x) @ codes(weight.as_stored()).T) < 5e-3
 
 
 @pytest.mark.parametrize(("out", "inputs", "dtype"), [(16, 1024, jnp.bfloat16), (10, 700, jnp.float16)])
@@ -245,7 +244,7 @@ def model_of(kind: str) -> MistralForCausalLM:
             if kind == "adapted":
                 down, up = (normal(rng, shape, jnp.bfloat16) / 16 for shape in ((4, dense.shape[1]), (len(dense), 4)))
                 weight = Adapted(weight, down, up)
-            linear.weight = QuantizedWeight(planar(weight))
+            linear.weight = QuantizedWeight(weight.for_kernels())
     return model
 
 
@@ -275,11 +274,11 @@ def test_planar_order_is_only_a_layout():
     rng = np.random.default_rng(0)
     stored = int4_weight(rng, 16, 256, 64, True)
     x = normal(rng, (3, 256), jnp.float32)
-    np.testing.assert_array_equal(int4_matmul(x, planar(stored)).shape, (3, 16))
-    assert relative(int4_matmul(x, planar(stored)), wide(x) @ codes(stored).T) < 1e-5
+    np.testing.assert_array_equal(int4_matmul(x, stored.for_kernels()).shape, (3, 16))
+    assert relative(int4_matmul(x, stored.for_kernels()), wide(x) @ codes(stored).T) < 1e-5
     odd = int4_weight(rng, 16, 96, 48, False)
-    assert planar(odd) is odd  # groups that kernels do not read stay as they are
-    assert planar(planar(stored)).planar == 64
+    assert odd.for_kernels() is odd  # groups that kernels do not read stay as they are
+    assert stored.for_kernels().for_kernels().planar == 64
 
 
 def test_tiles_cover_every_shape():

@@ -21,7 +21,7 @@ from jaxgen.convert.quantize.gptq import column_order, gptq
 from jaxgen.convert.quantize.layers import Layers
 from jaxgen.demo.train import batches
 from jaxgen.quant import Int4, quantize
-from jaxgen.quant.int4 import unpack
+from jaxgen.quant.nibbles import unpack
 from jaxgen.text.tokenizer import load_tokenizer
 from tests.hf_files import CONFIG, hf_tensors, write_hf
 

@@ -1,4 +1,4 @@
-"""The 4-bit formats of the hub, one file each: their tensors are read as `Int4` or `Lookup4`, and never requantised."""
+"""The 4-bit formats of the hub, one file each: their tensors are read as a `Weight`, and never requantised."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxgen.errors import CheckpointError, JaxgenError
 from jaxgen.files import read_json
-from jaxgen.quant import Int4, Lookup4
+from jaxgen.quant import Weight
 
 from ..checkpoint import OLD_GPTQ, Checkpoint, Wanted
 from ..files import is_there
@@ -30,7 +30,7 @@ class Format(Protocol):
         """
         ...
 
-    def read(self, part: Part) -> Int4 | Lookup4:
+    def read(self, part: Part) -> Weight:
         """The weight, in HF's order of rows, as numpy arrays; only for parts that `stored` describes.
 
         Scales keep the precision of the file. Raises `CheckpointError` for contents that the format does not allow.

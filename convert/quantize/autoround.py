@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, PyTree
 from jaxgen.config import MistralConfig
 from jaxgen.lowering import own_rules
 from jaxgen.quant import Int4, quantize
-from jaxgen.quant.int4 import SCALE_DTYPE, pack, rounded
+from jaxgen.quant.int4 import SCALE_DTYPE, rounded
+from jaxgen.quant.nibbles import pack
 
 from .forward import Hidden, Weights, batches, linear_names, output
 

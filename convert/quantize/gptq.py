@@ -18,7 +18,8 @@ from jaxgen.linear import product
 from jaxgen.lowering import own_rules
 from jaxgen.quant import Int4
 from jaxgen.quant.config import check_group
-from jaxgen.quant.int4 import SCALE_DTYPE, pack, round_to, search_scale
+from jaxgen.quant.int4 import SCALE_DTYPE, round_to, search_scale
+from jaxgen.quant.nibbles import pack
 
 from .forward import Hidden, Weights, gram_of_inputs, linear_names
 

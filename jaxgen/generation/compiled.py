@@ -15,8 +15,8 @@ from jaxgen.generation.controls import Recipe
 from jaxgen.generation.strict import DETERMINISTIC_OPTIONS
 from jaxgen.lowering import Target, own_rules, tracing_for
 from jaxgen.paths import as_path
-from jaxgen.quant.int4 import Int4
 from jaxgen.quant.matmul import FUSION_OPTIONS
+from jaxgen.quant.weight import Weight
 
 logger = logging.getLogger("jaxgen")
 # What compilers raise; Pallas also while its kernels are traced, or where it is missing.
@@ -188,10 +188,10 @@ def stages_for(model: Any, weights: list[Any], strict: bool = False) -> tuple[St
         return _prefill, _decode
     if strict:
         return _strict_prefill_on_gpu, _strict_kernels_on_gpu if kernels else _strict_decode_on_gpu
-    int4 = any(isinstance(x, Int4) for x in jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Int4)))
+    fuses = any(isinstance(weight, Weight) and weight.fuses for weight in weights)
     if kernels:
-        return _flash_prefill_on_gpu, _kernels_int4_on_gpu if int4 else _kernels_on_gpu
-    return _prefill, _decode_int4_on_gpu if int4 else _decode_on_gpu
+        return _flash_prefill_on_gpu, _kernels_int4_on_gpu if fuses else _kernels_on_gpu
+    return _prefill, _decode_int4_on_gpu if fuses else _decode_on_gpu
 
 
 def enable_compile_cache(directory: str | os.PathLike[str] | None = None) -> Path:

@@ -1,37 +1,78 @@
 """A quantised weight with a low-rank correction beside it: what a LoRA adapter trained on such a base needs."""
 
 import dataclasses
-from typing import Any, no_type_check
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxgen.linear import linear
+from jaxgen.quant.weight import Interleave, Weight
+
+if TYPE_CHECKING:
+    from jaxgen.kernels.products import Products
+
 
 @jax.tree_util.register_dataclass
 @no_type_check  # JAX rebuilds it around placeholders
 @dataclasses.dataclass(frozen=True)
-class Adapted:
+class Adapted(Weight):
     """A weight `[out, in]`: `base + up @ down`, never computed as one matrix, which four bits could not hold.
 
     Source: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314).
     """
 
-    base: Any  # Int4 or Lookup4
+    base: Any  # a quantised Weight
     down: Any  # float [r, I], in HF's order of columns
     up: Any  # float [O, r], the adapter's scale multiplied in
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """`(out, in)`."""
         return self.base.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(array.nbytes for array in jax.tree.leaves(self))
 
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "O I"]:
         """The weight as one matrix after all, computed in float32 and rounded once."""
         up, down = jnp.asarray(self.up, jnp.float32), jnp.asarray(self.down, jnp.float32)
         return (self.base.dequantize() + jnp.matmul(up, down, precision="highest")).astype(dtype)
+
+    def matmul(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
+        """`x @ weight.T`, in three products."""
+        return self.base.matmul(x) + self.correction(x)
+
+    def correction(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
+        """`x @ (up @ down).T`."""
+        return linear(linear(x, self.down), self.up)
+
+    def rows(self, chosen: slice) -> "Adapted":
+        """Some rows of the matrix."""
+        return Adapted(self.base.rows(chosen), self.down, self.up[chosen])
+
+    def join(self, others: Sequence[Weight], interleave: Interleave) -> "Adapted | None":
+        """None but of itself: a loader joins the bases, and then puts one correction beside them."""
+        return None if others else self
+
+    @property
+    def fuses(self) -> bool:
+        """As the base."""
+        return self.base.fuses
+
+    def bounded(self) -> "Adapted":
+        """With the base in this form."""
+        return dataclasses.replace(self, base=self.base.bounded())
+
+    def for_kernels(self) -> "Adapted":
+        """With the base in this form."""
+        return dataclasses.replace(self, base=self.base.for_kernels())
+
+    def as_stored(self) -> "Adapted":
+        """With the base in this form."""
+        return dataclasses.replace(self, base=self.base.as_stored())
+
+    def kernels(self, interpret: bool = False) -> "Products":
+        """Those of the base, and the correction."""
+        from jaxgen.kernels.products import AdaptedProducts
+
+        return AdaptedProducts(self, interpret)

@@ -1,17 +1,47 @@
-"""Int4Config: how a model is quantised while it loads."""
+"""Quantization and Int4Config: how a model is quantised while it loads."""
 
 import dataclasses
-from typing import Any, no_type_check
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, no_type_check
+
+import numpy as np
+from jaxtyping import Float
 
 from jaxgen.errors import JaxgenError, UnsupportedError
+
+if TYPE_CHECKING:
+    from jaxgen.quant.int4 import Int4
+    from jaxgen.quant.weight import Weight
 
 GROUP_SIZES = (32, 64, 128)
 WHOLE_ROWS = -1  # HF's spelling: one scale per output row
 
 
+class Quantization(ABC):
+    """What `from_pretrained` asks of its `quantization_config`: which weights it makes of floats, and how.
+
+    `lm_head` and `low_cpu_memory` as of `Int4Config`.
+    """
+
+    lm_head: bool = False
+    low_cpu_memory: bool = False
+
+    def quantizes(self, name: str) -> bool:
+        """Whether the HF tensor of this name is quantised: every linear layer's weight, and the head if asked."""
+        return (name == "lm_head.weight" and self.lm_head) or name.endswith("_proj.weight")
+
+    @abstractmethod
+    def check(self, shape: tuple[int, ...], name: str) -> None:
+        """Raise `JaxgenError`, which calls it `name`, for a weight that cannot be quantised so."""
+
+    @abstractmethod
+    def quantize(self, weight: Float[np.ndarray, "O I"], name: str) -> "Weight":
+        """The weight that floats become; all are finite. Rows are quantised each for itself."""
+
+
 @no_type_check  # __post_init__ says what is wrong
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Int4Config:
+class Int4Config(Quantization):
     """What `from_pretrained(..., quantization_config=...)` does to the weights; `load_in_4bit=True` is `Int4Config()`.
 
     `group_size`: weights per scale along a row: 32, 64, 128, or -1 for whole rows. `lm_head`: whether the output head
@@ -44,9 +74,15 @@ class Int4Config:
         if self.method != "rtn":
             raise JaxgenError(f"Int4Config: method={self.method!r} must be 'rtn' (offline: 'gptq', 'autoround')")
 
-    def quantizes(self, name: Any) -> bool:
-        """Whether the HF tensor of this name becomes int4: every linear layer's weight, and the head if asked."""
-        return (name == "lm_head.weight" and self.lm_head) or name.endswith("_proj.weight")
+    def check(self, shape: tuple[int, ...], name: str) -> None:
+        """Raise `JaxgenError` where groups do not come out even."""
+        check_group(shape, self.group_size, name)
+
+    def quantize(self, weight: Float[np.ndarray, "O I"], name: str) -> "Int4":
+        """See `jaxgen.quant.quantize`."""
+        from jaxgen.quant.int4 import quantize
+
+        return quantize(weight, self.group_size, name=name)
 
 
 def check_group(shape: tuple[int, ...], group_size: int, name: str = "weight") -> int:

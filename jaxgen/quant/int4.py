@@ -2,16 +2,24 @@
 
 import dataclasses
 import math
-from typing import Any, no_type_check
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Int8, Int32
 
-from jaxgen.lowering import own_rules
+from jaxgen.linear import product
+from jaxgen.lowering import own_rules, target
 from jaxgen.quant.config import check_group
-from jaxgen.quant.planar import from_planar
+from jaxgen.quant.matmul import FUSED_ROWS, scaled_product
+from jaxgen.quant.nibbles import pack, scaled
+from jaxgen.quant.planar import block_size, from_planar, swap_order, to_planar
+from jaxgen.quant.weight import Interleave, Weight
+
+if TYPE_CHECKING:
+    from jaxgen.kernels.products import Products
 
 SCALE_DTYPE = jnp.dtype("bfloat16")  # the range of float32; what rounding costs, the search for the scale sees
 
@@ -22,12 +30,15 @@ _CANDIDATES = np.linspace(0.6, 1.1, 26)  # of the scale, relative to the one tha
 @jax.tree_util.register_dataclass
 @no_type_check  # JAX rebuilds it around placeholders
 @dataclasses.dataclass(frozen=True)
-class Int4:
+class Int4(Weight):
     """A weight `[out, in]`: `w[o, i] = q[o, i] * scale[o, i // group] + offset[o, i // group]`, q from -8 to 7.
 
     Arrays are JAX's, or numpy's while loading. Column j holds HF's column `permutation[j]`, where there is one.
     G groups to a row.
     """
+
+    by_row = ("packed", "scale", "offset")
+    fuses = True
 
     packed: Any  # uint8 [O, I/2]: q as two's complement, the even column in the low nibble
     scale: Any  # float [O, G], of either sign
@@ -46,16 +57,10 @@ class Int4:
         """Weights per scale."""
         return self.shape[1] // self.scale.shape[1]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(array.nbytes for array in jax.tree.leaves(self))
-
     @own_rules()
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "O I"]:
         """The weight in HF's column order, computed in float32 and rounded once."""
-        groups = unpack(self.packed).reshape(*self.scale.shape, self.group_size)
-        weight = groups.astype(jnp.float32) * self.scale[..., None].astype(jnp.float32)
+        weight = scaled(self.packed, self.scale)
         if self.offset is not None:
             weight = weight + self.offset[..., None].astype(jnp.float32)
         weight = from_planar(weight.reshape(self.shape), self.planar)
@@ -63,28 +68,70 @@ class Int4:
             weight = weight[:, jnp.argsort(self.permutation)]
         return jnp.asarray(weight, dtype)
 
+    def matmul(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
+        """`x @ weight.T`: see `int4_matmul`."""
+        return int4_matmul(x, self)
 
-def pack(codes: Int8[Array | np.ndarray, "*rows I"]) -> UInt8[Array | np.ndarray, "*rows I/2"]:
-    """Codes from -8 to 7 as bytes, the even column in the low nibble; numpy in, numpy out.
+    def describe(self) -> str:
+        """With the size of the groups."""
+        return f"{type(self).__name__}, groups of {self.group_size}"
 
-    >>> [hex(byte) for byte in pack(np.array([1, -1, -8, 7], np.int8)).tolist()]
-    ['0xf1', '0x78']
+    def join(self, others: Sequence[Weight], interleave: Interleave) -> "Weight | None":
+        """As every weight; beside rows with an offset, those without have one of zero."""
+        pieces = [self, *others]
+        offset = next((x.offset for x in pieces if isinstance(x, Int4) and x.offset is not None), None)
+        if offset is not None:
+            pieces = [x.with_offset(offset.dtype) if isinstance(x, Int4) else x for x in pieces]
+        return Weight.join(pieces[0], pieces[1:], interleave)
+
+    def with_offset(self, dtype: Any) -> "Int4":
+        """The same with an offset, of zero if it has none."""
+        return self if self.offset is not None else dataclasses.replace(self, offset=np.zeros(self.scale.shape, dtype))
+
+    def bounded(self) -> "Int4":
+        """Unpacked a few rows at a time."""
+        return dataclasses.replace(self, low_cpu_memory=True)
+
+    def for_kernels(self) -> "Int4":
+        """With columns in planar order, unless its groups are none that kernels read."""
+        block = block_size(self.group_size)
+        if self.planar or not block:
+            return self
+        return dataclasses.replace(self, packed=swap_order(self.packed, block, 8), planar=block)
+
+    def as_stored(self) -> "Int4":
+        """The inverse of `for_kernels`."""
+        if not self.planar:
+            return self
+        return dataclasses.replace(self, packed=swap_order(self.packed, self.planar, self.planar // 8), planar=0)
+
+    def kernels(self, interpret: bool = False) -> "Products":
+        """Kernels for one row and for several."""
+        from jaxgen.kernels.products import Int4Products
+
+        return Int4Products(self, interpret)
+
+
+def int4_matmul(x: Float[Array, "*rows I"], weight: Int4) -> Float[Array, "*rows O"]:
+    """`x @ weight.T` for an int4 weight `[out, in]` and any number of rows; the result has x's dtype.
+
+    >>> from jaxgen.quant import int4_matmul, quantize
+    >>> weight = quantize(jnp.eye(32), group_size=32)
+    >>> bool(jnp.allclose(int4_matmul(jnp.arange(32.0), weight), jnp.arange(32.0)))
+    True
     """
-    nibbles = codes.view(np.uint8) & np.uint8(15) if isinstance(codes, np.ndarray) else codes.astype(jnp.uint8) & 15
-    return nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
-
-
-def unpack(packed: UInt8[Array | np.ndarray, "*rows bytes"]) -> Int8[Array | np.ndarray, "*rows 2*bytes"]:
-    """The codes of `pack`, from -8 to 7; numpy in, numpy out.
-
-    >>> unpack(np.array([0xF1, 0x78], np.uint8)).tolist()
-    [1, -1, -8, 7]
-    """
-    xp = np if isinstance(packed, np.ndarray) else jnp
-    # Through int32: XLA:CPU returns wrong sums for some fusions of an unpacking through int8.
-    wide = packed.astype(xp.int32)
-    nibbles = xp.stack([wide & 15, wide >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
-    return ((nibbles ^ 8) - 8).astype(xp.int8)
+    if target().kernels and weight.planar and x.dtype.itemsize == 2 and math.prod(x.shape[:-1]) <= FUSED_ROWS:
+        return weight.kernels().alone(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+    if weight.permutation is not None:
+        x = jnp.take(x, weight.permutation, axis=-1)
+    x = to_planar(x, weight.planar)  # from here on, columns are in the order in which they are stored
+    result = scaled_product(x, weight.packed, weight.scale, weight.low_cpu_memory)
+    if weight.offset is None:
+        return result
+    # The offset of a group meets the sum of the group's inputs: 1 / group_size of the work of the product.
+    sums = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, weight.group_size).sum(-1)
+    shift = product("...g,og->...o", sums, weight.offset.astype(jnp.float32))
+    return (result.astype(jnp.float32) + shift).astype(x.dtype)
 
 
 @own_rules()

@@ -8,16 +8,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxgen.lowering import own_rules
+from jaxgen.quant.weight import Weight
 
 
 @jax.tree_util.register_dataclass
 @no_type_check  # JAX rebuilds it around placeholders
 @dataclasses.dataclass(frozen=True)
-class Lookup4:
+class Lookup4(Weight):
     """A weight `[out, in]` of 16 different values per block: `w[o, i] = table[code[o, i]] * scale[o, i // block]`.
 
     Source: QLoRA (arXiv 2305.14314); bitsandbytes `Linear4bit`.
     """
+
+    by_row = ("packed", "scale")
 
     packed: Any  # uint8 [O, I/2]: codes 0 to 15, the even column in the low nibble
     scale: Any  # float [O, blocks]
@@ -33,10 +36,9 @@ class Lookup4:
         """Weights per scale."""
         return self.shape[1] // self.scale.shape[1]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(array.nbytes for array in jax.tree.leaves(self))
+    def describe(self) -> str:
+        """With the size of the blocks."""
+        return f"{type(self).__name__}, groups of {self.group_size}"
 
     @own_rules()
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "O I"]:

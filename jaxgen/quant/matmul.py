@@ -1,4 +1,4 @@
-"""The one product with a quantised weight, `x @ weight.T`, in the form that each platform and stage runs fastest.
+"""The product with int4 codes and their scales, `x @ weight.T`, in the form that each platform and stage runs fastest.
 
 A GPU that runs `jaxgen.kernels` leaves few rows (decode) to them. Otherwise it has three forms: many rows (a prompt)
 dequantise the weight once and leave the product to the matrix library; few rows read the packed weight inside the
@@ -16,10 +16,8 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxgen.linear import linear, product
 from jaxgen.lowering import target
-from jaxgen.quant.adapted import Adapted
-from jaxgen.quant.int4 import Int4, unpack
-from jaxgen.quant.lookup import Lookup4
-from jaxgen.quant.planar import to_planar
+from jaxgen.quant.nibbles import scaled, unpack
+from jaxgen.quant.weight import matmul  # noqa: F401  (as all products)
 
 # XLA:GPU reads int4 and its group scales inside a matrix product only with the first; without the second it splits
 # some of these products along K, and then refuses to fuse them.
@@ -27,46 +25,18 @@ FUSION_OPTIONS = {
     "xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True,
     "xla_gpu_experimental_force_split_k": 1,
 }
-_FUSED_ROWS = 64  # beyond, each tile of rows would unpack the weight again: once, ahead of the product, is cheaper
+FUSED_ROWS = 64  # beyond, each tile of rows would unpack the weight again: once, ahead of the product, is cheaper
 _CPU_CHUNK_BYTES = 1 << 20  # of unpacked float32: stays in a core's cache
 
 
-def matmul(x: Float[Array, "*rows I"], weight: "Array | Int4 | Lookup4 | Adapted") -> Float[Array, "*rows O"]:
-    """`x @ weight.T`, whatever the weight is made of."""
-    if isinstance(weight, Adapted):
-        return matmul(x, weight.base) + linear(linear(x, weight.down), weight.up)
-    if isinstance(weight, Int4):
-        return int4_matmul(x, weight)
-    if isinstance(weight, Lookup4):
-        return linear(x, weight.dequantize(x.dtype))
-    return linear(x, weight)
-
-
-def int4_matmul(x: Float[Array, "*rows I"], weight: Int4) -> Float[Array, "*rows O"]:
-    """`x @ weight.T` for an int4 weight `[out, in]` and any number of rows; the result has x's dtype.
-
-    >>> from jaxgen.quant import int4_matmul, quantize
-    >>> weight = quantize(jnp.eye(32), group_size=32)
-    >>> bool(jnp.allclose(int4_matmul(jnp.arange(32.0), weight), jnp.arange(32.0)))
-    True
-    """
-    if target().kernels and weight.planar and x.dtype.itemsize == 2 and math.prod(x.shape[:-1]) <= _FUSED_ROWS:
-        from jaxgen.kernels import step
-
-        return step.product(x.reshape(-1, x.shape[-1]), weight)[0].reshape(*x.shape[:-1], -1)
-    if weight.permutation is not None:
-        x = jnp.take(x, weight.permutation, axis=-1)
-    x = to_planar(x, weight.planar)  # from here on, columns are in the order in which they are stored
-    on_cpu = _in_chunks if weight.low_cpu_memory else _dequantized
+def scaled_product(
+    x: Float[Array, "*rows I"], packed: UInt8[Array, "O I/2"], scale: Float[Array, "O groups"], low_cpu_memory: bool
+) -> Float[Array, "*rows O"]:
+    """`x @ weight.T` for the codes times their groups' scales, columns in the order in which they are stored."""
+    on_cpu = _in_chunks if low_cpu_memory else _dequantized
     few_rows = _fused if target().fuses_int4 else _by_groups
-    elsewhere = few_rows if math.prod(x.shape[:-1]) <= _FUSED_ROWS else _dequantized
-    result = jax.lax.platform_dependent(x, weight.packed, weight.scale, cpu=on_cpu, default=elsewhere)
-    if weight.offset is None:
-        return result
-    # The offset of a group meets the sum of the group's inputs: 1 / group_size of the work of the product.
-    sums = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, weight.group_size).sum(-1)
-    shift = product("...g,og->...o", sums, weight.offset.astype(jnp.float32))
-    return (result.astype(jnp.float32) + shift).astype(x.dtype)
+    elsewhere = few_rows if math.prod(x.shape[:-1]) <= FUSED_ROWS else _dequantized
+    return jax.lax.platform_dependent(x, packed, scale, cpu=on_cpu, default=elsewhere)
 
 
 def _codes(packed: UInt8[Array, "O bytes"], scale: Float[Array, "O groups"]) -> Array:
@@ -77,7 +47,7 @@ def _codes(packed: UInt8[Array, "O bytes"], scale: Float[Array, "O groups"]) -> 
 def _dequantized(
     x: Float[Array, "*rows I"], packed: UInt8[Array, "O I/2"], scale: Float[Array, "O groups"]
 ) -> Float[Array, "*rows O"]:
-    return linear(x, Int4(packed, scale).dequantize(x.dtype))
+    return linear(x, jnp.asarray(scaled(packed, scale).reshape(len(packed), -1), x.dtype))
 
 
 def _fused(

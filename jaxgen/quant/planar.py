@@ -6,7 +6,6 @@ code j of word t. A program that reads the words as they lie then also reads x a
 columns within each group, so that group scales, offsets and sums over groups stay what they are.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -46,28 +45,9 @@ def _swapped(x: Any, block: int, first: int) -> Any:
     return x.reshape(*x.shape[:-1], -1, first, block // first).swapaxes(-1, -2).reshape(x.shape)
 
 
-def planar(weight: Any) -> Any:
-    """An `Int4`, or one below an adapter, with its columns in planar order; anything else as it is."""
-    if hasattr(weight, "base"):
-        return dataclasses.replace(weight, base=planar(weight.base))
-    if getattr(weight, "planar", None) != 0 or not block_size(weight.group_size):
-        return weight
-    block = block_size(weight.group_size)
-    return dataclasses.replace(weight, packed=_repacked(weight.packed, block, 8), planar=block)
-
-
-def as_stored(weight: Any) -> Any:
-    """The inverse of `planar`: with the bytes that files have."""
-    if hasattr(weight, "base"):
-        return dataclasses.replace(weight, base=as_stored(weight.base))
-    if not getattr(weight, "planar", 0):
-        return weight
-    packed = _repacked(weight.packed, weight.planar, weight.planar // 8)
-    return dataclasses.replace(weight, packed=packed, planar=0)
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _repacked(packed: Array, block: int, first: int) -> Array:
+def swap_order(packed: Array, block: int, first: int) -> Array:
+    """Packed codes into planar order (`first` = 8), or back (`first` = block // 8)."""
     nibbles = jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
     nibbles = _swapped(nibbles, block, first)
     return nibbles[..., ::2] | (nibbles[..., 1::2] << 4)

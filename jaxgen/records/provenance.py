@@ -19,7 +19,7 @@ from jaxgen.errors import JaxgenError
 from jaxgen.files import read_bytes, read_json
 from jaxgen.generation import compiled
 from jaxgen.generation.weights import references, same_arrays, split
-from jaxgen.quant.planar import as_stored
+from jaxgen.quant.weight import as_weight
 
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "safetensors", "numpy")
 _CONFIG = ("jax_default_matmul_precision", "jax_enable_x64", "jax_threefry_partitionable")
@@ -47,7 +47,7 @@ def facts_of(model: Any) -> dict[str, Any]:
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
         "parameters_sha256": parameters_sha256(model),
         "dtype": model.dtype.name,
-        "weights": sorted({_kind(leaf) for leaf in _leaves(model)}),
+        "weights": sorted({as_weight(weight).describe() for weight in split(model)[1]}),
     }
 
 
@@ -91,7 +91,8 @@ def parameters_sha256(model: Any) -> str:
             return digest
     digest = hashlib.sha256()
     for (path, _), weight in zip(nnx.to_flat_state(nnx.state(model)), weights, strict=True):
-        for leaf in jax.tree.leaves(as_stored(weight)):  # in the order of files, whatever a device reads faster
+        stored = as_weight(weight).as_stored()  # in the order of files, whatever a device reads faster
+        for leaf in jax.tree.leaves(stored):
             value = np.ascontiguousarray(np.asarray(leaf))
             digest.update(f"{'.'.join(map(str, path))} {value.dtype} {value.shape}\n".encode())
             digest.update(value.reshape(-1).view(np.uint8).data)
@@ -138,22 +139,6 @@ def _chat_template(directory: Path | None) -> Any:
         return read_json(directory / "tokenizer_config.json").get("chat_template")
     except JaxgenError:
         return None
-
-
-def _leaves(model: Any) -> list[Any]:
-    from jaxgen.quant.adapted import Adapted
-    from jaxgen.quant.int4 import Int4
-    from jaxgen.quant.lookup import Lookup4
-
-    return jax.tree.leaves(split(model)[1], is_leaf=lambda x: isinstance(x, Int4 | Lookup4 | Adapted))
-
-
-def _kind(leaf: Any) -> str:
-    """What a weight is made of, as "bfloat16" or "Int4, groups of 128"."""
-    size = getattr(leaf, "group_size", None)
-    return (
-        leaf.dtype.name if isinstance(leaf, jax.Array) else type(leaf).__name__ + (f", groups of {size}" * bool(size))
-    )
 
 
 def _versions() -> dict[str, str | None]:

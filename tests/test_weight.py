@@ -1,0 +1,117 @@
+"""The Weight protocol: what every kind of weight does, and a kind that the package does not know."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgen import JaxgenError
+from jaxgen.generation import compiled
+from jaxgen.quant import Int4, Lookup4, Quantization, Weight, as_weight, quantize
+from jaxgen.quant.adapted import Adapted
+
+RANDOM = np.random.default_rng(0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8Weight(Weight):
+    """One byte per weight and one scale per row: all that a new kind takes."""
+
+    by_row = ("codes", "scale")
+
+    codes: Any  # int8 [O, I]
+    scale: Any  # float [O]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape
+
+    def dequantize(self, dtype: Any = jnp.float32) -> Any:
+        return (jnp.asarray(self.codes, jnp.float32) * jnp.asarray(self.scale)[:, None]).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Config(Quantization):
+    """How it is made."""
+
+    lm_head: bool = False
+
+    def check(self, shape: tuple[int, ...], name: str) -> None:
+        if shape[1] > 100_000:
+            raise JaxgenError(f"{name} is too wide")
+
+    def quantize(self, weight: np.ndarray, name: str) -> Int8Weight:
+        scale = np.abs(weight).max(axis=1).astype(np.float32) / 127
+        return Int8Weight(np.round(weight / scale[:, None]).astype(np.int8), scale)
+
+
+def of_every_kind() -> list[Weight]:
+    dense = RANDOM.standard_normal((6, 64)).astype(np.float32)
+    int4 = quantize(dense, 32)
+    shifted = dataclasses.replace(int4, offset=np.full(int4.scale.shape, 0.25, np.float32))
+    table = Lookup4(int4.packed, np.abs(int4.scale), np.linspace(-1, 1, 16, dtype=np.float32))
+    factors = (RANDOM.standard_normal(shape).astype(np.float32) for shape in ((2, 64), (6, 2)))
+    return [as_weight(dense), int4, shifted, table, Adapted(int4, *factors), Int8Config().quantize(dense, "")]
+
+
+@pytest.mark.parametrize("weight", of_every_kind(), ids=lambda weight: weight.describe())
+def test_rows_products_and_bytes_are_those_of_the_matrix(weight):
+    matrix = np.asarray(weight.dequantize())
+    assert matrix.shape == weight.shape == (6, 64)
+    np.testing.assert_array_equal(weight.rows(slice(2, 5)).dequantize(), matrix[2:5])
+    assert weight.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
+    x = RANDOM.standard_normal((3, 64)).astype(np.float32)
+    on_device = jax.tree.map(jnp.asarray, weight)
+    np.testing.assert_allclose(on_device.matmul(jnp.asarray(x)), x @ matrix.T, atol=1e-4)
+    kernel_form = on_device.for_kernels()
+    np.testing.assert_array_equal(kernel_form.dequantize(), matrix)
+    for mine, stored in zip(jax.tree.leaves(kernel_form.as_stored()), jax.tree.leaves(weight), strict=True):
+        np.testing.assert_array_equal(mine, stored)
+
+
+@pytest.mark.parametrize("weight", of_every_kind(), ids=lambda weight: weight.describe())
+def test_joining_is_concatenation_or_nothing(weight):
+    """Whatever a kind's arrays are, its rows come back as they were; another kind has none of its rows."""
+    first, second = weight.rows(slice(0, 2)), weight.rows(slice(2, 6))
+    joined = first.join([second], np.concatenate)
+    if isinstance(weight, Adapted):
+        assert joined is None  # its base is joined, before it is put beside it
+        return
+    assert type(joined) is type(weight)
+    np.testing.assert_array_equal(joined.dequantize(), weight.dequantize())
+    for other in of_every_kind():
+        if type(other) is not type(weight):
+            assert first.join([other], np.concatenate) is None
+
+
+def test_int4_rows_without_an_offset_join_those_that_have_one():
+    _, plain, shifted, *_ = of_every_kind()
+    assert isinstance(plain, Int4)
+    for pieces in ([plain, shifted], [shifted, plain]):
+        joined = pieces[0].join(pieces[1:], np.concatenate)
+        assert joined is not None
+        np.testing.assert_array_equal(joined.dequantize(), np.concatenate([x.dequantize() for x in pieces]))
+    other = dataclasses.replace(plain, scale=plain.scale.astype(np.float32))
+    permuted = dataclasses.replace(plain, permutation=np.arange(64, dtype=np.int32)[::-1].copy())
+    wide = quantize(np.ones((6, 64), np.float32), 64)
+    assert all(plain.join([x], np.concatenate) is None for x in (other, permuted, wide))
+    assert all(shifted.join([x], np.concatenate) is None for x in (other, permuted, wide))
+
+
+def test_xla_s_options_go_with_the_weight():
+    """Of int4, also below an adapter; asked of the protocol, and not of the class."""
+
+    class OnGpu:
+        def devices(self):
+            return [SimpleNamespace(platform="gpu")]
+
+    def options(weight: Any) -> dict[str, Any]:
+        return compiled.stages_for(SimpleNamespace(), [OnGpu(), weight])[1]._options
+
+    fuses = {type(weight).__name__ for weight in of_every_kind() if options(weight) == compiled.FUSION_OPTIONS}
+    assert fuses == {"Int4", "Adapted"}
