@@ -40,9 +40,8 @@ from jax.sharding import SingleDeviceSharding
 from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
 from jaxgen.generation import compiled
 from jaxgen.generation.config import resolve
-from jaxgen.generation.controls import Plan
+from jaxgen.generation.controls import Plan, controls_of, recipe_of
 from jaxgen.generation.read import Prompts
-from jaxgen.generation.request import controls_of, recipe_of
 from jaxgen.generation.weights import Structure
 from jaxgen.model import QuantizedWeight
 from jaxgen.quant import Int4, Weight

@@ -27,7 +27,8 @@ from shapes import SHAPE_125M
 
 import jaxgen
 from jaxgen.generation.config import resolve
-from jaxgen.generation.request import Extras, Request
+from jaxgen.generation.options import Extras
+from jaxgen.generation.request import Request
 from jaxgen.generation.run import Run
 
 SHAPE_SMALL = dataclasses.replace(

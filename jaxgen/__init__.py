@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from jaxgen.generation.output import GenerateOutput as GenerateOutput
     from jaxgen.generation.past import PastKeyValues as PastKeyValues
     from jaxgen.generation.processors.constraint import AllowedTokens as AllowedTokens
-    from jaxgen.generation.processors.detect import WatermarkDetector as WatermarkDetector
+    from jaxgen.generation.processors.watermark import WatermarkDetector as WatermarkDetector
     from jaxgen.generation.processors.watermark import WatermarkingConfig as WatermarkingConfig
     from jaxgen.generation.seed import set_seed as set_seed
     from jaxgen.generation.strict import Strict as Strict
@@ -61,7 +61,7 @@ _HOME = {
     "StoppingCriteriaList": "jaxgen.generation.arguments",
     "Strict": "jaxgen.generation.strict",
     "UnsupportedError": "jaxgen.errors",
-    "WatermarkDetector": "jaxgen.generation.processors.detect",
+    "WatermarkDetector": "jaxgen.generation.processors.watermark",
     "WatermarkingConfig": "jaxgen.generation.processors.watermark",
     "enable_compile_cache": "jaxgen.generation.compiled",
     "generate": "jaxgen.generation.generate",

@@ -1,7 +1,6 @@
 """What may stand on the command line: the commands, their options, and how these become options of `generate`."""
 
 import argparse
-import dataclasses
 import difflib
 import json
 from pathlib import Path
@@ -148,11 +147,11 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """The options of `generate` that were given; raises `JaxgenError` for one that `--set` cannot give."""
-    from jaxgen.generation.config import GenerationConfig
-    from jaxgen.generation.fields import REFUSED
+    from jaxgen.generation.options import OPTIONS
+    from jaxgen.generation.refused import REFUSED
 
     settings = {name: value for name in NAMED if (value := getattr(options, name)) is not None}
-    known = {*(field.name for field in dataclasses.fields(GenerationConfig)), *REFUSED, "strict"}
+    known = {*OPTIONS, *REFUSED, "strict"}
     for name, value in options.set:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)

@@ -170,7 +170,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """Model, tokenizer and the options of `generate`; a fresh seed is chosen here, and told, where one is needed."""
     from jaxgen.convert.load import AutoModelForCausalLM
     from jaxgen.generation.config import resolve
-    from jaxgen.generation.request import Extras
+    from jaxgen.generation.options import Extras
     from jaxgen.generation.sample import random_key
     from jaxgen.text.tokenizer import load_tokenizer
 

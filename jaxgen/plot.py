@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxgen.errors import JaxgenError, NonFiniteLogitsError, UnsupportedError
 from jaxgen.generation.config import GenerationConfig
+from jaxgen.generation.options import OPTIONS
 from jaxgen.generation.processors.chain import chain_of
 from jaxgen.generation.prompt import SMALLEST_PROMPT, bucket, pad_to
 from jaxgen.generation.rows import Rows
@@ -33,9 +34,6 @@ from jaxgen.text.tokenizer import tokenizer_for
 _BLOCK = 64  # positions whose logits are held at a time
 _MOST_LABELS = 80  # tokens that are named along an axis
 _MOST_CHARACTERS = 150  # across a grid of tokens
-_SAMPLING = (
-    "temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
-)  # fmt: skip
 _SHOWN_SPACE, _SHOWN_LINE = "␣", "↵"
 
 
@@ -263,9 +261,10 @@ def _probabilities(logits: Float[np.ndarray, " V"], label: Any, options: Any) ->
     """What `generate` would draw from under the options, by its own processors."""
     if not isinstance(options, Mapping):
         raise JaxgenError(f"settings[{label!r}]={options!r} must be a dict of options")
+    sampling = [name for name, option in OPTIONS.items() if option.only_sampling]
     for name in options:
-        if name not in _SAMPLING:
-            raise UnsupportedError(f"settings[{label!r}]: {name!r} is none of {', '.join(_SAMPLING)}")
+        if name not in sampling:
+            raise UnsupportedError(f"settings[{label!r}]: {name!r} is none of {', '.join(sampling)}")
     config = GenerationConfig(**{"do_sample": True, "top_k": 0, **options})
     one = jnp.ones(1, jnp.int32)
     rows = Rows(jnp.zeros((1, 1), jnp.int32), one, one, one + 1, one - 1, jnp.ones(1, bool))

@@ -21,10 +21,11 @@ from jaxgen.cache import LayerCache, to_int8
 from jaxgen.errors import NonFiniteLogitsError
 from jaxgen.generation import beam
 from jaxgen.generation.config import GenerationConfig, resolve
-from jaxgen.generation.controls import Plan
+from jaxgen.generation.controls import Plan, controls_of, recipe_of
+from jaxgen.generation.options import Extras
 from jaxgen.generation.output import GenerateOutput, Origin, collect
 from jaxgen.generation.read import Prompts
-from jaxgen.generation.request import Extras, Request, controls_of, recipe_of
+from jaxgen.generation.request import Request
 from jaxgen.generation.run import Run
 from jaxgen.generation.sample import row_id_words
 from jaxgen.generation.stop import CRITERION

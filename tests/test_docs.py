@@ -16,9 +16,10 @@ import pytest
 
 import jaxgen
 from jaxgen.arguments import parser
-from jaxgen.generation.config import DEFAULT_NEW_TOKENS, DEFAULTS
+from jaxgen.generation.options import DEFAULT_NEW_TOKENS, OPTIONS
 from jaxgen.generation.support import table
 from tests.helpers import some_slow
+from tests.shown_by import SHOWN_BY
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -137,17 +138,6 @@ def test_every_public_name_is_in_the_reference():
     assert "demo.path" in names
 
 
-def test_the_options_page_has_every_field_with_its_default():
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", (DOCS / "api" / "config.md").read_text(), re.M)
-    said = dict(rows)
-    assert len(rows) == len(said)
-    assert said.keys() == {field.name for field in dataclasses.fields(jaxgen.GenerationConfig)}
-    defaults = {name: str(value) for name, value in (DEFAULTS | {"max_new_tokens": DEFAULT_NEW_TOKENS}).items()}
-    defaults |= dict.fromkeys(("eos_token_id", "pad_token_id", "bos_token_id"), "the checkpoint's")
-    defaults["cache_implementation"] = '"static"'
-    assert said == {name: defaults.get(name, "off") for name in said}
-
-
 def test_importing_jaxgen_imports_nothing_heavy():
     code = (
         "import sys, jaxgen; "
@@ -209,8 +199,20 @@ def test_every_marker_is_made(hook, monkeypatch: pytest.MonkeyPatch):
         hook.on_page_markdown("<!-- generated: nothing -->")
 
 
+def test_the_options_page_has_every_field_with_its_default(hook):
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", hook.make("options"), re.M)
+    said = dict(rows)
+    assert len(rows) == len(said)
+    assert said.keys() == {field.name for field in dataclasses.fields(jaxgen.GenerationConfig)}
+    defaults = {name: str(option.default) for name, option in OPTIONS.items() if option.default is not None}
+    defaults |= {"max_new_tokens": str(DEFAULT_NEW_TOKENS)}
+    defaults |= dict.fromkeys(("eos_token_id", "pad_token_id", "bos_token_id"), "the checkpoint's")
+    defaults["cache_implementation"] = '"static"'
+    assert said == {name: defaults.get(name, "off") for name in said}
+
+
 def test_the_tables_are_the_libraries_own(hook):
-    assert hook.make("support").splitlines()[1:] == table().splitlines()[1:]
+    assert hook.make("support").splitlines()[1:] == table(SHOWN_BY).splitlines()[1:]
     commands = hook.make("command line")
     assert commands.count("\n## jaxgen ") + commands.startswith("## jaxgen ") == commands.count("usage: jaxgen ") >= 5
     assert "| `lengths` | `Int[np.ndarray, ' R']` | new tokens per row |" in hook.make("fields GenerateOutput")

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from jaxgen import GenerationConfig, JaxgenError, MistralConfig, MistralForCausalLM, Strict
-from jaxgen.generation.fields import CHECKS
+from jaxgen.generation.options import OPTIONS
 from jaxgen.generation.stop_strings import MOST_BYTES
 from tests.helpers import some_slow
 
@@ -31,13 +31,13 @@ FORMS = (
 
 def takes(name: str, value: object) -> bool:
     try:
-        CHECKS[name](name, value)
+        OPTIONS[name].check(name, value)
     except JaxgenError:
         return False
     return True
 
 
-NUMERIC = [(name, form) for name in CHECKS for form in FORMS if takes(name, form(3)) or takes(name, form(0.5))]
+NUMERIC = [(name, form) for name in OPTIONS for form in FORMS if takes(name, form(3)) or takes(name, form(0.5))]
 NAMES = [f"{name}-{FORMS.index(form)}" for name, form in NUMERIC]
 # What no int32, and no float32 but 0 or infinity, stands for. Python does not even print the last one.
 NO_COUNT = [2**31, 2**63, 2**64, -(2**64), 10**400, 10**5000]
@@ -60,7 +60,7 @@ def test_what_32_bits_do_not_hold_is_refused_by_name(name: str, form):
     any_int = "hashing_key" in form(3) if isinstance(form(3), dict) else False  # counts modulo 2**64
     for number in () if any_int else NO_REAL if takes(name, form(0.5)) else NO_COUNT:
         with pytest.raises(JaxgenError, match=name) as caught:
-            CHECKS[name](name, form(number))
+            OPTIONS[name].check(name, form(number))
         assert len(str(caught.value)) < 400
         assert "\n" not in str(caught.value)
 

@@ -19,9 +19,8 @@ from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.processors import watermark
 from jaxgen.generation.processors.chain import chain_of
 from jaxgen.generation.processors.constraint import AllowedTokens, host_errors
-from jaxgen.generation.processors.detect import WatermarkDetector
 from jaxgen.generation.processors.select import largest, ordered_keys
-from jaxgen.generation.processors.watermark import WatermarkingConfig
+from jaxgen.generation.processors.watermark import WatermarkDetector, WatermarkingConfig
 from tests.helpers import assert_same, floats, processed, rows_of, run, traces
 from tests.reference import filters
 from tests.reference.filters import EOS

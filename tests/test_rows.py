@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgen.generation.config import resolve
+from jaxgen.generation.options import Extras
 from jaxgen.generation.output import GenerateOutput, Origin, collect
 from jaxgen.generation.processors.constraint import AllowedTokens
-from jaxgen.generation.request import Extras, Request
+from jaxgen.generation.request import Request
 from jaxgen.generation.run import Run
 from tests.helpers import padded
 from tests.tokenizers import characters

@@ -19,8 +19,9 @@ from jaxgen.convert.load import AutoModelForCausalLM as Loader
 from jaxgen.generation import loop, speculate
 from jaxgen.generation.config import resolve
 from jaxgen.generation.controls import Controls, Plan, Recipe
+from jaxgen.generation.options import Extras
 from jaxgen.generation.read import Prompts
-from jaxgen.generation.request import Extras, Request
+from jaxgen.generation.request import Request
 from jaxgen.generation.run import Run
 from jaxgen.generation.sample import random_key, row_id_words
 from jaxgen.generation.speculate import NO_DRAFT, Pair, check_assistant, look_up

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from jaxgen import GenerationConfig
-from jaxgen.generation.fields import CHECKS, METADATA, REFUSED
-from jaxgen.generation.request import Extras
-from jaxgen.generation.support import ARGUMENTS, SHOWN_BY, table, unknown
+from jaxgen.generation.options import ARGUMENTS, OPTIONS, Extras
+from jaxgen.generation.refused import METADATA, REFUSED
+from jaxgen.generation.support import STREAMER, table, unknown
+from tests.shown_by import SHOWN_BY
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,19 +25,19 @@ def test_every_field_of_transformers_is_known():
     assert unknown(fields | {"a_field_of_tomorrow"}) == {"a_field_of_tomorrow"}
 
 
-def test_every_argument_of_generate_is_known():
-    arguments = {field.name for field in dataclasses.fields(Extras)} | {"streamer"}
-    assert arguments == ARGUMENTS.keys()
+def test_every_option_has_a_test():
+    assert (OPTIONS | ARGUMENTS | REFUSED | STREAMER).keys() == SHOWN_BY.keys()
 
 
 def test_supported_and_refused_are_told_apart():
-    assert {field.name for field in dataclasses.fields(GenerationConfig)} == CHECKS.keys() == SHOWN_BY.keys()
-    assert not CHECKS.keys() & (REFUSED.keys() | METADATA)
+    assert [field.name for field in dataclasses.fields(GenerationConfig)] == [*OPTIONS]
+    assert [field.name for field in dataclasses.fields(Extras)] == [*ARGUMENTS]
+    assert not (OPTIONS | ARGUMENTS).keys() & (REFUSED.keys() | METADATA)
 
 
-@pytest.mark.parametrize("name", SHOWN_BY | ARGUMENTS)
+@pytest.mark.parametrize("name", OPTIONS | ARGUMENTS | STREAMER)
 def test_the_test_that_is_named_is_about_the_option(name: str):
-    test = ROOT / (SHOWN_BY | ARGUMENTS)[name]
+    test = ROOT / SHOWN_BY[name]
     assert name in test.read_text(encoding="utf-8")
 
 
@@ -44,5 +45,8 @@ def test_the_command_prints_the_table():
     command = [sys.executable, "-m", "jaxgen.generation.support"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     assert printed == table() + "\n"
-    assert "| `top_h` | supported | `tests/oracle/test_processors_oracle.py` |" in printed
-    assert "| `dola_layers` | refused: transformers moved it to the hub |" in printed
+    assert "| `top_h` | supported: entropy-bounded truncation |\n" in printed
+    assert "| `dola_layers` | refused: transformers moved it to the hub |\n" in printed
+    assert "| `top_h` | supported: entropy-bounded truncation | `tests/oracle/test_processors_oracle.py` |" in table(
+        SHOWN_BY
+    )

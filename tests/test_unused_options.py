@@ -8,7 +8,7 @@ import pytest
 
 import jaxgen
 from jaxgen import GenerationConfig, JaxgenError, cli
-from jaxgen.generation import notes
+from jaxgen.generation import unused
 from tests.helpers import counted
 
 IDS = [[1, 5, 9]]
@@ -23,7 +23,7 @@ def model():
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     """What the logger says from now on, as if nothing had been said before."""
-    monkeypatch.setattr(notes, "_said", set())
+    monkeypatch.setattr(unused, "_said", set())
     with caplog.at_level(logging.WARNING, logger="jaxgen"):
         yield lambda: [record.getMessage() for record in caplog.records if record.name == "jaxgen"]
 
@@ -89,7 +89,7 @@ def test_nothing_is_said_of_what_is_used_neutral_or_not_asked_for(model, said):
 
 
 def test_on_the_command_line(monkeypatch, capsys):
-    monkeypatch.setattr(notes, "_said", set())
+    monkeypatch.setattr(unused, "_said", set())
     arguments = ["generate", "1, 2", "--temperature", "0.1", "--seed", "3", "--max-new-tokens", "2", "--model", "demo"]
     assert cli.main(arguments[:-2]) in (0, None)
     error = capsys.readouterr().err

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import runpy
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -65,10 +66,30 @@ def source(command: str, machine: str, versions: dict[str, Any] | None, name: st
 
 
 def support() -> str:
-    """What `python -m jaxgen.generation.support` prints."""
+    """What `python -m jaxgen.generation.support` prints, and the tests that show it."""
     from jaxgen.generation.support import table
 
-    return table().replace("| option | | |", "| option | supported? | shown by |")
+    shown_by = runpy.run_path(str(ROOT / "tests" / "shown_by.py"))["SHOWN_BY"]
+    return table(shown_by).replace("| option | | |", "| option | supported? | shown by |")
+
+
+# What is said of a section of options, and the pages that its words lead to.
+SAID = {"Sampling": "These count when `do_sample=True`, in this order.\n\n"}
+LINKS = {"`WatermarkingConfig`": "processors.md", "`GenerateOutput`": "generate.md"}
+
+
+def options() -> str:
+    """The fields of a GenerationConfig, a table for each section."""
+    from jaxgen.generation.options import OPTIONS
+
+    text = ""
+    for section in dict.fromkeys(option.section for option in OPTIONS.values()):
+        rows = [(n, o.default_shown, o.says) for n, o in OPTIONS.items() if o.section == section]
+        lines = "\n".join(f"| `{name}` | {default} | {says} |" for name, default, says in rows)
+        text += f"## {section}\n\n{SAID.get(section, '')}| option | default | meaning |\n|---|---|---|\n{lines}\n\n"
+    for word, page in LINKS.items():
+        text = text.replace(word, f"[{word}]({page})")
+    return text.rstrip()
 
 
 def command_line() -> str:
@@ -309,6 +330,7 @@ def differences() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "differences": differences,
     "support": support,
+    "options": options,
     "command line": command_line,
     "changes": changes,
     "decode_cpu": decode_cpu,

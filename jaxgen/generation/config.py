@@ -11,39 +11,21 @@ from typing import Any
 from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.files import read_json
-from jaxgen.generation.fields import CHECKS, METADATA, REFUSED, SAMPLING, out_of_range, plain
-from jaxgen.generation.notes import say_unused, usable
+from jaxgen.generation.checks import plain
+from jaxgen.generation.options import OPTIONS, Options, checked, out_of_range
+from jaxgen.generation.refused import METADATA, REFUSED
+from jaxgen.generation.unused import say_unused, usable
 from jaxgen.paths import as_path
-
-# transformers' defaults of last resort (GenerationConfig._get_default_generation_params), where they are not the
-# value at which an option does nothing. max_length is not here: when nobody sets a length, it is the prompt's
-# width plus DEFAULT_NEW_TOKENS.
-DEFAULTS: dict[str, Any] = {
-    "do_sample": False,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-    "num_beams": 1,
-    "length_penalty": 1.0,
-    "early_stopping": False,
-    "num_return_sequences": 1,
-    "return_dict_in_generate": False,
-    "num_assistant_tokens": 20,
-    "assistant_confidence_threshold": 0.4,
-    "max_matching_ngram_size": 2,
-}
-DEFAULT_NEW_TOKENS = 20
 
 
 @dataclasses.dataclass(init=False)
-class GenerationConfig:
+class GenerationConfig(Options):
     """How to generate: HF's field names; `None` means that a less specific source decides.
 
-    Values are checked here: counts are positive, `top_p` in (0, 1], and so on (`fields.CHECKS`), when it is made and
-    when a field is set; the range of what only sampling uses is checked where something samples. Raises `JaxgenError`
-    for a bad value or a misspelt name, and `UnsupportedError` for a field of transformers that jaxgen refuses. Source:
-    transformers `GenerationConfig`.
+    Values are checked here: counts are positive, `top_p` in (0, 1], and so on, when it is made and when a field is
+    set; the range of what only sampling uses is checked where something samples. Raises `JaxgenError` for a bad value
+    or a misspelt name, and `UnsupportedError` for a field of transformers that jaxgen refuses. The fields are the rows
+    of `jaxgen.generation.options`. Source: transformers `GenerationConfig`.
 
     A config that has been hashed (as a static argument of `jax.jit`, for instance) does not change any more: what was
     compiled for it would not know. `copy.copy(config)` does.
@@ -56,70 +38,12 @@ class GenerationConfig:
 
     __slots__ = ("__dict__", "__weakref__", "_hash")
 
-    # Length
-    max_length: int | None = None
-    max_new_tokens: int | None = None
-    min_length: int | None = None
-    min_new_tokens: int | None = None
-    max_time: float | None = None
-    stop_strings: tuple[str, ...] | None = None
-    # Strategy
-    do_sample: bool | None = None
-    num_beams: int | None = None
-    length_penalty: float | None = None
-    early_stopping: bool | str | None = None
-    num_return_sequences: int | None = None
-    # Processors
-    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] | None = None
-    repetition_penalty: float | None = None
-    encoder_repetition_penalty: float | None = None
-    no_repeat_ngram_size: int | None = None
-    encoder_no_repeat_ngram_size: int | None = None
-    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
-    forced_bos_token_id: int | None = None
-    forced_eos_token_id: int | tuple[int, ...] | None = None
-    remove_invalid_values: bool | None = None
-    exponential_decay_length_penalty: tuple[int, float] | None = None
-    suppress_tokens: tuple[int, ...] | None = None
-    begin_suppress_tokens: tuple[int, ...] | None = None
-    temperature: float | None = None
-    top_h: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    epsilon_cutoff: float | None = None
-    eta_cutoff: float | None = None
-    watermarking_config: Any = None
-    renormalize_logits: bool | None = None
-    guidance_scale: float | None = None
-    # Special tokens
-    eos_token_id: int | tuple[int, ...] | None = None
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    # Output
-    return_dict_in_generate: bool | None = None
-    output_scores: bool | None = None
-    output_logits: bool | None = None
-    output_attentions: bool | None = None
-    output_hidden_states: bool | None = None
-    top_logprobs: int | None = None  # jaxgen's own: the model's n best tokens and their log-probabilities, per step
-    # Cache
-    cache_implementation: str | None = None
-    max_cache_len: int | None = None
-    prefill_chunk_size: int | None = None
-    # Speculation
-    num_assistant_tokens: int | None = None
-    assistant_confidence_threshold: float | None = None
-    prompt_lookup_num_tokens: int | None = None
-    max_matching_ngram_size: int | None = None
-
     def __init__(self, **options: Any):
         """Take options by HF's names; written by hand so that a wrong name says what it should have been."""
         check_names(options)
         sampled = options.get("do_sample") is True
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field.name, options.get(field.name), sampled))
+        for name in OPTIONS:
+            object.__setattr__(self, name, checked(name, options.get(name), sampled))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if hasattr(self, "_hash"):
@@ -128,8 +52,8 @@ class GenerationConfig:
                 "change any more; change copy.copy(config)"
             )
         check_names({name: value})
-        if name in CHECKS:  # anything else that passes does nothing here, as in the constructor
-            object.__setattr__(self, name, _checked(name, value, self.do_sample is True))
+        if name in OPTIONS:  # anything else that passes does nothing here, as in the constructor
+            object.__setattr__(self, name, checked(name, value, self.do_sample is True))
 
     def __hash__(self) -> int:
         if not hasattr(self, "_hash"):
@@ -162,7 +86,7 @@ class GenerationConfig:
         else:
             raise JaxgenError(f"generation_config: cannot read {type(source).__name__}; pass a GenerationConfig")
         check_names(fields)
-        return cls(**{name: value for name, value in fields.items() if name in CHECKS})
+        return cls(**{name: value for name, value in fields.items() if name in OPTIONS})
 
     @classmethod
     def from_stored(cls, fields: Mapping[str, Any], path: Path) -> "GenerationConfig":
@@ -212,7 +136,7 @@ class GenerationConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The generation_config.json that transformers reads back: the fields that are set."""
-        return {k: _listed(v) for k, v in dataclasses.asdict(self).items() if v is not None and k != "top_logprobs"}
+        return {k: _listed(v) for k, v in vars(self).items() if v is not None and not OPTIONS[k].ours}
 
     def to_dict(self) -> dict[str, Any]:
         """`to_hf`, under HF's name."""
@@ -246,7 +170,7 @@ class ModelDefaults(GenerationConfig):
         return self._model.generation_assigned is self._assigned
 
     def __getattribute__(self, name: str) -> Any:
-        if name in CHECKS or name == "__dict__":
+        if name in OPTIONS or name == "__dict__":
             return getattr(object.__getattribute__(self, "_now")(), name)
         return object.__getattribute__(self, name)
 
@@ -274,17 +198,17 @@ def resolve(
     check_names(options)
     if generation_config is not None and not isinstance(generation_config, GenerationConfig):
         generation_config = GenerationConfig.from_hf(generation_config)
-    fields, given = dict(DEFAULTS), {}
+    fields, given = {name: option.default for name, option in OPTIONS.items()}, {}
     for source in (checkpoint, generation_config):
         if source is not None:
             fields |= {k: v for k, v in vars(source).items() if v is not None}
-    fields |= {k: v for k, v in options.items() if k in CHECKS}
+    fields |= {k: v for k, v in options.items() if k in OPTIONS}
     if generation_config is not None:
         given = {k: v for k, v in vars(generation_config).items() if v != getattr(checkpoint, k)}
-    given |= {k: plain(v) for k, v in options.items() if k in CHECKS}
+    given |= {k: plain(v) for k, v in options.items() if k in OPTIONS}
     samples = fields.get("do_sample") is True
-    for name in SAMPLING:
-        if reason := out_of_range(name, fields.get(name)):
+    for name in OPTIONS:
+        if reason := out_of_range(name, fields[name]):
             if samples:
                 raise JaxgenError(reason if name in given else f"{reason}; the model's generation_config says so")
             fields[name] = None
@@ -304,29 +228,22 @@ def _check_together(config: GenerationConfig) -> None:
             f"num_return_sequences={samples} needs do_sample=True: "
             "greedy search would return the same sequence every time"
         )
-    if not config.return_dict_in_generate:
-        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "top_logprobs"):
-            if getattr(config, name):
-                raise JaxgenError(f"{name}={getattr(config, name)} needs return_dict_in_generate=True")
+    for name, option in OPTIONS.items():
+        if getattr(config, name) and option.needs and not getattr(config, option.needs):
+            raise JaxgenError(f"{name}={getattr(config, name)} needs {option.needs}=True")
 
 
 def check_names(fields: Mapping[str, Any]) -> None:
     """Raise for a name that HF does not have (with the nearest one) or that jaxgen refuses."""
     for name, value in fields.items():
-        if name in CHECKS or name in METADATA:
+        if name in OPTIONS or name in METADATA:
             continue
         if name not in REFUSED:
-            nearest = difflib.get_close_matches(name, [*CHECKS, *REFUSED], n=1, cutoff=0.6)
+            nearest = difflib.get_close_matches(name, [*OPTIONS, *REFUSED], n=1, cutoff=0.6)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise JaxgenError(f"{name!r} is not a generation option{hint}")
-        inert, reason = REFUSED[name]
-        if value is not None and not any(_same(value, harmless) for harmless in inert):
-            raise UnsupportedError(f"{name}={value!r} is not supported by jaxgen: {reason}")
-
-
-def _checked(name: str, value: Any, sampled: bool) -> Any:
-    unused = value is None or (not sampled and out_of_range(name, value))
-    return plain(value) if unused else CHECKS[name](name, plain(value))
+        if not REFUSED[name].takes(value):
+            raise UnsupportedError(f"{name}={value!r} is not supported by jaxgen: {REFUSED[name].reason}")
 
 
 def _from_fields(fields: dict[str, Any]) -> GenerationConfig:
@@ -336,11 +253,9 @@ def _from_fields(fields: dict[str, Any]) -> GenerationConfig:
     return config
 
 
-def _same(value: object, inert: object) -> bool:
-    return type(value) in (bool, int, float, str, list, dict) and value == inert
-
-
 def _listed(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     return [_listed(item) for item in value] if isinstance(value, tuple) else value
 
 

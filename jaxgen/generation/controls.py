@@ -1,12 +1,21 @@
 """How a generation goes: what is compiled in (`Recipe`, `Plan`), and the numbers that are not (`Controls`)."""
 
 import dataclasses
+import inspect
+from collections.abc import Sequence
 from typing import Any, no_type_check
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxgen.errors import JaxgenError, UnsupportedError, shown
+from jaxgen.generation.config import GenerationConfig
+from jaxgen.generation.options import OPTIONS, Extras
+from jaxgen.generation.processors.chain import chain_of
+from jaxgen.generation.processors.constraint import as_pytree
+from jaxgen.generation.processors.processor import Processor, as_count, as_number
+from jaxgen.generation.prompt import bucket, pad_to
 from jaxgen.generation.stop_strings import StopStrings
 
 
@@ -46,7 +55,7 @@ class Plan:
 class Controls:
     """The numbers of a call: traced, so that changing one compiles nothing."""
 
-    processors: tuple[Any, ...]  # `f(logits, rows) -> logits` with their numbers, in HF's order
+    processors: tuple[Processor, ...]  # `f(logits, rows) -> logits` with their numbers, in HF's order
     criteria: tuple[Any, ...]  # the user's `f(tokens, lengths, scores) -> bool [R]`
     eos_ids: Int[Array | np.ndarray, " E"]  # filled up with -1
     stop_strings: StopStrings | None
@@ -54,3 +63,99 @@ class Controls:
     length_penalty: Float[Array | np.ndarray, ""]  # beams
     confidence: Float[Array | np.ndarray, ""]  # an assistant stops drafting when it is less sure than this
     ngram: Int[Array | np.ndarray, ""]  # prompt lookup: the longest end of a row that is looked up
+
+
+def recipe_of(config: GenerationConfig, extras: Extras = Extras()) -> Recipe:
+    """The static half of an effective configuration; raises `JaxgenError` for strategies that exclude each other."""
+    beams, lookup = config.num_beams or 1, bool(config.prompt_lookup_num_tokens)
+    if extras.assistant_model is not None or lookup:
+        if extras.assistant_model is not None and lookup:
+            raise JaxgenError("both assistant_model and prompt_lookup_num_tokens were given; choose who drafts")
+        if beams > 1:
+            raise JaxgenError(f"num_beams={beams} and speculation exclude each other, as in transformers")
+    drafts = config.prompt_lookup_num_tokens if lookup else 0
+    if extras.assistant_model is not None:
+        drafts = _value(config, "num_assistant_tokens")
+    return Recipe(
+        do_sample=bool(config.do_sample),
+        record_scores=bool(config.output_scores),
+        record_logits=bool(config.output_logits),
+        top_logprobs=config.top_logprobs or 0,
+        allow_invalid=bool(config.remove_invalid_values),
+        num_beams=beams,
+        early_stopping=(config.early_stopping or False) if beams > 1 else False,  # else another program
+        eos_count=len(config.eos_token_ids) if beams > 1 else 0,
+        drafts=drafts or 0,
+        prompt_lookup=lookup,
+    )
+
+
+def controls_of(config: GenerationConfig, vocab_size: int, extras: Extras = Extras()) -> Controls:
+    """The traced half of an effective configuration, as numpy arrays."""
+    eos = config.eos_token_ids
+    for token in eos:
+        if token >= vocab_size:
+            raise JaxgenError(f"eos_token_id={token} is outside the model's vocabulary of {vocab_size} tokens")
+    if config.stop_strings and extras.tokenizer is None:
+        raise JaxgenError("stop_strings needs tokenizer=, to know what text each token stands for")
+    guidance = config.guidance_scale
+    return Controls(
+        processors=chain_of(
+            config,
+            vocab_size,
+            user=_functions("logits_processor", extras.logits_processor),
+            beams=(config.num_beams or 1) > 1,
+            prefix_allowed_tokens_fn=extras.prefix_allowed_tokens_fn,
+        ),
+        criteria=tuple(
+            as_pytree(f, "stopping_criteria") for f in _functions("stopping_criteria", extras.stopping_criteria)
+        ),
+        eos_ids=pad_to(np.array(eos, np.int32), (bucket(len(eos), 4),), fill=-1),
+        stop_strings=StopStrings.of(extras.tokenizer, config.stop_strings, vocab_size) if config.stop_strings else None,
+        guidance_scale=None if guidance in (None, 1.0) else as_number(guidance),
+        length_penalty=as_number(_value(config, "length_penalty")),
+        confidence=as_number(config.assistant_confidence_threshold or 0.0),
+        ngram=as_count(_value(config, "max_matching_ngram_size")),
+    )
+
+
+def _value(config: GenerationConfig, name: str) -> Any:
+    """An option's value; its default where it was switched off, and cannot do nothing."""
+    value = getattr(config, name)
+    return OPTIONS[name].default if value is None else value
+
+
+def _functions(name: str, value: Any) -> tuple[Any, ...]:
+    """One function or several; transformers' own classes, which want torch, are refused by name."""
+    # HF's own lists can be called as well.
+    functions = () if value is None else (value,) if callable(value) and not isinstance(value, list) else value
+    if not isinstance(functions, Sequence) or not all(callable(function) for function in functions):
+        raise JaxgenError(f"{name}={value!r} must be a function, or a list of functions, of (tokens, lengths, logits)")
+    for function in functions:
+        if type(function).__module__.split(".")[0] == "transformers":
+            raise UnsupportedError(
+                f"{name}: {type(function).__name__} of transformers works on torch tensors; pass a jittable "
+                "f(tokens, lengths, logits), or the option of generate that it stands for"
+            )
+        if _takes_two(function):
+            raise JaxgenError(
+                f"{name}: {shown(function)} takes two arguments, as in transformers; here it is a jittable "
+                "f(tokens [R, S], lengths [R], logits [R, V]), where a row's first lengths[row] tokens are real"
+            )
+    return tuple(functions)
+
+
+def _takes_two(function: Any) -> bool:
+    """Whether a function can be called with two arguments by position, and not with three."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # written in C
+        return False
+    fits = []
+    for count in (2, 3):
+        try:
+            signature.bind(*range(count))
+            fits.append(True)
+        except TypeError:
+            fits.append(False)
+    return fits == [True, False]

@@ -18,14 +18,15 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation import loop
 from jaxgen.generation.arguments import sorted_out
+from jaxgen.generation.checks import integer
 from jaxgen.generation.config import GenerationConfig, ModelDefaults, resolve
-from jaxgen.generation.controls import Plan, Recipe
-from jaxgen.generation.fields import integer
+from jaxgen.generation.controls import Plan, Recipe, controls_of, recipe_of
 from jaxgen.generation.limits import row_limits
+from jaxgen.generation.options import Extras
 from jaxgen.generation.output import Origin, collect
 from jaxgen.generation.prompt import generated, pack
 from jaxgen.generation.read import Prompts
-from jaxgen.generation.request import Extras, Request, controls_of, recipe_of
+from jaxgen.generation.request import Request
 from jaxgen.generation.reread import reread
 from jaxgen.generation.run import Run
 from jaxgen.generation.sample import random_key, row_id_words

@@ -8,8 +8,9 @@ from jaxtyping import Int
 from jaxgen.attention import query_block
 from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig
+from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.controls import Plan
+from jaxgen.generation.options import DEFAULT_NEW_TOKENS
 from jaxgen.generation.prompt import largest_bucket
 
 _SHOWN = 1_000_000_000

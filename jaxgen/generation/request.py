@@ -1,8 +1,6 @@
 """A call of `generate`, checked and laid out in numpy: everything that the executables will be given."""
 
 import dataclasses
-import inspect
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,47 +8,19 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Bool, Int
 
-from jaxgen.errors import JaxgenError, UnsupportedError, shown
-from jaxgen.generation.config import DEFAULTS, GenerationConfig
-from jaxgen.generation.controls import Controls, Plan, Recipe
+from jaxgen.errors import JaxgenError, shown
+from jaxgen.generation.config import GenerationConfig
+from jaxgen.generation.controls import Controls, Plan, Recipe, controls_of, recipe_of
 from jaxgen.generation.limits import check_memory, row_limits
-from jaxgen.generation.notes import once
+from jaxgen.generation.options import Extras
 from jaxgen.generation.past import PastKeyValues
-from jaxgen.generation.processors.chain import chain_of
-from jaxgen.generation.processors.constraint import as_pytree
 from jaxgen.generation.prompt import SMALLEST_PROMPT, SMALLEST_TOTAL, bucket, pack, pad_to, read_prompt
 from jaxgen.generation.read import Negative, Prompts
 from jaxgen.generation.reread import check_reread
 from jaxgen.generation.sample import FreshSeed, padded_key, random_key, row_id_words
 from jaxgen.generation.speculate import check_assistant
-from jaxgen.generation.stop_strings import StopStrings
 from jaxgen.generation.strict import Strict
-
-
-@dataclasses.dataclass(frozen=True)
-class Extras:
-    """The arguments of `generate` that are no fields of a GenerationConfig, by HF's names."""
-
-    logits_processor: Any = None  # `f(tokens, lengths, logits) -> logits`, or several
-    stopping_criteria: Any = None  # `f(tokens, lengths, scores) -> bool [R]`, or several
-    prefix_allowed_tokens_fn: Any = None
-    negative_prompt_ids: Any = None
-    negative_prompt_attention_mask: Any = None
-    tokenizer: Any = None  # for stop_strings
-    assistant_model: Any = None
-    past_key_values: Any = None  # of an earlier output; transformers 5.24 calls it `cache`, which is taken too
-    strict: Any = None  # True, or a Strict: the one shape of every batch; jaxgen's own
-
-    @classmethod
-    def take(cls, options: Mapping[str, Any]) -> "tuple[Extras, dict[str, Any]]":
-        """Split the keyword arguments of `generate` into these and the fields of a GenerationConfig."""
-        if "cache" in options:
-            if options.get("past_key_values") is not None:
-                raise JaxgenError("both cache and past_key_values were given; they are one argument, pass cache only")
-            options = {k: v for k, v in options.items() if k != "cache"} | {"past_key_values": options["cache"]}
-        names = {field.name for field in dataclasses.fields(cls)}
-        rest = {name: value for name, value in options.items() if name not in names}
-        return cls(**{name: value for name, value in options.items() if name in names}), rest
+from jaxgen.generation.unused import once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,96 +178,6 @@ def plan_of(
         int8_cache=config.cache_implementation == "quantized",
         chunk=chunk,
     )
-
-
-def recipe_of(config: GenerationConfig, extras: Extras = Extras()) -> Recipe:
-    """The static half of an effective configuration; raises `JaxgenError` for strategies that exclude each other."""
-    beams, lookup = config.num_beams or 1, bool(config.prompt_lookup_num_tokens)
-    if extras.assistant_model is not None or lookup:
-        if extras.assistant_model is not None and lookup:
-            raise JaxgenError("both assistant_model and prompt_lookup_num_tokens were given; choose who drafts")
-        if beams > 1:
-            raise JaxgenError(f"num_beams={beams} and speculation exclude each other, as in transformers")
-    drafts = config.prompt_lookup_num_tokens if lookup else 0
-    if extras.assistant_model is not None:
-        drafts = config.num_assistant_tokens or DEFAULTS["num_assistant_tokens"]
-    return Recipe(
-        do_sample=bool(config.do_sample),
-        record_scores=bool(config.output_scores),
-        record_logits=bool(config.output_logits),
-        top_logprobs=config.top_logprobs or 0,
-        allow_invalid=bool(config.remove_invalid_values),
-        num_beams=beams,
-        early_stopping=(config.early_stopping or False) if beams > 1 else False,  # else another program
-        eos_count=len(config.eos_token_ids) if beams > 1 else 0,
-        drafts=drafts or 0,
-        prompt_lookup=lookup,
-    )
-
-
-def controls_of(config: GenerationConfig, vocab_size: int, extras: Extras = Extras()) -> Controls:
-    """The traced half of an effective configuration, as numpy arrays."""
-    eos = config.eos_token_ids
-    for token in eos:
-        if token >= vocab_size:
-            raise JaxgenError(f"eos_token_id={token} is outside the model's vocabulary of {vocab_size} tokens")
-    if config.stop_strings and extras.tokenizer is None:
-        raise JaxgenError("stop_strings needs tokenizer=, to know what text each token stands for")
-    guidance = config.guidance_scale
-    return Controls(
-        processors=chain_of(
-            config,
-            vocab_size,
-            user=_functions("logits_processor", extras.logits_processor),
-            beams=(config.num_beams or 1) > 1,
-            prefix_allowed_tokens_fn=extras.prefix_allowed_tokens_fn,
-        ),
-        criteria=tuple(
-            as_pytree(f, "stopping_criteria") for f in _functions("stopping_criteria", extras.stopping_criteria)
-        ),
-        eos_ids=pad_to(np.array(eos, np.int32), (bucket(len(eos), 4),), fill=-1),
-        stop_strings=StopStrings.of(extras.tokenizer, config.stop_strings, vocab_size) if config.stop_strings else None,
-        guidance_scale=None if guidance in (None, 1.0) else np.array(guidance, np.float32),
-        length_penalty=np.array(1.0 if config.length_penalty is None else config.length_penalty, np.float32),
-        confidence=np.array(config.assistant_confidence_threshold or 0.0, np.float32),
-        ngram=np.array(config.max_matching_ngram_size or 2, np.int32),
-    )
-
-
-def _functions(name: str, value: Any) -> tuple[Any, ...]:
-    """One function or several; transformers' own classes, which want torch, are refused by name."""
-    # HF's own lists can be called as well.
-    functions = () if value is None else (value,) if callable(value) and not isinstance(value, list) else value
-    if not isinstance(functions, Sequence) or not all(callable(function) for function in functions):
-        raise JaxgenError(f"{name}={value!r} must be a function, or a list of functions, of (tokens, lengths, logits)")
-    for function in functions:
-        if type(function).__module__.split(".")[0] == "transformers":
-            raise UnsupportedError(
-                f"{name}: {type(function).__name__} of transformers works on torch tensors; pass a jittable "
-                "f(tokens, lengths, logits), or the option of generate that it stands for"
-            )
-        if _takes_two(function):
-            raise JaxgenError(
-                f"{name}: {shown(function)} takes two arguments, as in transformers; here it is a jittable "
-                "f(tokens [R, S], lengths [R], logits [R, V]), where a row's first lengths[row] tokens are real"
-            )
-    return tuple(functions)
-
-
-def _takes_two(function: Any) -> bool:
-    """Whether a function can be called with two arguments by position, and not with three."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # written in C
-        return False
-    fits = []
-    for count in (2, 3):
-        try:
-            signature.bind(*range(count))
-            fits.append(True)
-        except TypeError:
-            fits.append(False)
-    return fits == [True, False]
 
 
 def _negative(

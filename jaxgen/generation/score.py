@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.errors import JaxgenError, NonFiniteLogitsError
-from jaxgen.generation.fields import integer
+from jaxgen.generation.checks import integer
 from jaxgen.generation.prompt import SMALLEST_PROMPT, bucket, pack, pad_to, read_prompt
 from jaxgen.generation.weights import split
 from jaxgen.lowering import own_rules

@@ -9,8 +9,8 @@ import dataclasses
 from typing import Any
 
 from jaxgen.errors import JaxgenError
+from jaxgen.generation.checks import integer
 from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.fields import integer
 from jaxgen.generation.prompt import bucket
 
 # For executables on a GPU: no atomic sums, no kernels chosen by a race, no sums split into a rounded few.

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxgen.errors import JaxgenError
 from jaxgen.files import read_bytes
-from jaxgen.generation.config import DEFAULT_NEW_TOKENS
+from jaxgen.generation.options import DEFAULT_NEW_TOKENS
 from jaxgen.generation.sample import SAMPLER_VERSION
 from jaxgen.paths import as_path
 from jaxgen.records.check import check, cut, logprobs_sha256

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation.config import GenerationConfig, check_names
-from jaxgen.generation.request import Extras
+from jaxgen.generation.options import Extras
 from jaxgen.generation.sample import random_key, row_id_words
 from jaxgen.records.record import Recording
 from jaxgen.text.inputs import Messages, continues_final_message, encode, is_message, read_text, read_texts

@@ -12,8 +12,7 @@ from transformers.generation import logits_process, watermarking
 from transformers.generation.utils import GenerationMixin
 
 from jaxgen.generation.processors import watermark
-from jaxgen.generation.processors.detect import WatermarkDetector
-from jaxgen.generation.processors.watermark import WatermarkingConfig
+from jaxgen.generation.processors.watermark import WatermarkDetector, WatermarkingConfig
 from jaxgen.generation.rows import Rows
 from tests.helpers import assert_same, floats, processed, rows_of
 from tests.reference import filters

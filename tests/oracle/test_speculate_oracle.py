@@ -12,7 +12,8 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 from jaxgen.convert.load import AutoModelForCausalLM
 from jaxgen.generation import speculate
 from jaxgen.generation.config import resolve
-from jaxgen.generation.request import Extras, Request
+from jaxgen.generation.options import Extras
+from jaxgen.generation.request import Request
 from jaxgen.generation.run import Run
 from tests.reference import live
 from tests.reference.cases import CASES, left_padded

@@ -5,18 +5,17 @@ import dataclasses
 import itertools
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from jaxgen.errors import JaxgenError
+from jaxgen.generation.processors.processor import Call, Logits, Processor, static
 from jaxgen.generation.rows import Rows
-
-Logits = Float[Array, "R V"]
 
 
 @no_type_check  # its own check says what is wrong
@@ -54,51 +53,76 @@ def as_pytree(function: Any, name: str) -> Any:
     return jax.tree_util.Partial(function)
 
 
-def user_processor(logits: Logits, rows: Rows, *, function: Any) -> Logits:
-    """A processor of the user's: `function(tokens [R, S], lengths [R], logits [R, V]) -> logits`.
+class UserProcessors(Processor):
+    """Processors of the user's, one after the other: `function(tokens [R, S], lengths [R], logits [R, V]) -> logits`.
 
-    Raises `JaxgenError`, while tracing, where it returns another shape.
+    Raises `JaxgenError`, while tracing, where one returns another shape.
     """
-    result = jnp.asarray(function(rows.tokens, rows.lengths, logits))
-    if result.shape != logits.shape:
-        raise JaxgenError(f"a logits processor returned shape {result.shape}; expected {logits.shape}")
-    return result.astype(logits.dtype)
+
+    functions: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, value: Any, call: Call) -> "UserProcessors":
+        if callable(value) or not isinstance(value, Iterable):
+            raise JaxgenError(f"logits_processor={value!r} must be a list of functions")
+        return cls(tuple(as_pytree(function, f"logits_processor[{i}]") for i, function in enumerate(value)))
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        for function in self.functions:
+            result = jnp.asarray(function(rows.tokens, rows.lengths, logits))
+            if result.shape != logits.shape:
+                raise JaxgenError(f"a logits processor returned shape {result.shape}; expected {logits.shape}")
+            logits = result.astype(logits.dtype)
+        return logits
 
 
-def allowed_tokens(logits: Logits, rows: Rows, *, function: Any, beams: bool) -> Logits:
-    """Remove what an `AllowedTokens` function does not allow. Raises `JaxgenError` for a result of another form."""
-    allowed = jnp.asarray(jax.vmap(function)(rows.tokens, rows.lengths))
-    if allowed.shape != logits.shape or allowed.dtype != bool:
-        raise JaxgenError(
-            f"AllowedTokens returned {allowed.dtype} {list(allowed.shape[1:])} for a row; "
-            f"expected bool [{logits.shape[1]}], one entry per token of the vocabulary"
-        )
-    return _restrict(logits, rows, allowed, beams)
-
-
-def prefix_allowed_tokens(logits: Logits, rows: Rows, *, function: Any, beams: bool) -> Logits:
+class AllowedPrefixes(Processor):
     """Remove what HF's `function(batch_id, ids) -> list[int]` does not allow, asking it on the host.
 
     `batch_id` is the prompt's index in the call, `ids` an int32 numpy array of the row's tokens; only rows that run
     are asked. What it raises ends the computation: `host_errors` says how. Source: De Cao et al. 2020
     (arXiv 2010.00904); transformers `PrefixConstrainedLogitsProcessor`.
     """
-    number, vocab_size = logits.shape
 
-    def ask(function: Any, *row_arrays: Any) -> np.ndarray:
-        tokens, lengths, prompts, running = (np.asarray(array) for array in row_arrays)
-        allowed = np.ones((number, vocab_size), bool)
-        try:
-            for row in np.flatnonzero(running):
-                prompt, ids = int(prompts[row]), tokens[row, : lengths[row]].copy()
-                allowed[row] = _listed(function(prompt, ids), prompt, vocab_size)
-        except Exception as error:
-            raise RuntimeError(_remember(error)) from error
-        return allowed
+    function: Any
+    beams: bool = static()
 
-    shape = jax.ShapeDtypeStruct(logits.shape, bool)
-    allowed = jax.pure_callback(ask, shape, function, rows.tokens, rows.lengths, rows.prompts, rows.running)
-    return _restrict(logits, rows, allowed, beams)
+    @classmethod
+    def of(cls, value: Any, call: Call) -> "AllowedPrefixes":
+        kind = _AllowedByTrace if isinstance(value, AllowedTokens) else AllowedPrefixes
+        function = value.function if isinstance(value, AllowedTokens) else value
+        return kind(as_pytree(function, "prefix_allowed_tokens_fn"), call.beams)
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        number, vocab_size = logits.shape
+
+        def ask(function: Any, *row_arrays: Any) -> np.ndarray:
+            tokens, lengths, prompts, running = (np.asarray(array) for array in row_arrays)
+            allowed = np.ones((number, vocab_size), bool)
+            try:
+                for row in np.flatnonzero(running):
+                    prompt, ids = int(prompts[row]), tokens[row, : lengths[row]].copy()
+                    allowed[row] = _listed(function(prompt, ids), prompt, vocab_size)
+            except Exception as error:
+                raise RuntimeError(_remember(error)) from error
+            return allowed
+
+        shape = jax.ShapeDtypeStruct(logits.shape, bool)
+        told = (rows.tokens, rows.lengths, rows.prompts, rows.running)
+        return _restrict(logits, rows, jax.pure_callback(ask, shape, self.function, *told), self.beams)
+
+
+class _AllowedByTrace(AllowedPrefixes):
+    """Remove what an `AllowedTokens` function does not allow. Raises `JaxgenError` for a result of another form."""
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        allowed = jnp.asarray(jax.vmap(self.function)(rows.tokens, rows.lengths))
+        if allowed.shape != logits.shape or allowed.dtype != bool:
+            raise JaxgenError(
+                f"AllowedTokens returned {allowed.dtype} {list(allowed.shape[1:])} for a row; "
+                f"expected bool [{logits.shape[1]}], one entry per token of the vocabulary"
+            )
+        return _restrict(logits, rows, allowed, self.beams)
 
 
 def _listed(tokens: Any, prompt: int, vocab_size: int) -> Bool[np.ndarray, " V"]:

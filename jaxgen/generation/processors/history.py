@@ -4,36 +4,80 @@ Nothing here is as large as slots times vocabulary: tokens are compared with tok
 scattered into `[R, V]`.
 """
 
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxgen.errors import JaxgenError
+from jaxgen.generation.processors.processor import Call, Count, Logits, Number, Processor, as_count, as_number
+from jaxgen.generation.prompt import bucket, pad_to
 from jaxgen.generation.rows import Rows
 
-Logits = Float[Array, "R V"]
-Number = Float[Array | np.ndarray, ""]
-Count = Int[Array | np.ndarray, ""]
+Sequences = tuple[tuple[int, ...], ...]
 
 
-def sequence_bias(
-    logits: Logits,
-    rows: Rows,
-    *,
-    prefixes: Int[Array | np.ndarray, "N P"],
-    last: Int[Array | np.ndarray, " N"],
-    bias: Float[Array | np.ndarray, " N"],
-) -> Logits:
+class SequenceBias(Processor):
     """Add `bias` to the last token of each sequence that the row's newest tokens are the beginning of.
 
     `prefixes` are right-aligned; -1 matches anything, so a sequence of one token always gets its bias; fillers have a
-    bias of 0. Biases of one token add up. Source: transformers `SequenceBiasLogitsProcessor`, and with a bias
-    of -inf `NoBadWordsLogitsProcessor`.
+    bias of 0. Biases of one token add up. Source: transformers `SequenceBiasLogitsProcessor`.
     """
-    newest = newest_tokens(rows, prefixes.shape[1])
-    matches = ((prefixes == -1) | (newest[:, None, :] == prefixes)).all(axis=2)
-    added = jnp.where(matches, bias, 0.0)
-    return logits + jnp.zeros_like(logits).at[:, last].add(added)
+
+    prefixes: Int[Array | np.ndarray, "N P"]
+    last: Int[Array | np.ndarray, " N"]
+    bias: Float[Array | np.ndarray, " N"]
+
+    @classmethod
+    def of(cls, value: tuple[tuple[tuple[int, ...], float], ...], call: Call) -> "SequenceBias":
+        return cls(*_table(dict(value)))
+
+    @staticmethod
+    def tokens_in(value: Any) -> Iterable[int]:
+        return [token for sequence, _ in value for token in sequence]
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        newest = newest_tokens(rows, self.prefixes.shape[1])
+        matches = ((self.prefixes == -1) | (newest[:, None, :] == self.prefixes)).all(axis=2)
+        added = jnp.where(matches, self.bias, 0.0)
+        return logits + jnp.zeros_like(logits).at[:, self.last].add(added)
+
+
+class BadWords(SequenceBias):
+    """Remove the last token of each sequence that the row's newest tokens are the beginning of.
+
+    Sequences that are an end-of-sequence token do not count. Source: transformers `NoBadWordsLogitsProcessor`.
+    """
+
+    @classmethod
+    def of(cls, value: Sequences, call: Call) -> "BadWords":
+        ends = {(token,) for token in call.eos}
+        bad = dict.fromkeys((words for words in value if words not in ends), -math.inf)
+        if not bad:
+            raise JaxgenError(
+                f"bad_words_ids={value} holds end-of-sequence tokens only, which it does not ban; "
+                "use suppress_tokens or min_new_tokens"
+            )
+        return cls(*_table(bad))
+
+    @staticmethod
+    def tokens_in(value: Any) -> Iterable[int]:
+        return [token for sequence in value for token in sequence]
+
+
+def _table(bias_of: Mapping[tuple[int, ...], float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sequences without their last tokens, these, and the biases, in buckets."""
+    number, longest = bucket(len(bias_of), 4), bucket(max(map(len, bias_of)) - 1)
+    prefixes = np.full((number, longest), -1, np.int32)
+    for row, sequence in enumerate(bias_of):
+        prefixes[row, longest - len(sequence) + 1 :] = sequence[:-1]
+    last = pad_to(np.array([sequence[-1] for sequence in bias_of], np.int32), (number,))
+    bias = pad_to(np.array([*bias_of.values()], np.float32), (number,))
+    return prefixes, last, bias
 
 
 def newest_tokens(rows: Rows, number: int) -> Int[Array, "R P"]:
@@ -42,20 +86,32 @@ def newest_tokens(rows: Rows, number: int) -> Int[Array, "R P"]:
     return jnp.where(slot < 0, -2, jnp.take_along_axis(rows.tokens, jnp.maximum(slot, 0), axis=1))
 
 
-def repetition_penalty(logits: Logits, rows: Rows, *, penalty: Number) -> Logits:
+class RepetitionPenalty(Processor):
     """Divide positive and multiply negative logits of the tokens that the row holds.
 
     Source: Keskar et al. 2019 (arXiv 1909.05858); transformers `RepetitionPenaltyLogitsProcessor`.
     """
-    return _penalise(logits, held(rows, rows.lengths, logits.shape[1]), penalty)
+
+    penalty: Number
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        return _penalise(logits, held(rows, rows.lengths, logits.shape[1]), self.penalty)
 
 
-def encoder_repetition_penalty(logits: Logits, rows: Rows, *, inverse: Number) -> Logits:
+class EncoderRepetitionPenalty(Processor):
     """Favour the tokens of the prompt: the repetition penalty `inverse`, one over the option's value, on them.
 
     Source: transformers `EncoderRepetitionPenaltyLogitsProcessor`, whose encoder is here the prompt.
     """
-    return _penalise(logits, held(rows, rows.prompt_lengths, logits.shape[1]), inverse)
+
+    inverse: Number
+
+    @classmethod
+    def of(cls, value: float, call: Call) -> "EncoderRepetitionPenalty":
+        return cls(as_number(1 / value))
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        return _penalise(logits, held(rows, rows.prompt_lengths, logits.shape[1]), self.inverse)
 
 
 def _penalise(logits: Logits, tokens: Bool[Array, "R V"], penalty: Number) -> Logits:
@@ -69,20 +125,30 @@ def held(rows: Rows, end: Int[Array, " R"], vocab_size: int) -> Bool[Array, "R V
     return jnp.zeros((number, vocab_size), bool).at[jnp.arange(number)[:, None], column].set(True, mode="drop")
 
 
-def no_repeat_ngram(logits: Logits, rows: Rows, *, size: Count) -> Logits:
+class NoRepeatNgram(Processor):
     """Remove every token that would complete an n-gram of `size` tokens that the row already holds.
 
     Source: Paulus et al. 2017 (arXiv 1705.04304); transformers `NoRepeatNGramLogitsProcessor`.
     """
-    return _ban_repeats(logits, rows, rows.lengths, size)
+
+    size: Count
+
+    @classmethod
+    def of(cls, value: int, call: Call) -> "NoRepeatNgram":
+        return cls(as_count(value))
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        return _ban_repeats(logits, rows, rows.lengths, self.size)
 
 
-def encoder_no_repeat_ngram(logits: Logits, rows: Rows, *, size: Count) -> Logits:
+class EncoderNoRepeatNgram(NoRepeatNgram):
     """The same for the n-grams of the prompt only.
 
     Source: transformers `EncoderNoRepeatNGramLogitsProcessor`, whose encoder is here the prompt.
     """
-    return _ban_repeats(logits, rows, rows.prompt_lengths, size)
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        return _ban_repeats(logits, rows, rows.prompt_lengths, self.size)
 
 
 def _ban_repeats(logits: Logits, rows: Rows, end: Int[Array, " R"], size: Count) -> Logits:

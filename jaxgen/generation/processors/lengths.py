@@ -1,73 +1,146 @@
 """Processors that look at how long the row is: what may not come yet, what must come now.
 
-`ids` are token ids filled up with -1. Lengths are those of the row without padding.
+Lengths are those of the row without padding.
 """
+
+import math
+from collections.abc import Iterable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool
 
+from jaxgen.errors import JaxgenError
+from jaxgen.generation.processors.processor import (
+    Call,
+    Count,
+    Logits,
+    Number,
+    Processor,
+    TokenIds,
+    as_count,
+    as_ids,
+    as_number,
+    several,
+)
 from jaxgen.generation.rows import Rows
 
-Logits = Float[Array, "R V"]
-Number = Float[Array | np.ndarray, ""]
-Count = Int[Array | np.ndarray, ""]
-TokenIds = Int[Array | np.ndarray, " E"]
 
-
-def min_length(logits: Logits, rows: Rows, *, length: Count, ids: TokenIds) -> Logits:
+class MinLength(Processor):
     """Remove `ids` (end-of-sequence) while the row, prompt included, is shorter than `length`.
 
     Source: transformers `MinLengthLogitsProcessor`.
     """
-    return _suppress(logits, ids, rows.lengths < length)
+
+    length: Count
+    ids: TokenIds
+
+    @classmethod
+    def of(cls, value: int, call: Call) -> "MinLength | None":
+        if not call.eos or call.options["min_new_tokens"] is not None:  # which wins, as in HF, even at 0
+            return None
+        return cls(as_count(value), as_ids(call.eos))
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        return _suppress(logits, self.ids, rows.lengths < self.length)
 
 
-def min_new_tokens(logits: Logits, rows: Rows, *, number: Count, ids: TokenIds) -> Logits:
+class MinNewTokens(Processor):
     """Remove `ids` (end-of-sequence) while the row has fewer than `number` new tokens.
 
     Source: transformers `MinNewTokensLengthLogitsProcessor`.
     """
-    return _suppress(logits, ids, rows.new_tokens < number)
+
+    number: Count
+    ids: TokenIds
+
+    @classmethod
+    def of(cls, value: int, call: Call) -> "MinNewTokens | None":
+        return cls(as_count(value), as_ids(call.eos)) if call.eos else None
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        return _suppress(logits, self.ids, rows.new_tokens < self.number)
 
 
-def suppress_tokens(logits: Logits, rows: Rows, *, ids: TokenIds) -> Logits:
+class _OfTokens(Processor):
+    """A processor whose option is one token id or several."""
+
+    ids: TokenIds
+
+    @classmethod
+    def of(cls, value: Any, call: Call) -> "_OfTokens":
+        return cls(as_ids(several(value)))
+
+    @staticmethod
+    def tokens_in(value: Any) -> Iterable[int]:
+        return several(value)
+
+
+class SuppressTokens(_OfTokens):
     """Remove `ids` always. Source: transformers `SuppressTokensLogitsProcessor`."""
-    return _suppress(logits, ids, jnp.ones(len(logits), bool))
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        return _suppress(logits, self.ids, jnp.ones(len(logits), bool))
 
 
-def begin_suppress_tokens(logits: Logits, rows: Rows, *, ids: TokenIds, after_bos: Count) -> Logits:
+class BeginSuppressTokens(_OfTokens):
     """Remove `ids` where the text begins: right after the prompt, or `after_bos` (0 or 1) later behind a lone token.
 
     It begins later where a prompt of one token is followed by a forced BOS.
     Source: transformers `SuppressTokensAtBeginLogitsProcessor`.
     """
-    begin = rows.prompt_lengths + jnp.where(rows.prompt_lengths == 1, after_bos, 0)
-    return _suppress(logits, ids, rows.lengths == begin)
+
+    after_bos: Count
+
+    @classmethod
+    def of(cls, value: tuple[int, ...], call: Call) -> "BeginSuppressTokens":
+        return cls(as_ids(value), as_count(call.options["forced_bos_token_id"] is not None))
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        begin = rows.prompt_lengths + jnp.where(rows.prompt_lengths == 1, self.after_bos, 0)
+        return _suppress(logits, self.ids, rows.lengths == begin)
 
 
-def forced_bos(logits: Logits, rows: Rows, *, ids: TokenIds) -> Logits:
+class ForcedBos(_OfTokens):
     """Allow nothing but `ids` for a row's second token. Source: transformers `ForcedBOSTokenLogitsProcessor`."""
-    return _force(logits, ids, rows.lengths == 1)
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        return _force(logits, self.ids, rows.lengths == 1)
 
 
-def forced_eos(logits: Logits, rows: Rows, *, ids: TokenIds) -> Logits:
+class ForcedEos(_OfTokens):
     """Allow nothing but `ids` for the last token of the row. Source: transformers `ForcedEOSTokenLogitsProcessor`."""
-    return _force(logits, ids, rows.lengths == rows.limits - 1)
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        return _force(logits, self.ids, rows.lengths == rows.limits - 1)
 
 
-def exponential_decay(logits: Logits, rows: Rows, *, start: Count, log_factor: Number, ids: TokenIds) -> Logits:
+class ExponentialDecay(Processor):
     """Raise `ids` (end-of-sequence) by |logit| * (factor ** tokens past `start` - 1); `start` counts new tokens.
 
     -inf stays. A sum beyond float32 becomes its largest number, where transformers gets +inf, so that the token is
     certain instead of invalid. Source: transformers `ExponentialDecayLengthPenalty`.
     """
-    most = np.finfo(np.float32).max
-    past = jnp.maximum(rows.new_tokens - start, 0)
-    growth = jnp.minimum(jnp.expm1(past * log_factor), most)[:, None]  # exact where the factor is close to 1
-    raised = jnp.minimum(logits + jnp.abs(logits) * growth, most)
-    changes = (past > 0)[:, None] & members(ids, logits.shape[1]) & jnp.isfinite(logits)
-    return jnp.where(changes, raised, logits)
+
+    start: Count
+    log_factor: Number
+    ids: TokenIds
+
+    @classmethod
+    def of(cls, value: tuple[int, float], call: Call) -> "ExponentialDecay":
+        if not call.eos:
+            name = "exponential_decay_length_penalty"
+            raise JaxgenError(f"{name}={value} raises the end-of-sequence token, but eos_token_id is not set")
+        return cls(as_count(value[0]), as_number(math.log(value[1])), as_ids(call.eos))
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        most = np.finfo(np.float32).max
+        past = jnp.maximum(rows.new_tokens - self.start, 0)
+        growth = jnp.minimum(jnp.expm1(past * self.log_factor), most)[:, None]  # exact where the factor is close to 1
+        raised = jnp.minimum(logits + jnp.abs(logits) * growth, most)
+        changes = (past > 0)[:, None] & members(self.ids, logits.shape[1]) & jnp.isfinite(logits)
+        return jnp.where(changes, raised, logits)
 
 
 def members(ids: TokenIds, vocab_size: int) -> Bool[Array, " V"]:
