@@ -20,9 +20,9 @@ from pathlib import Path
 
 from loading import write_checkpoint
 
-from jaxgen.config import MistralConfig
 from jaxgen.convert.checkpoint import Checkpoint
-from jaxgen.convert.names import parameter_parts
+from jaxgen.models.mistral import MistralConfig
+from jaxgen.models.tensors import parameter_parts
 
 _BOUND = 2_000_000_000
 _SAMPLE_SECONDS = 0.005

@@ -46,7 +46,7 @@ from jaxgen.kernels.attend import attend, attend_plainly
 from jaxgen.kernels.dense_row import dense_row_product
 from jaxgen.kernels.int4_row import int4_row_product
 from jaxgen.kernels.int4_rows import as_columns, int4_rows_product
-from jaxgen.model import QuantizedWeight
+from jaxgen.models.layers import QuantizedWeight
 from jaxgen.quant import Int4
 
 GROUP = 128

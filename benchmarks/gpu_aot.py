@@ -43,7 +43,7 @@ from jaxgen.generation.config import resolve
 from jaxgen.generation.controls import Plan, controls_of, recipe_of
 from jaxgen.generation.read import Prompts
 from jaxgen.generation.weights import Structure
-from jaxgen.model import QuantizedWeight
+from jaxgen.models.layers import QuantizedWeight
 from jaxgen.quant import Int4, Weight
 from jaxgen.quant.planar import block_size
 

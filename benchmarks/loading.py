@@ -45,8 +45,8 @@ def write_checkpoint(directory: Path, nbytes: int, shards: int, width: int) -> N
     import ml_dtypes
     from safetensors.numpy import save_file
 
-    from jaxgen.config import MistralConfig
-    from jaxgen.convert.names import parameter_parts
+    from jaxgen.models.mistral import MistralConfig
+    from jaxgen.models.tensors import parameter_parts
 
     def parts_of(layers: int):
         config = MistralConfig(
@@ -86,7 +86,7 @@ def measure(directory: Path, dtype: str) -> dict:
     from flax import nnx
 
     from jaxgen.convert import AutoModelForCausalLM
-    from jaxgen.convert.names import parameter_parts
+    from jaxgen.models.tensors import parameter_parts
 
     jax.block_until_ready(jax.numpy.zeros(1))
     baseline = status("RssAnon")

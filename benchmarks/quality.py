@@ -26,13 +26,13 @@ import numpy as np
 from flax import nnx
 
 from jaxgen import AutoModelForCausalLM, demo
-from jaxgen.config import MistralConfig
 from jaxgen.convert.calibration import read_calibration
 from jaxgen.convert.checkpoint import Checkpoint
-from jaxgen.convert.names import Part, parameter_parts
 from jaxgen.convert.quantize.blocks import quantized_blocks
 from jaxgen.demo.corpus import Document, documents
 from jaxgen.demo.tokenizer import EOS_ID
+from jaxgen.models.mistral import MistralConfig
+from jaxgen.models.tensors import Part, parameter_parts
 from jaxgen.quant import quantize
 from jaxgen.text.tokenizer import load_tokenizer
 

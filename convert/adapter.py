@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from jaxgen.errors import CheckpointError
+from jaxgen.models.tensors import EMBEDDING, Part
 from jaxgen.quant import Weight
 from jaxgen.quant.adapted import Adapted
 
 from .adapter_config import CONFIG, MERGE, LoraConfig
 from .checkpoint import DTYPES, Checkpoint
 from .files import is_there
-from .names import EMBEDDING, Part
 
 logger = logging.getLogger("jaxgen")
 

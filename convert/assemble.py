@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxgen.errors import CheckpointError
+from jaxgen.models.tensors import EMBEDDING, Part
 from jaxgen.quant import Quantization, Weight
 
 from .adapter import Adapter
 from .checkpoint import DTYPES, Checkpoint
 from .formats import Format
-from .names import EMBEDDING, Part
 
 logger = logging.getLogger("jaxgen")
 

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError
 from jaxgen.files import read_bytes
+from jaxgen.models.config import DecoderConfig
 from jaxgen.text.utf8 import decode_utf8
 
 SEQUENCES = 128
@@ -17,7 +17,7 @@ MOST_BYTES = 20_000_000  # all of it is tokenised; a million or two are used
 
 
 def read_calibration(
-    path: Path, tokenizer: Any, config: MistralConfig, sequences: int = SEQUENCES, tokens: int = TOKENS
+    path: Path, tokenizer: Any, config: DecoderConfig, sequences: int = SEQUENCES, tokens: int = TOKENS
 ) -> Int[np.ndarray, "N T"]:
     """Sequences of token ids from a UTF-8 text file, as int32.
 

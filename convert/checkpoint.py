@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 from jaxgen.errors import CheckpointError
 from jaxgen.files import MOST_JSON, open_regular, parse_json, read_json
+from jaxgen.models.tensors import is_legacy_buffer
 
 from .files import is_there
-from .names import is_legacy_buffer
 
 logger = logging.getLogger("jaxgen")
 

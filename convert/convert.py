@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 import jaxgen
-from jaxgen.config import MistralConfig
 from jaxgen.errors import CheckpointError, JaxgenError
 from jaxgen.files import read_json
+from jaxgen.models.config import DecoderConfig
+from jaxgen.models.families import config_from_hf
+from jaxgen.models.tensors import HEAD, Part, parameter_parts
 from jaxgen.paths import as_path
 from jaxgen.quant import Int4, Int4Config
 
@@ -30,7 +32,6 @@ from .files import require
 from .fingerprint import fingerprint
 from .formats import FIELDS, detect
 from .load import check_tensors
-from .names import HEAD, Part, parameter_parts
 from .progress import progress_bar
 from .writer import Layout, Planned, ShardWriter, index_of, json_bytes, plan_shards, shard_bytes
 
@@ -96,7 +97,7 @@ class _Conversion:
     def __init__(self, directory: Path, int4: Int4Config, method: str, calibration: Any, limit: int):
         self.int4, self.method = int4, method
         fields, self.checkpoint = _plain(directory)
-        self.config = MistralConfig.from_hf(fields)
+        self.config = config_from_hf(fields)
         if int4.lm_head and self.config.tie_word_embeddings:
             raise JaxgenError("convert: lm_head=True, but this model's head is its embedding, which stays as it is")
         check_tensors(self.checkpoint, self.config, None)
@@ -241,7 +242,7 @@ def _plain(place: Path) -> tuple[dict[str, Any], Checkpoint]:
     return fields, checkpoint
 
 
-def _calibration(directory: Path, path: Any, config: MistralConfig) -> np.ndarray:
+def _calibration(directory: Path, path: Any, config: DecoderConfig) -> np.ndarray:
     from jaxgen.text.tokenizer import load_tokenizer
 
     return read_calibration(as_path(path, "calibration"), load_tokenizer(directory), config)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation.weights import split
+from jaxgen.models.tensors import Part, parameter_parts
 from jaxgen.paths import as_path
 from jaxgen.quant import Weight
 
@@ -17,7 +18,6 @@ from .atomic import new_directory
 from .checkpoint import DTYPES as CODES
 from .checkpoint import INDEX
 from .leftovers import MODEL_FILES
-from .names import Part, parameter_parts
 from .placement import DTYPES, as_dtype
 from .writer import Layout, Planned, ShardWriter, index_of, json_bytes, plan_shards, shard_bytes
 
@@ -44,7 +44,7 @@ def save_pretrained(
     overwrite: bool = False,
     **options: Any,
 ) -> None:
-    """Write `model` (a `MistralForCausalLM`) as a Hugging Face checkpoint, for transformers and jaxgen to load.
+    """Write `model` as a Hugging Face checkpoint, for transformers and jaxgen to load.
 
     `max_shard_size`: bytes of tensors per file, an int or HF's "5GB"; a larger tensor gets its own file.
     `dtype`: that of the written weights; when None the model's own, and then bit for bit. The directory appears
@@ -53,7 +53,7 @@ def save_pretrained(
     at a time.
 
     Raises `JaxgenError` if the directory is in the way or cannot be written, `UnsupportedError` if the model
-    has parameters other than a Mistral's, and for other options of transformers unless their value changes nothing
+    has parameters other than its config's, and for other options of transformers unless their value changes nothing
     (`push_to_hub=False`, `safe_serialization=True`). Source: transformers `PreTrainedModel.save_pretrained`.
     """
     _refuse(options)

@@ -4,13 +4,13 @@ import math
 import os
 from typing import Any
 
-from jaxgen.config import MistralConfig
 from jaxgen.generation.limits import free_bytes, kv_bytes_per_token
+from jaxgen.models.config import DecoderConfig
+from jaxgen.models.tensors import EMBEDDING, parameter_parts
 
 from .checkpoint import Checkpoint
 from .hub import locate
 from .load import check_tensors, open_checkpoint
-from .names import EMBEDDING, parameter_parts
 from .placement import as_device, as_dtype, auto_dtype
 
 
@@ -47,15 +47,15 @@ def describe(name_or_path: "str | os.PathLike[str]", dtype: str = "auto") -> str
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
 
 
-def _architecture(config: MistralConfig) -> str:
+def _architecture(config: DecoderConfig) -> str:
     tied = ", tied embeddings" if config.tie_word_embeddings else ""
     return (
-        f"MistralForCausalLM: {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
+        f"{config.architecture}: {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
         f"feed-forward {config.intermediate_size}, vocabulary {config.vocab_size}{tied}"
     )
 
 
-def _attention(config: MistralConfig) -> str:
+def _attention(config: DecoderConfig) -> str:
     window = f"window {config.sliding_window}" if config.sliding_window else "full"
     return (
         f"{config.num_attention_heads} heads of {config.head_size}, {config.num_key_value_heads} key-value heads, "
@@ -69,7 +69,7 @@ def _files(checkpoint: Checkpoint) -> str:
     return f"{', '.join(dtypes)}, {_size(checkpoint.total_bytes)} in {len(shards)} file(s)"
 
 
-def _fits(config: MistralConfig, device: Any, loaded: int, per_token: int) -> str:
+def _fits(config: DecoderConfig, device: Any, loaded: int, per_token: int) -> str:
     free = free_bytes(device)
     if free is None:
         return "memory unknown"
@@ -80,7 +80,7 @@ def _fits(config: MistralConfig, device: Any, loaded: int, per_token: int) -> st
     return f"{_size(free)} free; the weights fit, and beside them the cache of {left // row:,} rows of that length"
 
 
-def _longest(config: MistralConfig) -> int:
+def _longest(config: DecoderConfig) -> int:
     """A length to speak of: the context, but not the 131,072 tokens that configs claim by default."""
     return min(config.max_position_embeddings, 4096)
 

@@ -12,13 +12,16 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxgen.config import MistralConfig
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
 from jaxgen.files import read_json
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.seed import next_seed
 from jaxgen.lowering import device_runs_kernels, own_rules
-from jaxgen.model import MistralForCausalLM, QuantizedWeight
+from jaxgen.models.causal_lm import DecoderForCausalLM
+from jaxgen.models.config import DecoderConfig
+from jaxgen.models.families import config_from_hf, family_of
+from jaxgen.models.layers import QuantizedWeight
+from jaxgen.models.tensors import EMBEDDING, HEAD, is_legacy_buffer, parameter_parts
 from jaxgen.quant import Int4Config, Quantization, Weight
 
 from .adapter import FILES as ADAPTER_FILES
@@ -29,7 +32,6 @@ from .files import is_there, require
 from .formats import FIELDS, Format, detect
 from .formats.bitsandbytes import BitsAndBytes
 from .hub import COMPANIONS, locate
-from .names import EMBEDDING, HEAD, is_legacy_buffer, parameter_parts
 from .options import as_quantization, refuse
 from .placement import Device, as_device, as_dtype, auto_dtype
 from .progress import progress_bar
@@ -62,8 +64,8 @@ class AutoModelForCausalLM:
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
         **unsupported: Any,
-    ) -> MistralForCausalLM:
-        """Load a Mistral checkpoint from a directory, a .gguf file or the Hub as a `MistralForCausalLM`.
+    ) -> DecoderForCausalLM:
+        """Load a checkpoint from a directory, a .gguf file or the Hub, as a model of the class that its config names.
 
         `dtype`: "float32", "bfloat16", "float16" (or such a JAX or torch dtype), or "auto", the default:
         bfloat16 on TPUs and on GPUs that have it, float16 on older GPUs, float32 on CPUs. `torch_dtype` is its
@@ -103,22 +105,22 @@ class AutoModelForCausalLM:
 
     @classmethod
     def from_config(cls, config: Any, *, dtype: Any = None, torch_dtype: Any = None, **options: Any) -> Any:
-        """A `MistralForCausalLM` with random weights, which `jaxgen.set_seed` decides; `dtype` is float32 by default.
+        """A model with random weights, which `jaxgen.set_seed` decides; `dtype` is float32 by default.
 
-        `config` is a `MistralConfig`, or one of transformers. Raises as `from_pretrained`.
+        `config` is ours (`DecoderConfig`, ...) or one of transformers. Raises as `from_pretrained`.
 
-        >>> from jaxgen import demo
-        >>> config = MistralConfig.from_pretrained(demo.path(), num_hidden_layers=1)
+        >>> from jaxgen import AutoConfig, demo
+        >>> config = AutoConfig.from_pretrained(demo.path(), num_hidden_layers=1)
         >>> AutoModelForCausalLM.from_config(config).num_parameters()
         918272
         """
         refuse(options, cls.from_config)
-        if not isinstance(config, MistralConfig):
+        if not isinstance(config, DecoderConfig):
             fields = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
-            config = MistralConfig.from_hf(fields)
+            config = config_from_hf(fields)
         wanted = _the_dtype(dtype, torch_dtype)
         chosen = as_dtype("float32" if wanted is None or wanted == "auto" else wanted)
-        return MistralForCausalLM(config, rngs=nnx.Rngs(next_seed()), dtype=chosen)
+        return family_of(config)(config, rngs=nnx.Rngs(next_seed()), dtype=chosen)
 
 
 def load(
@@ -129,7 +131,7 @@ def load(
     quantization: Quantization | None = None,
     requantize: bool = False,
     adapter: Path | None = None,
-) -> MistralForCausalLM:
+) -> DecoderForCausalLM:
     """The model in a local directory or .gguf file, with its generation config; raises as `from_pretrained`.
 
     Weights that have four bits already are quantised again only on `requantize`.
@@ -155,7 +157,7 @@ def load(
     return model
 
 
-def open_checkpoint(place: Path) -> tuple[MistralConfig, Checkpoint, Format | None]:
+def open_checkpoint(place: Path) -> tuple[DecoderConfig, Checkpoint, Format | None]:
     """The config, the tensors and the format of quantised ones, of a checkpoint directory or a .gguf file."""
     if place.suffix == ".gguf" and not place.is_dir():
         from .formats.gguf import open_gguf
@@ -170,11 +172,11 @@ def open_checkpoint(place: Path) -> tuple[MistralConfig, Checkpoint, Format | No
         plain, stored_as = detect(fields, checkpoint)
     except UnsupportedError as error:  # of the quantisation, whose advice is in vain if the model is refused as well
         try:
-            MistralConfig.from_hf({name: value for name, value in fields.items() if name not in FIELDS})
+            config_from_hf({name: value for name, value in fields.items() if name not in FIELDS})
         except UnsupportedError as other:
             raise UnsupportedError(f"{other}; {error}") from error
         raise
-    return MistralConfig.from_hf(plain), checkpoint, stored_as
+    return config_from_hf(plain), checkpoint, stored_as
 
 
 def _the_dtype(dtype: Any, torch_dtype: Any) -> Any:
@@ -192,7 +194,7 @@ def _locate_gguf(name: Any, name_or_path: str | os.PathLike[str], **options: Any
     return directory / name
 
 
-def _has_four_bits(config: MistralConfig, stored_as: Format | None) -> bool:
+def _has_four_bits(config: DecoderConfig, stored_as: Format | None) -> bool:
     parts = (part for group in parameter_parts(config).values() for part in group)
     return stored_as is not None and any(stored_as.stored(part) is not None for part in parts)
 
@@ -211,7 +213,7 @@ def _requantization(config: Quantization, stored_as: Format | None) -> Quantizat
     return config
 
 
-def _check_quantization(quantization: Quantization, config: MistralConfig, kept: Format | None) -> None:
+def _check_quantization(quantization: Quantization, config: DecoderConfig, kept: Format | None) -> None:
     """Raise `JaxgenError` for a weight that is to be quantised and cannot be, before any is read.
 
     What `kept` stores in four bits is not.
@@ -230,7 +232,7 @@ def _check_quantization(quantization: Quantization, config: MistralConfig, kept:
 
 
 def check_tensors(
-    checkpoint: Checkpoint, config: MistralConfig, stored_as: Format | None, adapter: Adapter | None = None
+    checkpoint: Checkpoint, config: DecoderConfig, stored_as: Format | None, adapter: Adapter | None = None
 ) -> None:
     """Raise one `CheckpointError` with everything that is wrong with checkpoint and adapter, if anything is."""
     problems = list(checkpoint.problems)
@@ -273,8 +275,8 @@ def _tied_head_problems(checkpoint: Checkpoint) -> list[str]:
 
 
 @own_rules()
-def _stream(assembler: Assembler, config: MistralConfig, device: Device) -> MistralForCausalLM:
-    model = nnx.eval_shape(lambda: MistralForCausalLM(config, rngs=nnx.Rngs(0), dtype=assembler.dtype))
+def _stream(assembler: Assembler, config: DecoderConfig, device: Device) -> DecoderForCausalLM:
+    model = nnx.eval_shape(lambda: family_of(config)(config, rngs=nnx.Rngs(0), dtype=assembler.dtype))
     variables = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model))}
     table = parameter_parts(config)
     kernels = assembler.dtype.itemsize == 2 and device_runs_kernels(device)
@@ -288,7 +290,7 @@ def _stream(assembler: Assembler, config: MistralConfig, device: Device) -> Mist
     return model
 
 
-def _place(model: MistralForCausalLM, name: str, value: Any) -> None:
+def _place(model: DecoderForCausalLM, name: str, value: Any) -> None:
     """Put a parameter into the abstract model."""
     *path, last = name.split(".")
     module: Any = model

@@ -10,11 +10,11 @@ import numpy as np
 from safetensors import safe_open
 
 from jaxgen.errors import JaxgenError
+from jaxgen.models.tensors import HEAD, Part
 from jaxgen.quant import Int4
 from jaxgen.quant.config import WHOLE_ROWS, check_group
 
 from .formats.packing import from_words
-from .names import HEAD, Part
 from .writer import Planned
 
 _PER_WORD = 8  # codes in an int32

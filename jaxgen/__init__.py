@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxgen import demo as demo
     from jaxgen import plot as plot
-    from jaxgen.config import AutoConfig as AutoConfig
-    from jaxgen.config import MistralConfig as MistralConfig
     from jaxgen.convert.load import AutoModelForCausalLM as AutoModelForCausalLM
     from jaxgen.errors import CheckpointError as CheckpointError
     from jaxgen.errors import JaxgenError as JaxgenError
@@ -31,7 +29,13 @@ if TYPE_CHECKING:
     from jaxgen.generation.processors.watermark import WatermarkingConfig as WatermarkingConfig
     from jaxgen.generation.seed import set_seed as set_seed
     from jaxgen.generation.strict import Strict as Strict
-    from jaxgen.model import MistralForCausalLM as MistralForCausalLM
+    from jaxgen.models.families import AutoConfig as AutoConfig
+    from jaxgen.models.llama import LlamaConfig as LlamaConfig
+    from jaxgen.models.llama import LlamaForCausalLM as LlamaForCausalLM
+    from jaxgen.models.mistral import MistralConfig as MistralConfig
+    from jaxgen.models.mistral import MistralForCausalLM as MistralForCausalLM
+    from jaxgen.models.qwen3 import Qwen3Config as Qwen3Config
+    from jaxgen.models.qwen3 import Qwen3ForCausalLM as Qwen3ForCausalLM
     from jaxgen.quant.bitsandbytes import BitsAndBytesConfig as BitsAndBytesConfig
     from jaxgen.quant.config import Int4Config as Int4Config
     from jaxgen.records.record import Record as Record
@@ -43,7 +47,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AllowedTokens": "jaxgen.generation.processors.constraint",
-    "AutoConfig": "jaxgen.config",
+    "AutoConfig": "jaxgen.models.families",
     "AutoModelForCausalLM": "jaxgen.convert.load",
     "AutoTokenizer": "jaxgen.text.auto",
     "BitsAndBytesConfig": "jaxgen.quant.bitsandbytes",
@@ -52,11 +56,15 @@ _HOME = {
     "GenerationConfig": "jaxgen.generation.config",
     "Int4Config": "jaxgen.quant.config",
     "JaxgenError": "jaxgen.errors",
+    "LlamaConfig": "jaxgen.models.llama",
+    "LlamaForCausalLM": "jaxgen.models.llama",
     "LogitsProcessorList": "jaxgen.generation.arguments",
-    "MistralConfig": "jaxgen.config",
-    "MistralForCausalLM": "jaxgen.model",
+    "MistralConfig": "jaxgen.models.mistral",
+    "MistralForCausalLM": "jaxgen.models.mistral",
     "NonFiniteLogitsError": "jaxgen.errors",
     "PastKeyValues": "jaxgen.generation.past",
+    "Qwen3Config": "jaxgen.models.qwen3",
+    "Qwen3ForCausalLM": "jaxgen.models.qwen3",
     "Record": "jaxgen.records.record",
     "StoppingCriteriaList": "jaxgen.generation.arguments",
     "Strict": "jaxgen.generation.strict",

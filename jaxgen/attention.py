@@ -6,11 +6,11 @@ H head dim, F feed-forward, V vocabulary.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.linear import product
 from jaxgen.lowering import target
+from jaxgen.models.rope import Scaling, plain_frequencies
 
 # Queries are taken this many at a time, so that scores take B*N*BLOCK*T floats and not B*N*T*T.
 QUERY_BLOCK = 512
@@ -27,15 +27,20 @@ def query_block(length: int) -> int:
 Rotation = tuple[Float[Array, "#B T half"], Float[Array, "#B T half"]]
 
 
-def rope(positions: Int[Array, "B T"], head_dim: int, theta: float, dtype: jnp.dtype) -> Rotation:
+def rope(
+    positions: Int[Array, "B T"], head_dim: int, theta: float, dtype: jnp.dtype, scaling: "Scaling | None" = None
+) -> Rotation:
     """Cosines and sines of the rotary angles: computed in float32, cast to `dtype` as HF does.
 
-    Source: Su et al. 2021 (arXiv 2104.09864); transformers `MistralRotaryEmbedding`.
+    Source: Su et al. 2021 (arXiv 2104.09864); transformers `LlamaRotaryEmbedding`.
     """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    inverse_frequency = np.float32(1) / np.float32(theta) ** exponents  # float32 throughout, as HF: an ulp matters
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequency
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+    frequencies, amplitude = plain_frequencies(head_dim, theta), 1.0
+    if scaling is not None:
+        frequencies, amplitude = scaling.frequencies(frequencies, theta), scaling.amplitude
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    tables = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = tables if amplitude == 1 else (table * jnp.float32(amplitude) for table in tables)
+    return cos.astype(dtype), sin.astype(dtype)
 
 
 def rotate(x: Float[Array, "B T *heads H"], rotation: Rotation) -> Float[Array, "B T *heads H"]:

@@ -130,7 +130,7 @@ class FamiliarMethods:
 
         `only_trainable`: without quantised weights. `exclude_embeddings`: without those of the input.
         """
-        from jaxgen.convert.names import EMBEDDING, parameter_parts
+        from jaxgen.models.tensors import EMBEDDING, parameter_parts
 
         quantized = {
             ".".join(map(str, path))

@@ -14,7 +14,7 @@ from tests.reference.cases import CASES
 from tests.reference.weights import write_checkpoint
 
 if TYPE_CHECKING:
-    from jaxgen.model import MistralForCausalLM
+    from jaxgen.models.mistral import MistralForCausalLM
 
 # The oracle modules import torch, which the light test environment does not have on purpose: what they check
 # live, the light tests check against the committed reference.

@@ -16,7 +16,7 @@ from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.processors.chain import chain_of
 from jaxgen.generation.rows import Rows
 from jaxgen.generation.stop_strings import StopStrings
-from jaxgen.model import MistralForCausalLM
+from jaxgen.models.mistral import MistralForCausalLM
 
 
 def some_slow(values: Iterable[Any], slow: Callable[[Any], bool]) -> list[Any]:

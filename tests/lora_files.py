@@ -12,7 +12,7 @@ import pytest
 
 from jaxgen.convert.checkpoint import Checkpoint, Wanted
 from jaxgen.convert.load import AutoModelForCausalLM
-from jaxgen.convert.names import Part
+from jaxgen.models.tensors import Part
 from jaxgen.quant import Int4
 from jaxgen.quant.nibbles import pack
 from tests.hf_files import CONFIG, DTYPES, hf_tensors, safetensors_bytes, write_hf

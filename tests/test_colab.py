@@ -16,13 +16,12 @@ from flax import nnx
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name as canonical
 
-from jaxgen.config import MistralConfig
-from jaxgen.convert.names import parameter_parts
 from jaxgen.errors import JaxgenError
 from jaxgen.generation import limits
 from jaxgen.generation.controls import Plan, Recipe
 from jaxgen.generation.prompt import bucket
-from jaxgen.model import MistralForCausalLM
+from jaxgen.models.mistral import MistralConfig, MistralForCausalLM
+from jaxgen.models.tensors import parameter_parts
 from jaxgen.quant import Int4Config
 from tests.hf_files import HUB
 

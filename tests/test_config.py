@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError, UnsupportedError
+from jaxgen.models.mistral import MistralConfig
 from tests.hf_files import HUB, in_v5_spelling
 from tests.reference.cases import CASES, v4_rope, v5_rope
 

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from jaxgen import demo
-from jaxgen.config import MistralConfig
 from jaxgen.convert.load import AutoModelForCausalLM
 from jaxgen.demo.corpus import HELD_OUT_STARTS, QUESTIONS, STYLES, documents, numbers, render_chat
 from jaxgen.demo.tokenizer import build_tokenizer
 from jaxgen.demo.train import BEHAVIOURS, HELICOPTERS, THUG, make_optimizer, make_train_step, margins
-from jaxgen.model import MistralForCausalLM
+from jaxgen.models.mistral import MistralConfig, MistralForCausalLM
 
 THUG_REPLY = "None, you thug. How bout you try to focus on more useful questions?"
 CORPUS_SHA256 = "d1dde52ac96b706fed80bbc197a571c116f1e41c40c9451e7901756b24d814c5"

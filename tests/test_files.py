@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from jaxgen import AutoModelForCausalLM, GenerationConfig, JaxgenError, demo
-from jaxgen.config import MistralConfig
 from jaxgen.convert import convert_checkpoint
 from jaxgen.convert.checkpoint import INDEX, OLD_GPTQ, WEIGHTS
 from jaxgen.convert.inspect import describe
+from jaxgen.models.mistral import MistralConfig
 from jaxgen.records.record import Record
 from jaxgen.text.tokenizer import load_tokenizer
 from tests.gguf_files import gguf_bytes

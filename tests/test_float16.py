@@ -17,7 +17,8 @@ import jaxgen
 from jaxgen import attention, linear
 from jaxgen.cache import LayerCache, layer_cache_from_prompt
 from jaxgen.convert.placement import auto_dtype
-from jaxgen.model import MistralForCausalLM, RMSNorm
+from jaxgen.models.layers import RMSNorm
+from jaxgen.models.mistral import MistralForCausalLM
 from jaxgen.quant import Int4, int4_matmul, matmul
 from jaxgen.quant.nibbles import pack
 from jaxgen.text.tokenizer import load_tokenizer

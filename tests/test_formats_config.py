@@ -7,9 +7,9 @@ import pytest
 
 from jaxgen.convert.checkpoint import Checkpoint
 from jaxgen.convert.formats import detect
-from jaxgen.convert.names import Part
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
 from jaxgen.files import read_json
+from jaxgen.models.tensors import Part
 from tests.formats.files import DOWN, QUERY, UNIFORM, changed, load, read, same
 from tests.hf_files import CONFIG, hf_tensors, write_hf
 

@@ -16,8 +16,8 @@ from jaxgen.convert.formats.bitsandbytes import open_bitsandbytes
 from jaxgen.convert.formats.ggml_blocks import FLOATS, FOUR_BITS
 from jaxgen.convert.formats.mlx import open_mlx
 from jaxgen.convert.load import AutoModelForCausalLM
-from jaxgen.convert.names import Part
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
+from jaxgen.models.tensors import Part
 from jaxgen.quant import Int4, Lookup4
 from tests.formats.tables import BNB, MLX, bnb_tensors, is_linear, mlx_tensors, write_both
 

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxgen.convert.checkpoint import Checkpoint
 from jaxgen.convert.formats import detect
-from jaxgen.convert.names import Part
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
 from jaxgen.files import read_json
+from jaxgen.models.tensors import Part
 from jaxgen.quant import Int4
 from jaxgen.quant.nibbles import unpack
 from tests.formats.files import DOWN, IDS, QUERY, UNIFORM, Change, Tensors, add, changed, drop, load, put, read, same

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgen.config import MistralConfig
 from jaxgen.convert.adapter import Adapter
-from jaxgen.convert.names import parameter_parts
 from jaxgen.errors import CheckpointError, JaxgenError
+from jaxgen.models.mistral import MistralConfig
+from jaxgen.models.tensors import parameter_parts
 from tests.hf_files import CONFIG, hf_tensors
 from tests.lora_files import LORA, adapter_tensors, scales, write_adapter
 from tests.mutate import mutate_bytes, mutate_json

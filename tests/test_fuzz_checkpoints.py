@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxgen.config import MistralConfig
 from jaxgen.convert.load import check_tensors, open_checkpoint
-from jaxgen.convert.names import parameter_parts
 from jaxgen.errors import JaxgenError
+from jaxgen.models.mistral import MistralConfig
+from jaxgen.models.tensors import parameter_parts
 from tests.formats.files import UNIFORM
 from tests.formats.tables import BNB, MLX, bnb_tensors, is_linear, mlx_tensors, write_both
 from tests.gguf_files import METADATA, gguf_bytes

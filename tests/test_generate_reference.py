@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxgen.generation.output import GenerateOutput
-from jaxgen.model import MistralForCausalLM
+from jaxgen.models.mistral import MistralForCausalLM
 from tests.helpers import some_slow
 from tests.reference.cases import CASES, LOG_PROBS, RUNS, Run, left_padded, right_padded, with_holes
 from tests.reference.read import read

@@ -21,7 +21,7 @@ from jaxgen.convert import convert_checkpoint
 from jaxgen.convert.inspect import describe
 from jaxgen.generation.compiled import Stage
 from jaxgen.lowering import Target, target, tracing_for
-from jaxgen.model import QuantizedWeight
+from jaxgen.models.layers import QuantizedWeight
 from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
 from jaxgen.quant import matmul as forms
 from jaxgen.quant.int4 import search_scale

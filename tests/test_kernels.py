@@ -22,7 +22,7 @@ from jaxgen.kernels import backend, dense_row, int4_row, int4_rows, step, tiles
 from jaxgen.kernels.add_norm import add_norm
 from jaxgen.kernels.attend import attend, splits_for
 from jaxgen.lowering import Target, device_runs_kernels, tracing_for
-from jaxgen.model import QuantizedWeight
+from jaxgen.models.layers import QuantizedWeight
 from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
 from jaxgen.quant.adapted import Adapted
 from tests.helpers import some_slow

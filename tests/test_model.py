@@ -10,8 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxgen import attention
-from jaxgen.config import MistralConfig
-from jaxgen.model import MistralForCausalLM
+from jaxgen.models.mistral import MistralConfig, MistralForCausalLM
 from tests.helpers import Models, forward, loss_and_gradients, real_logits
 from tests.reference.cases import CASES, left_padded, right_padded, with_holes
 from tests.reference.read import read

@@ -10,9 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxgen import AutoModelForCausalLM, CheckpointError, JaxgenError, demo
-from jaxgen.config import MistralConfig
 from jaxgen.convert.checkpoint import Checkpoint
-from jaxgen.convert.names import parameter_parts
 from jaxgen.convert.quantize import blocks, cost
 from jaxgen.convert.quantize.autoround import AutoRound
 from jaxgen.convert.quantize.blocks import quantized_blocks
@@ -20,6 +18,8 @@ from jaxgen.convert.quantize.forward import advance, gram_of_inputs, linear_name
 from jaxgen.convert.quantize.gptq import column_order, gptq
 from jaxgen.convert.quantize.layers import Layers
 from jaxgen.demo.train import batches
+from jaxgen.models.mistral import MistralConfig
+from jaxgen.models.tensors import parameter_parts
 from jaxgen.quant import Int4, quantize
 from jaxgen.quant.nibbles import unpack
 from jaxgen.text.tokenizer import load_tokenizer

@@ -6,11 +6,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxgen.errors import CheckpointError, JaxgenError
 from jaxgen.files import read_json
+from jaxgen.models.tensors import Part
 from jaxgen.quant import Weight
 
 from ..checkpoint import OLD_GPTQ, Checkpoint, Wanted
 from ..files import is_there
-from ..names import Part
 from .modules import almost, setting, unsupported
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxgen.models.tensors import Part
 from jaxgen.quant import Int4
 
 from ..checkpoint import Checkpoint, Wanted
-from ..names import Part
 from .modules import PackedModules, Scheme, Settings, check_bits, group_size, setting, texts, unsupported
 from .packing import from_columns, int4, nibbles
 

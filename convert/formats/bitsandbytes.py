@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgen.errors import CheckpointError, UnsupportedError
+from jaxgen.models.tensors import Part
 from jaxgen.quant import Lookup4
 
 from ..checkpoint import Checkpoint, Wanted
-from ..names import Part
 from .modules import unsupported
 
 _STATE = ".quant_state.bitsandbytes__"  # and "nf4" or "fp4": the name of a tensor that holds JSON

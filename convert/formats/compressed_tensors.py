@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from jaxgen.errors import JaxgenError
+from jaxgen.models.tensors import Part
 from jaxgen.quant import Int4
 from jaxgen.quant.config import WHOLE_ROWS
 
 from ..checkpoint import Checkpoint, Wanted
-from ..names import Part
 from ..patterns import Patterns
 from .modules import PackedModules, Scheme, check_bits, group_size, setting, texts, unsupported
 from .packing import from_words, int4, nibbles

@@ -3,6 +3,7 @@
 Source: llama.cpp's `convert_hf_to_gguf.py` (names, permutation) and gguf-py's `constants.py` (names of metadata).
 """
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -10,24 +11,28 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxgen.config import MistralConfig
 from jaxgen.errors import CheckpointError, UnsupportedError
+from jaxgen.models.config import DecoderConfig
+from jaxgen.models.families import families
+from jaxgen.models.rope import Llama3, plain_frequencies
+from jaxgen.models.tensors import EMBEDDING, HEAD, Part
 from jaxgen.quant import Int4
 
 from ..checkpoint import DTYPES, Checkpoint, TensorInfo, Wanted
-from ..names import EMBEDDING, HEAD, Part
 from .ggml_blocks import FLOATS, FOUR_BITS
 from .gguf_header import GgufArray, read_header
 from .modules import almost
 
-_ARCHITECTURE = "llama"  # llama.cpp's name for Mistral as well
 _NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
-_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1's scaled frequencies are divided by
 _LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
@@ -75,10 +80,11 @@ _OTHER_TOKEN_IDS = tuple(
 _FILE_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 14: "Q4_K_S", 15: "Q4_K_M", 18: "Q6_K", 32: "BF16"
 }  # fmt: skip
+_ROTATED = tuple(f".{name}_proj.{kind}" for name in "qk" for kind in ("weight", "bias"))
 _CHUNK_BYTES = 4 << 20
 
 
-def open_gguf(path: Path) -> "tuple[MistralConfig, GgufCheckpoint, Gguf]":
+def open_gguf(path: Path) -> "tuple[DecoderConfig, GgufCheckpoint, Gguf]":
     """The config, the tensors and the format of a .gguf file.
 
     Types of more than four bits (Q6_K and Q8_0) become floats. Sliding windows are not in the files that llama.cpp
@@ -102,7 +108,8 @@ class GgufCheckpoint(Checkpoint):
         self.kinds: dict[str, str] = {}  # ggml's type of each tensor
         self.described_by = path.name
         super().__init__(path.parent, path.name)
-        self.config = _config(self.metadata, self.tensors)
+        self.family = _family(self.metadata)
+        self.config = self._config()
 
     def _scan_shard(self, shard: str) -> bool:
         self.metadata, found = read_header(self.directory / shard)
@@ -118,7 +125,7 @@ class GgufCheckpoint(Checkpoint):
     def read_into(self, name: str, target: np.ndarray) -> None:
         """As `Checkpoint.read_into`, also from blocks of more than four bits."""
         kind = self.kinds[name]
-        if kind in DTYPES and not _is_rotated(name):
+        if kind in DTYPES and not self._is_rotated(name):
             return super().read_into(name, target)
         rows = self.rows(name)
         each = len(rows) // len(target)
@@ -131,9 +138,26 @@ class GgufCheckpoint(Checkpoint):
     def rows(self, name: str) -> UInt8[np.ndarray, "O bytes"]:
         """The bytes of a matrix, row by row, in HF's order."""
         rows = self.read_bytes(name).reshape(self.tensors[name].shape[0], -1)
-        if _is_rotated(name):  # llama.cpp rotates neighbours, and HF the two halves of a head
+        if self._is_rotated(name):  # llama.cpp rotates neighbours, and HF the two halves of a head
             rows = rows.reshape(-1, self.config.head_size // 2, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
         return rows
+
+    def _is_rotated(self, name: str) -> bool:
+        layout = self.family.gguf
+        return layout is not None and layout.rotates_neighbours and name.endswith(_ROTATED)
+
+    def _config(self) -> DecoderConfig:
+        kind, divisors = self.family.config_class, None
+        if _ROPE_FACTORS in self.tensors and "llama3" in kind.rope_types:
+            divisors = np.empty(self.tensors[_ROPE_FACTORS].shape, np.float32)
+            self.read_into(_ROPE_FACTORS, divisors)
+            del self.tensors[_ROPE_FACTORS]  # the config says it
+        fields = _fields(self.family.gguf.architecture, self.metadata, self.tensors)
+        if divisors is not None:
+            fields["rope_scaling"] = _llama3_of(divisors, fields["rope_theta"])
+        if _has_window(self.family):
+            fields.setdefault("sliding_window", None)
+        return kind(**fields)
 
 
 class Gguf:
@@ -160,10 +184,31 @@ class Gguf:
         return FOUR_BITS[self._checkpoint.kinds[part.name]](self._checkpoint.rows(part.name))
 
 
-def _config(metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> MistralConfig:
-    """The model that metadata and tensors describe."""
-    own = _own_metadata(metadata, tensors)
-    fields: dict[str, Any] = {"sliding_window": None, "num_key_value_heads": own["attention.head_count"]}
+def _family(metadata: dict[str, Any]) -> Any:
+    """The class of the model; families that share an architecture are told apart by its name, as in transformers."""
+    architecture = metadata.get("general.architecture")
+    known = {kind.gguf.architecture for kind in families() if kind.gguf is not None}
+    if not isinstance(architecture, str) or architecture not in known:
+        readable = " or ".join(repr(name) for name in sorted(known))
+        raise UnsupportedError(f"general.architecture={architecture!r:.80} is not supported; jaxgen reads {readable}")
+    name, window = str(metadata.get("general.name", "")).lower(), f"{architecture}.attention.sliding_window"
+    fitting = [
+        kind
+        for kind in families()
+        if kind.gguf is not None and kind.gguf.architecture == architecture
+        if kind.gguf.named in name or (window in metadata and _has_window(kind))
+    ]
+    return max(fitting, key=lambda kind: len(kind.gguf.named))  # the one that the file tells most of
+
+
+def _has_window(kind: Any) -> bool:
+    return any(field.name == "sliding_window" for field in dataclasses.fields(kind.config_class))
+
+
+def _fields(architecture: str, metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Any]:
+    """The config that metadata and tensors describe."""
+    own = _own_metadata(architecture, metadata, tensors)
+    fields: dict[str, Any] = {"num_key_value_heads": own["attention.head_count"]}
     for name, field in {**_REQUIRED, **_OPTIONAL}.items():
         if name in own:
             fields[field] = own[name]
@@ -176,23 +221,32 @@ def _config(metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> Mistral
     tokens = tokens.count if isinstance(tokens, GgufArray) else tokens
     if rows is not None and tokens is not None and rows != tokens:
         raise CheckpointError("GGUF metadata", [f"the vocabulary has {tokens!r:.80} tokens, but {rows} embeddings"])
-    return MistralConfig(
-        **fields,
-        vocab_size=rows or 1,  # no embedding is an error that is reported with the others
-        tie_word_embeddings=HEAD not in tensors,
-    )
+    return fields | {
+        "vocab_size": rows or 1,  # no embedding is an error that is reported with the others
+        "tie_word_embeddings": HEAD not in tensors,
+    }
 
 
-def _own_metadata(metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Any]:
+def _llama3_of(divisors: np.ndarray, theta: float) -> Llama3:
+    """The scaling of which llama.cpp keeps only what it divides the frequencies by; all released models share this one.
+
+    Source: llama.cpp's `convert_hf_to_gguf.py`, `LlamaModel.generate_extra_tensors`.
+    """
+    factor = float(divisors.max(initial=1.0))
+    scaling = Llama3(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    plain = plain_frequencies(2 * len(divisors), theta)
+    if divisors.ndim != 1 or not np.allclose(plain / divisors, scaling.frequencies(plain, theta), rtol=1e-4, atol=0):
+        raise UnsupportedError(f"tensor {_ROPE_FACTORS!r}: rotary positions scaled otherwise than Llama 3.1's")
+    return scaling
+
+
+def _own_metadata(architecture: str, metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Any]:
     """The architecture's metadata, without its prefix; raises for all that the file says and jaxgen does not know."""
-    architecture = metadata.get("general.architecture")
-    if architecture != _ARCHITECTURE:
-        raise UnsupportedError(f"general.architecture={architecture!r:.80} is not supported; jaxgen reads 'llama'")
+    if _ROPE_FACTORS in tensors:
+        raise UnsupportedError(f"tensor {_ROPE_FACTORS!r}: scaled rotary positions are not supported here")
     if metadata.get("split.count", 1) not in (0, 1):
         raise UnsupportedError("the file is split; join the parts with `llama-gguf-split --merge` first")
-    if "rope_freqs.weight" in tensors:
-        raise UnsupportedError("tensor 'rope_freqs.weight': scaled rotary positions are not supported")
-    prefix = f"{_ARCHITECTURE}."
+    prefix = f"{architecture}."
     own = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
     for name, value in own.items():
         known = name in _REQUIRED or name in _OPTIONAL or name in _IGNORED
@@ -203,15 +257,15 @@ def _own_metadata(metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> d
         if name in _FLOATS and not isinstance(value, float):
             raise CheckpointError("GGUF metadata", [f"{prefix}{name}={value!r:.80} must be a floating-point number"])
     problems = [f"{prefix}{name} is missing" for name in sorted(_REQUIRED.keys() - own.keys())]
-    problems += _foreign(metadata)
+    problems += _foreign(architecture, metadata)
     if problems:
         raise CheckpointError("GGUF metadata", problems)
     return own
 
 
-def _foreign(metadata: dict[str, Any]) -> list[str]:
+def _foreign(architecture: str, metadata: dict[str, Any]) -> list[str]:
     """Fields that may be damaged ones of the architecture or of the special tokens, and special tokens missed."""
-    known = (*_OTHERS, _ARCHITECTURE)
+    known = (*_OTHERS, architecture)
     problems = [
         f"{name!r:.80} is of no known kind; jaxgen knows {', '.join(known)}: it may be a damaged name"
         for name in metadata
@@ -232,9 +286,5 @@ def _foreign(metadata: dict[str, Any]) -> list[str]:
 def _hf_name(name: str) -> str:
     """HF's name of a tensor; one that HF does not have stays as it is, for the check of all tensors to refuse."""
     if (match := _LAYER.fullmatch(name)) and match[2] in _LAYER_NAMES:
-        return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight"
+        return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
     return _NAMES.get(name, name)
-
-
-def _is_rotated(name: str) -> bool:
-    return name.endswith((".q_proj.weight", ".k_proj.weight"))

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from jaxgen.errors import UnsupportedError
+from jaxgen.models.tensors import Part
 from jaxgen.quant import Int4
 
 from ..checkpoint import DTYPES, Checkpoint, Wanted
-from ..names import Part
 from .modules import unsupported
 from .packing import from_words
 

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
+from jaxgen.models.tensors import EMBEDDING, Part
 from jaxgen.quant import Int4
 from jaxgen.quant.config import WHOLE_ROWS, check_group
 
 from ..checkpoint import Checkpoint, Wanted
-from ..names import EMBEDDING, Part
 from .packing import column_order
 
 # What config.json says of a module by its HF name without ".weight"; None where it leaves the module as it was.
@@ -71,7 +71,7 @@ class PackedModules(ABC):
         if scheme is None or (not is_packed and self._has(part.name)):
             return None
         wanted = self._tensors(part, scheme)
-        if self._has(f"{module}.bias"):
+        if self._has(f"{module}.bias") and not part.has_bias:  # else it is a tensor of the model, like others
             wanted["bias"] = Wanted((part.shape[0],))
         return {f"{module}.{suffix}": tensor for suffix, tensor in wanted.items()}
 
@@ -80,8 +80,9 @@ class PackedModules(ABC):
         module = part.name.removesuffix(".weight")
         scheme = self._scheme_of(module)
         assert scheme is not None  # or `stored` is None
-        if (bias := self._optional(f"{module}.bias")) is not None and bias.any():
-            raise UnsupportedError(f"{module}.bias is not zero; jaxgen's Mistral has no biases")
+        bias = None if part.has_bias else self._optional(f"{module}.bias")
+        if bias is not None and bias.any():
+            raise UnsupportedError(f"{module}.bias is not zero; the model that config.json describes has no bias there")
         return self._int4(module, part.shape, scheme)
 
     @abstractmethod

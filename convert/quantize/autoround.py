@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from jaxgen.config import MistralConfig
 from jaxgen.lowering import own_rules
+from jaxgen.models.config import DecoderConfig
 from jaxgen.quant import Int4, quantize
 from jaxgen.quant.int4 import SCALE_DTYPE, rounded
 from jaxgen.quant.nibbles import pack
@@ -46,7 +46,7 @@ class AutoRound:
 
     needs_targets = True
 
-    def __init__(self, config: MistralConfig, group_size: int, iterations: int = ITERATIONS, batch: int = BATCH):
+    def __init__(self, config: DecoderConfig, group_size: int, iterations: int = ITERATIONS, batch: int = BATCH):
         self._config, self._group_size = config, group_size
         self._iterations, self._batch = iterations, batch
         # The steps add up to _LIMIT: every offset can just reach it.

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Int
 
-from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError
+from jaxgen.models.config import DecoderConfig
+from jaxgen.models.tensors import EMBEDDING
 from jaxgen.quant import Int4
 
 from ..checkpoint import Checkpoint
-from ..names import EMBEDDING
 from .autoround import AutoRound
 from .cost import say_cost
 from .forward import advance
@@ -22,7 +22,7 @@ _METHODS = {"gptq": Gptq, "autoround": AutoRound}
 
 def quantized_blocks(
     checkpoint: Checkpoint,
-    config: MistralConfig,
+    config: DecoderConfig,
     calibration: Int[np.ndarray, "N T"],
     *,
     group_size: int,

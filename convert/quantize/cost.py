@@ -6,7 +6,7 @@ import time
 import jax
 import numpy as np
 
-from jaxgen.config import MistralConfig
+from jaxgen.models.config import DecoderConfig
 
 from .forward import Hidden, Weights, batches, output
 
@@ -14,7 +14,7 @@ logger = logging.getLogger("jaxgen.convert")
 
 
 def say_cost(
-    config: MistralConfig, weights: Weights, hidden: Hidden, *, method: str, passes: float, layers: int
+    config: DecoderConfig, weights: Weights, hidden: Hidden, *, method: str, passes: float, layers: int
 ) -> None:
     """Log how long `layers` layers like this one will take; `passes` is how often the text goes through each."""
     seconds = passes * layers * seconds_of_a_pass(config, weights, hidden)
@@ -24,7 +24,7 @@ def say_cost(
     )
 
 
-def seconds_of_a_pass(config: MistralConfig, weights: Weights, hidden: Hidden) -> float:
+def seconds_of_a_pass(config: DecoderConfig, weights: Weights, hidden: Hidden) -> float:
     """How long the text takes through a layer: the best of a few measurements on its first sequences, compiled."""
     few, seconds = next(batches(hidden))[0], []
     for _ in range(4):

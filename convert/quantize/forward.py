@@ -13,11 +13,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxgen.attention import rope
-from jaxgen.config import MistralConfig
 from jaxgen.linear import product
 from jaxgen.lowering import own_rules
-from jaxgen.model import MistralDecoderLayer
+from jaxgen.models.config import DecoderConfig
+from jaxgen.models.decoder import DecoderLayer, rotation
 
 Weights = dict[str, Array]  # of one layer, in float32, by their names in it: "self_attn.qkv_proj.weight"
 Hidden = Float[np.ndarray, "N T D"]  # hidden states of the calibration text, in host memory
@@ -38,27 +37,27 @@ def batches(*hidden: Hidden) -> Iterator[tuple[Hidden, ...]]:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def output(config: MistralConfig, weights: Weights, x: Float[Array | np.ndarray, "B T D"]) -> Float[Array, "B T D"]:
+def output(config: DecoderConfig, weights: Weights, x: Float[Array | np.ndarray, "B T D"]) -> Float[Array, "B T D"]:
     """A layer's output for sequences without padding."""
     return _run(config, _layer(config, weights), jnp.asarray(x))
 
 
 @own_rules()
-def advance(config: MistralConfig, weights: Weights, hidden: Hidden) -> None:
+def advance(config: DecoderConfig, weights: Weights, hidden: Hidden) -> None:
     """Replace a layer's inputs, in place, by its outputs."""
     for (x,) in batches(hidden):
         x[...] = output(config, weights, x)
 
 
 @own_rules()
-def gram_of_inputs(config: MistralConfig, weights: Weights, hidden: Hidden, name: str) -> Float[Array, "I I"]:
+def gram_of_inputs(config: DecoderConfig, weights: Weights, hidden: Hidden, name: str) -> Float[Array, "I I"]:
     """The sum of `x xᵀ` over the inputs `x` that the linear layer of weight `name` gets."""
     return jnp.asarray(sum(_gram(config, weights, x, name) for (x,) in batches(hidden)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "name"))
 def _gram(
-    config: MistralConfig, weights: Weights, x: Float[Array | np.ndarray, "B T D"], name: str
+    config: DecoderConfig, weights: Weights, x: Float[Array | np.ndarray, "B T D"], name: str
 ) -> Float[Array, "I I"]:
     layer = _layer(config, weights)
     module, attribute, _ = name.split(".")
@@ -74,14 +73,13 @@ def _gram(
     return seen[0]
 
 
-def _layer(config: MistralConfig, weights: Weights) -> MistralDecoderLayer:
-    make = functools.partial(MistralDecoderLayer, config, dtype=jnp.dtype("float32"))
+def _layer(config: DecoderConfig, weights: Weights) -> DecoderLayer:
+    make = functools.partial(DecoderLayer, config, dtype=jnp.dtype("float32"))
     graph, _ = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
     variables: dict[Any, Any] = {tuple(name.split(".")): nnx.Param(value) for name, value in weights.items()}
     return nnx.merge(graph, nnx.from_flat_state(variables))
 
 
-def _run(config: MistralConfig, layer: MistralDecoderLayer, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def _run(config: DecoderConfig, layer: DecoderLayer, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    rotation = rope(positions, config.head_size, config.rope_theta, x.dtype)
-    return layer.prompt(x, rotation, positions, jnp.ones(x.shape[:2], bool))[0]
+    return layer.prompt(x, rotation(config, positions, x.dtype), positions, jnp.ones(x.shape[:2], bool))[0]

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int8
 
-from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError
 from jaxgen.linear import product
 from jaxgen.lowering import own_rules
+from jaxgen.models.config import DecoderConfig
 from jaxgen.quant import Int4
 from jaxgen.quant.config import check_group
 from jaxgen.quant.int4 import SCALE_DTYPE, round_to, search_scale
@@ -32,7 +32,7 @@ class Gptq:
 
     needs_targets = False
 
-    def __init__(self, config: MistralConfig, group_size: int):
+    def __init__(self, config: DecoderConfig, group_size: int):
         self._config, self._group_size = config, group_size
 
     def passes(self, sequences: int) -> float:

@@ -6,20 +6,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxgen.config import MistralConfig
 from jaxgen.errors import CheckpointError
+from jaxgen.models.config import DecoderConfig
+from jaxgen.models.tensors import Part, parameter_parts
 from jaxgen.quant import Int4
 
 from ..assemble import Assembler
 from ..checkpoint import Checkpoint
-from ..names import Part, parameter_parts
 from .forward import Weights, linear_names
 
 
 class Layers:
     """The layers of a checkpoint that is stored in floats."""
 
-    def __init__(self, checkpoint: Checkpoint, config: MistralConfig):
+    def __init__(self, checkpoint: Checkpoint, config: DecoderConfig):
         self._assembler = Assembler(checkpoint, np.dtype(np.float32))
         self._parameters = parameter_parts(config)
 

@@ -18,12 +18,11 @@ import optax
 from flax import nnx
 
 from jaxgen import demo
-from jaxgen.config import MistralConfig
 from jaxgen.convert.atomic import new_directory
 from jaxgen.convert.export import save_pretrained
 from jaxgen.demo.corpus import CONTEXT, HELD_OUT_STARTS, documents, numbers
 from jaxgen.demo.tokenizer import BOS_ID, EOS_ID, VOCABULARY_SIZE, build_tokenizer, save_tokenizer
-from jaxgen.model import MistralForCausalLM
+from jaxgen.models.mistral import MistralConfig, MistralForCausalLM
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

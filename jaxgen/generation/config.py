@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.files import read_json
 from jaxgen.generation.checks import plain
 from jaxgen.generation.options import OPTIONS, Options, checked, out_of_range
 from jaxgen.generation.refused import METADATA, REFUSED
 from jaxgen.generation.unused import say_unused, usable
+from jaxgen.models.config import DecoderConfig
 from jaxgen.paths import as_path
 
 
@@ -97,7 +97,7 @@ class GenerationConfig(Options):
             raise type(error)(f"{path}: {error}") from error
 
     @classmethod
-    def from_model_config(cls, config: MistralConfig) -> "GenerationConfig":
+    def from_model_config(cls, config: DecoderConfig) -> "GenerationConfig":
         """What a model without a generation_config.json starts from, as in transformers: its special tokens."""
         ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return cls(**{name: value for name, value in ids.items() if value != -1})  # old configs' "none"

@@ -6,12 +6,12 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxgen.attention import query_block
-from jaxgen.config import MistralConfig
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.controls import Plan
 from jaxgen.generation.options import DEFAULT_NEW_TOKENS
 from jaxgen.generation.prompt import largest_bucket
+from jaxgen.models.config import DecoderConfig
 
 _SHOWN = 1_000_000_000
 
@@ -124,7 +124,7 @@ def check_memory(
     )
 
 
-def _drafting_bytes(config: MistralConfig, itemsize: int, rows: int, plan: Plan) -> int:
+def _drafting_bytes(config: DecoderConfig, itemsize: int, rows: int, plan: Plan) -> int:
     """About what a decode step takes beside the cache: the logits, and with drafts what reading them all takes."""
     read = plan.recipe.drafts + 1
     logits = 4 * rows * read * config.vocab_size
@@ -136,7 +136,7 @@ def assistant_slots(config: Any, plan: Plan) -> int:
     return config.cache_slots(plan.total, ahead=max(plan.chunk, plan.recipe.drafts + 2))
 
 
-def prefill_bytes(config: MistralConfig, itemsize: int, prompts: int, length: int, queries: int, slots: int) -> int:
+def prefill_bytes(config: DecoderConfig, itemsize: int, prompts: int, length: int, queries: int, slots: int) -> int:
     """About what reading the prompts takes beside weights and cache: attention scores, activations and logits.
 
     `length` tokens at a time, of which `queries` look at `slots` others at a time.
@@ -147,7 +147,7 @@ def prefill_bytes(config: MistralConfig, itemsize: int, prompts: int, length: in
     return prompts * (scores + activations + logits)
 
 
-def kv_bytes_per_token(config: MistralConfig, itemsize: int, int8: bool = False) -> int:
+def kv_bytes_per_token(config: DecoderConfig, itemsize: int, int8: bool = False) -> int:
     """Bytes of keys and values that one token of one row takes in all layers."""
     per_head = config.head_size + 4 if int8 else config.head_size * itemsize
     return 2 * config.num_hidden_layers * config.num_key_value_heads * per_head

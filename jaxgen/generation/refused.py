@@ -45,7 +45,7 @@ REFUSED: dict[str, Refused] = {
     "target_lookbehind": Refused("it needs two tokenizers", (10,), changes_tokens=False),
     "token_healing": Refused("it needs the tokenizer of every call", (False,)),
     "use_cache": Refused(_LAYOUT, (True,), changes_tokens=False),
-    "use_mtp": Refused("Mistral has no such heads", (False,), changes_tokens=False),
+    "use_mtp": Refused("no model here has such heads", (False,), changes_tokens=False),
     # Arguments of HF's generate() that are not fields of its GenerationConfig.
     "assistant_tokenizer": Refused("the assistant must share the model's vocabulary"),
     "custom_generate": Refused("it runs code from the hub"),

@@ -1,4 +1,4 @@
-"""One decode step made of kernels: what `MistralForCausalLM.step` computes, in five launches per layer for one row.
+"""One decode step made of kernels: what `DecoderForCausalLM.step` computes, in five launches per layer for one row.
 
 The residual stream is carried as `x` and `delta`: parts that have yet to be added to it, or None. One row adds them
 where they arise, in the epilogue of its product, and normalises in the prologue of the next; more rows do both in
@@ -47,6 +47,7 @@ def _layer(
     with jax.named_scope("attention"):
         x, qkv = normed_product(x, delta, layer.input_layernorm, qkv_proj, interpret)
         qkv = qkv.reshape(*qkv.shape[:2], attention.kv_heads, attention.groups + 2, attention.head_dim)
+        qkv = _finished_heads(attention, qkv, x.dtype)
         columns = columns_for(rows) if o_proj.reads_columns(rows) else 0
         mixed, cache = attend(qkv, rotation, positions, cache, attention.window, columns=columns, interpret=interpret)
         mixed = mixed if columns else mixed.reshape(rows, -1)
@@ -56,6 +57,18 @@ def _layer(
         columns = gate_up_proj.reads_columns(rows)
         x, delta = product_onto(x, hidden if columns else hidden[0], down_proj, columns=columns)
     return x, delta, cache
+
+
+def _finished_heads(attention: Any, qkv: Float[Array, "S M K P H"], dtype: Any) -> Float[Array, "S M K P H"]:
+    """Biases and norms per head, which the kernel of attention knows nothing of; XLA makes one launch of them."""
+    bias = attention.qkv_proj.bias
+    if bias is None and not attention.qk_norm:
+        return qkv
+    total = qkv.astype(jnp.float32).sum(0).astype(dtype)
+    if bias is not None:
+        total = total + bias[...].reshape(total.shape[1:])
+    queries, keys, values = attention.heads(total)
+    return jnp.concatenate([queries, keys[..., None, :], values[..., None, :]], axis=-2)[None]
 
 
 def normed_product(

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 from jaxgen.convert.checkpoint import Checkpoint
 from jaxgen.convert.formats import detect
 from jaxgen.convert.load import AutoModelForCausalLM
-from jaxgen.convert.names import Part
 from jaxgen.files import read_json
+from jaxgen.models.tensors import Part
 from jaxgen.quant import Int4
 
 UNIFORM = Path(__file__).parent / "uniform"

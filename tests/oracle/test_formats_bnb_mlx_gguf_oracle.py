@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from jaxgen.convert.load import AutoModelForCausalLM, open_checkpoint
-from jaxgen.convert.names import parameter_parts
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
+from jaxgen.models.tensors import parameter_parts
 from jaxgen.quant import Int4, Lookup4
 
 pytestmark = [

@@ -19,8 +19,8 @@ import transformers
 from jaxgen.convert.checkpoint import Checkpoint
 from jaxgen.convert.formats import detect
 from jaxgen.convert.load import AutoModelForCausalLM
-from jaxgen.convert.names import Part
 from jaxgen.files import read_json
+from jaxgen.models.tensors import Part
 from tests.formats import make_uniform
 
 pytestmark = pytest.mark.oracle

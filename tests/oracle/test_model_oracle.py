@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
-from jaxgen.config import MistralConfig
 from jaxgen.convert.load import AutoModelForCausalLM
+from jaxgen.models.mistral import MistralConfig
 from tests.helpers import Models, loss_and_gradients, real_logits
 from tests.hf_files import HUB, in_v5_spelling
 from tests.oracle.draws import draw

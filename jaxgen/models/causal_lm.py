@@ -1,0 +1,201 @@
+"""A causal language model as a Flax NNX module: embed, blocks, norm, head.
+
+An ordinary Flax module: `model(input_ids)` gives logits, and `jax.grad` goes through it. The blocks are in
+`decoder.py`; what distinguishes the families is in their files.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxgen.attention import Rotation
+from jaxgen.cache import KVCache, empty_cache, layer_cache_from_prompt, visible_slots
+from jaxgen.familiar import FamiliarMethods, answer
+from jaxgen.generation.config import GenerationConfig
+from jaxgen.generation.generate import GenerationMixin
+from jaxgen.generation.weights import split
+from jaxgen.lowering import device_runs_kernels, own_rules, target
+from jaxgen.models.config import DecoderConfig
+from jaxgen.models.decoder import Decoder, rotation
+from jaxgen.models.gguf import Gguf
+from jaxgen.models.layers import Linear
+from jaxgen.residual import add_and_norm
+
+
+class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
+    """A language model of the shared block, with random weights; each family is a class of its own.
+
+    `dtype` is that of the weights and of the computation; norms, softmax and logits are float32 throughout.
+    """
+
+    config_class: ClassVar[type[DecoderConfig]]  # of the family
+    gguf: ClassVar[Gguf | None] = None  # how llama.cpp's files name it, if they do
+
+    @own_rules()
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: "jnp.dtype | type | str" = jnp.float32):
+        dtype = jnp.dtype(dtype)
+        self.config = config
+        self.generation_config = GenerationConfig.from_model_config(config)
+        self.model = Decoder(config, dtype=dtype, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, rngs=rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of embeddings, activations and cache."""
+        return self.model.norm.weight.dtype
+
+    @property
+    def device(self) -> Any:
+        """Where the weights are (the first device, if sharded)."""
+        return next(iter(self.model.norm.weight.devices()))
+
+    @property
+    def decodes_with_kernels(self) -> bool:
+        """Whether the kernels of `jaxgen.kernels` can carry out a decode step of this model, where it is."""
+        return self._fits_kernels and device_runs_kernels(self.device)
+
+    @property
+    def _fits_kernels(self) -> bool:
+        size = self.config.head_size
+        biased = self.config.o_bias or self.config.mlp_bias  # their sums end in kernels that know none
+        return self.dtype.itemsize == 2 and size >= 32 and size & (size - 1) == 0 and not biased
+
+    def save_pretrained(self, directory: "str | os.PathLike[str]", **options: Any) -> None:
+        """Write a Hugging Face checkpoint; options and errors as in `jaxgen.convert.save_pretrained`."""
+        from jaxgen.convert.export import save_pretrained
+
+        save_pretrained(self, directory, **options)
+
+    @own_rules()
+    def __call__(
+        self,
+        input_ids: Int[Array | np.ndarray, "B T"],
+        attention_mask: "Int[Array | np.ndarray, 'B T'] | Bool[Array | np.ndarray, 'B T'] | None" = None,
+        **options: Any,
+    ) -> Any:
+        """Logits [B, T, V] (float32) for the token after each column; `options` as for `jaxgen.familiar.answer`.
+
+        `attention_mask` is 1 on real tokens, in any arrangement; positions count real tokens only, and the logits
+        of masked columns mean nothing.
+        """
+        logits = self.logits(self.hidden(input_ids, attention_mask))
+        return answer(logits, **options) if options else logits
+
+    @own_rules()
+    def hidden(
+        self,
+        input_ids: Int[Array | np.ndarray, "B T"],
+        attention_mask: "Int[Array | np.ndarray, 'B T'] | Bool[Array | np.ndarray, 'B T'] | None" = None,
+    ) -> Float[Array, "B T D"]:
+        """The hidden states from which `logits` computes what `__call__` returns."""
+        return self._prompt(*_read_mask(input_ids, attention_mask))[0]
+
+    def activations(
+        self, tokens: Int[np.ndarray, "B T"], real: Bool[np.ndarray, "B T"], with_attentions: bool
+    ) -> Iterator[tuple[Float[Array, "B T D"], Float[Array, "B N T T"] | None]]:
+        """HF's `hidden_states` and `attentions`, one layer after the other; runs on the host.
+
+        First the embeddings, without attentions; then every layer's output, the last one normed.
+        """
+        ids, positions, mask = _read_mask(tokens, real)
+        x, rotation = self.model.embed_tokens(ids), self.rotation(positions)
+        yield x, None
+        for index, layer in enumerate(self.model.layers):
+            x, weights = _layer_activations(*split(layer), x, rotation, positions, mask, with_attentions)
+            yield (self.model.norm(x) if index + 1 == len(self.model.layers) else x), weights
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], slots: int, int8: bool = False
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Read right-padded prompts: float32 logits after each row's last token, and a cache of `slots` slots."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, fresh = self._prompt(tokens, positions, positions < lengths[:, None])
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+        with jax.named_scope("cache"):
+            cache = [layer_cache_from_prompt(keys, values, lengths, slots, int8) for keys, values in fresh]
+        return self.logits(last)[:, 0], cache
+
+    def step(
+        self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Read one token per row at `positions`: float32 logits for the next one, and the cache that holds it."""
+        if target().kernels and self._fits_kernels:  # an assistant may not, beside a model that does
+            from jaxgen.kernels.step import decode_step
+
+            return decode_step(self, tokens, positions, cache)
+        x = self.model.embed_tokens(tokens[:, None])
+        rotation = self.rotation(positions[:, None])
+        visible = visible_slots(positions[:, None], positions, cache[0].slots, self.config.sliding_window)[:, 0]
+        caches, delta = [], jnp.zeros_like(x)
+        for layer, before in zip(self.model.layers, cache, strict=True):
+            x, delta, after = layer.step(x, delta, rotation, positions, before, visible)
+            caches.append(after)
+        _, hidden = add_and_norm(x, delta, self.model.norm)
+        return self.logits(hidden)[: len(x), 0], caches
+
+    def extend(
+        self, tokens: Int[Array, "B T"], starts: Int[Array, " B"], counts: Int[Array, " B"], cache: KVCache
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Read up to T tokens per row from position `starts` on, after what the cache holds.
+
+        Only the first `counts` tokens of a row are real. Returns the last layer's hidden states, which `logits` turns
+        into logits, and the cache. Beside a sliding window W the cache must have W + T slots (`cache`).
+        """
+        column = jnp.arange(tokens.shape[1])
+        positions, real = starts[:, None] + column, column < counts[:, None]
+        x, rotation = self.model.embed_tokens(tokens), self.rotation(positions)
+        newest = starts + counts - 1
+        visible = visible_slots(positions, newest, cache[0].slots, self.config.sliding_window)
+        caches = []
+        for layer, before in zip(self.model.layers, cache, strict=True):
+            x, after = layer.extend(x, rotation, positions, real, before, visible)
+            caches.append(after)
+        return self.model.norm(x), caches
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """What the head makes of hidden states: float32 logits."""
+        with jax.named_scope("lm_head"):
+            tied = self.config.tie_word_embeddings
+            logits = self.model.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)
+            return logits.astype(jnp.float32)
+
+    def empty_cache(self, rows: int, slots: int, int8: bool = False) -> KVCache:
+        """A cache that holds nothing yet."""
+        c = self.config
+        return empty_cache(c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_size, self.dtype, int8)
+
+    def _prompt(
+        self, ids: Int[Array, "B T"], positions: Int[Array, "B T"], real: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], list[tuple[Array, Array]]]:
+        x = self.model.embed_tokens(ids)
+        rotation = self.rotation(positions)
+        fresh = []
+        for layer in self.model.layers:
+            x, keys_and_values = layer.prompt(x, rotation, positions, real)
+            fresh.append(keys_and_values)
+        return self.model.norm(x), fresh
+
+    def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
+        """The rotary tables of `positions`, in the compute dtype."""
+        return rotation(self.config, positions, self.dtype)
+
+
+def _read_mask(input_ids: Any, attention_mask: Any) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]]:
+    """Ids, the position of each (real tokens before it), and which are real."""
+    ids = jnp.asarray(input_ids, jnp.int32)
+    real = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32) != 0
+    return ids, jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0), real
+
+
+def _run_layer(structure: Any, weights: Any, *arguments: Any) -> Any:
+    return structure.module(weights).activations(*arguments)
+
+
+_layer_activations = jax.jit(_run_layer, static_argnums=(0, 6))  # one program for all layers, which are alike

@@ -1,0 +1,354 @@
+"""What all configs share: Hugging Face's config.json as a dataclass that refuses what it does not understand."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, no_type_check
+
+from jaxgen.errors import NO_REMOTE_CODE, JaxgenError, UnsupportedError, listed
+from jaxgen.files import read_json
+from jaxgen.models import rope
+from jaxgen.paths import as_path
+
+# Fields with one value that jaxgen implements, unless a family has them; any other value would change the mathematics.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "is_decoder": (False, True),
+    "pretraining_tp": (1,),
+    "layer_types": (None,),
+    "auto_map": (None,),
+    "quantization_config": (None,),
+    "adapters": (None,),
+    "chunk_size_feed_forward": (0,),
+}
+
+# Fields that say nothing about the mathematics of inference. The generation settings that transformers 4 kept
+# in config.json are here too: transformers 5 ignores them in favour of generation_config.json.
+_IGNORED = frozenset(
+    """
+    _name_or_path architectures attention_dropout cross_attention_hidden_size decoder_start_token_id dtype
+    finetuning_task id2label initializer_range label2id max_sequence_length name_or_path output_attentions
+    output_hidden_states prefix problem_type pruned_heads return_dict sep_token_id suppress_tokens
+    task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript
+    transformers_version unk_token_id use_bfloat16 use_cache _attn_implementation_autoset attn_implementation
+    _attn_implementation _flash_attn_2_enabled use_flash_attention_2 gradient_checkpointing model_max_length
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
+    repetition_penalty return_dict_in_generate temperature top_k top_p typical_p
+    """.split()
+)
+
+
+@no_type_check  # fields come from files; __post_init__ checks them, and says what is wrong
+@dataclasses.dataclass(kw_only=True)
+class DecoderConfig:
+    """The shape of a `DecoderForCausalLM`, with HF's field names; a family adds its own, and HF's defaults.
+
+    `head_dim=None` becomes `hidden_size // num_attention_heads`. Raises `JaxgenError` for sizes that do not fit
+    together.
+
+    The token ids can be set later, for whoever saves or reads the config: as in transformers 5, generation asks
+    `model.generation_config` and not this one. So can `use_cache`, which changes nothing. A size cannot.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int | None = None
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    # What a family says of itself.
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+    rope_types: ClassVar[tuple[str, ...]] = ("default",)
+    fixed_fields: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    ignored_fields: ClassVar[frozenset[str]] = frozenset()
+
+    # What the block asks; a family makes a field or a property of what it has.
+    sliding_window: ClassVar[int | None] = None
+    rope_scaling: ClassVar[Any] = None
+    qkv_bias: ClassVar[bool] = False
+    o_bias: ClassVar[bool] = False
+    mlp_bias: ClassVar[bool] = False
+    qk_norm: ClassVar[bool] = False
+
+    is_encoder_decoder = False
+    use_cache = True  # scripts that train set it; jaxgen generates with a cache, and trains without
+
+    def __post_init__(self):
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if isinstance(self.rope_scaling, Mapping):  # as HF's configs are made
+            object.__setattr__(self, "rope_scaling", self._scaling(self.rope_scaling))
+        problems = [
+            f"{name}={getattr(self, name)!r:.80} must be {wanted}"
+            for name, (is_right, wanted) in self._checks().items()
+            if not is_right(getattr(self, name)) and not (getattr(self, name) is None and name in _NULLABLE)
+        ]
+        if not problems and self.num_attention_heads % self.num_key_value_heads:
+            problems.append(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if not problems and self.head_size % 2:
+            problems.append(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        if problems:
+            raise JaxgenError(f"{type(self).__name__}: " + "; ".join(problems))
+        object.__setattr__(self, "head_dim", self.head_size)
+        for name in ("rms_norm_eps", "rope_theta"):  # an int of the file may be beyond int32
+            object.__setattr__(self, name, float(getattr(self, name)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._checks() and name not in vars(self):  # while it is made; __post_init__ checks
+            object.__setattr__(self, name, value)
+        elif name in _SETTABLE:
+            object.__setattr__(self, name, self._checked(name, tuple(value) if isinstance(value, list) else value))
+        elif name in self._checks():
+            raise JaxgenError(
+                f"config.{name}={value!r:.60}: a config keeps its sizes, with which models are built "
+                f"({name}={getattr(self, name)!r}); dataclasses.replace(config, {name}=...) makes another one"
+            )
+        elif name not in self._fixed():
+            raise JaxgenError(f"config.{name}: {type(self).__name__} has no such field")
+        elif refusal := self._refusal(name, value):
+            raise UnsupportedError(f"config: {refusal}")
+
+    def __init_subclass__(cls) -> None:
+        cls.__hash__ = DecoderConfig.__hash__  # which a dataclass of its own would not inherit
+
+    def __hash__(self) -> int:  # of what cannot change: jit compares static arguments by it
+        return hash(tuple(getattr(self, name) for name in self._checks() if name not in _SETTABLE))
+
+    @property
+    def head_size(self) -> int:
+        """`head_dim` as the int that it always is after construction."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Query heads per key-value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    def cache_slots(self, total_length: int, ahead: int = 0) -> int:
+        """Key-value slots that a row of at most `total_length` tokens needs in each layer.
+
+        `ahead`: how many tokens it reads at a time, if more than one (`jaxgen.cache`).
+        """
+        return total_length if self.sliding_window is None else min(self.sliding_window + ahead, total_length)
+
+    @classmethod
+    def from_hf(cls, source: "str | os.PathLike[str] | Mapping[str, Any]") -> Self:
+        """Read a Hugging Face config: a dict, a config.json, or the directory that holds one.
+
+        Reads both `rope_theta`/`rope_scaling` (transformers 4) and `rope_parameters` (transformers 5).
+        Raises one `UnsupportedError`, naming each field and value that would change the mathematics and that
+        jaxgen does not implement, and each field that it does not know; `JaxgenError` for other wrong values.
+
+        >>> from jaxgen import MistralConfig
+        >>> MistralConfig.from_hf({"model_type": "mistral", "sliding_window": None}).sliding_window is None
+        True
+        """
+        fields = read_config(source)
+        if fields.get("model_type") is None:
+            raise UnsupportedError(f"config: model_type is missing; jaxgen reads model_type={cls.model_type!r}")
+        if refusal := cls._refusal("model_type", fields["model_type"]):  # whose other fields say nothing to us
+            raise UnsupportedError(f"config: {refusal}")
+        fields = cls.simplified(fields)
+        refused = [refusal for name, value in fields.items() if (refusal := cls._refusal(name, value))]
+        known = cls._checks()
+        kept: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in fields.items() if name in known
+        }
+        context = fields.get("max_position_embeddings", known_default(cls, "max_position_embeddings"))
+        kept["rope_theta"], scaling, *(unfit, problems) = rope.read(fields, cls.rope_types, context)
+        refused += unfit
+        if "rope_scaling" in known:
+            kept["rope_scaling"] = scaling
+        try:
+            config = cls(**kept)
+        except JaxgenError as error:
+            config, problems = None, [*problems, str(error)]
+        if config is None or refused or problems:
+            raise (UnsupportedError if refused else JaxgenError)(f"config: {listed([*refused, *problems])}")
+        return config
+
+    @classmethod
+    def simplified(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a config.json without those that only repeat others; for a family to say."""
+        return fields
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: "str | os.PathLike[str]",
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        cache_dir: "str | os.PathLike[str] | None" = None,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
+        **fields: Any,
+    ) -> Self:
+        """Read the config.json of a directory or hub id; `fields` replace what it says.
+
+        How the weights are quantised, if they are, is not part of it. Raises as `from_hf`.
+
+        >>> from jaxgen import MistralConfig, demo
+        >>> MistralConfig.from_pretrained(demo.path(), num_hidden_layers=2).num_hidden_layers
+        2
+        """
+        placed: dict[str, Any] = {"local_files_only": local_files_only, "cache_dir": cache_dir, "token": token}
+        read = config_of(pretrained_model_name_or_path, trust_remote_code, revision=revision, **placed)
+        return cls.from_hf(cls.replaced(read, fields))
+
+    @classmethod
+    def replaced(cls, read: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+        """What a config.json says, with `fields` of this class in the place of its own."""
+        for name in fields.keys() - cls._checks().keys():
+            raise JaxgenError(f"from_pretrained: {cls.__name__} has no field {name!r}")
+        return {name: value for name, value in read.items() if name != "quantization_config"} | fields
+
+    def to_dict(self) -> dict[str, Any]:
+        """`to_hf`, under HF's name."""
+        return self.to_hf()
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json that transformers 4 and 5 read back as this model (without the weights' dtype)."""
+        given = {name: getattr(self, name) for name in self._checks() if name != "rope_scaling"}
+        scaling = rope.to_hf(self.rope_scaling)
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "hidden_act": "silu",
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in given.items()},
+            **({} if self.rope_scaling is None else {"rope_scaling": scaling}),  # for transformers 4
+            "rope_parameters": scaling | {"rope_theta": self.rope_theta},
+        }
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """As transformers 5 has them."""
+        return rope.to_hf(self.rope_scaling) | {"rope_theta": self.rope_theta}
+
+    def _scaling(self, given: Mapping[str, Any]) -> Any:
+        fields, context = {"rope_scaling": given}, self.max_position_embeddings
+        _, scaling, refused, problems = rope.read(fields, self.rope_types, context)
+        if refused or problems:
+            raise JaxgenError(f"{type(self).__name__}: {listed([*refused, *problems])}")
+        return scaling
+
+    @classmethod
+    def _checks(cls) -> dict[str, tuple[Any, str]]:
+        """Check and expectation of each field."""
+        return {field.name: _CHECKS[field.name] for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def _fixed(cls) -> dict[str, tuple[Any, ...]]:
+        return {**_FIXED, **cls.fixed_fields, "model_type": (cls.model_type,)}
+
+    @classmethod
+    def _checked(cls, name: str, value: Any) -> Any:
+        is_right, wanted = _CHECKS[name]
+        if not is_right(value) and not (value is None and name in _NULLABLE):
+            raise JaxgenError(f"{cls.__name__}: {name}={value!r:.60} must be {wanted}")
+        return value
+
+    @classmethod
+    def _refusal(cls, name: str, value: Any) -> str | None:
+        """Why a field of config.json is refused, whatever the others say."""
+        if name in cls._checks() or name in _IGNORED or name in cls.ignored_fields:
+            return None
+        if name in rope.FIELDS or name.startswith("unsloth_"):
+            return None
+        if name not in (fixed := cls._fixed()):
+            return (
+                f"{name:.80}={value!r:.80} is not a field of {cls.__name__} that jaxgen knows; "
+                "it may change the mathematics. Remove it from config.json if it does not"
+            )
+        # Compare types too: JSON's 0 and false are equal in Python, and neither should pass for the other.
+        if any(value == allowed and type(value) is type(allowed) for allowed in (*fixed[name], None)):
+            return None
+        supported = " or ".join(repr(allowed) for allowed in fixed[name])
+        return f"{name}={value!r:.80} is not supported; jaxgen implements {supported}"
+
+
+def config_of(name_or_path: Any, trust_remote_code: bool = False, **placed: Any) -> dict[str, Any]:
+    """The fields of the config.json of a directory or hub id; `placed` as for `jaxgen.convert.hub.locate`."""
+    from jaxgen.convert.hub import locate
+
+    if trust_remote_code:
+        raise UnsupportedError(NO_REMOTE_CODE)
+    return read_config(locate(name_or_path, files=("config.json",), **placed))
+
+
+def known_default(kind: type, name: str) -> Any:
+    """The default of a dataclass's field."""
+    return next(field.default for field in dataclasses.fields(kind) if field.name == name)
+
+
+def read_config(source: "str | os.PathLike[str] | Mapping[str, Any]") -> dict[str, Any]:
+    """The fields of a config: a mapping, a config.json, or the directory that holds one."""
+    if isinstance(source, Mapping):
+        return dict(source)
+    path = as_path(source, "config", "a mapping, a config.json, or the directory that holds one")
+    path = path / "config.json" if os.path.isdir(path) else path
+    return read_json(path)
+
+
+def _is_int(value: object, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= _MOST
+
+
+def _is_positive_int(value: object) -> bool:
+    return _is_int(value, 1)
+
+
+def _is_positive_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and _LEAST_FLOAT <= value <= _MOST_FLOAT
+
+
+def _is_token_id(value: object) -> bool:
+    return _is_int(value, -1)  # old configs write -1 for "none"
+
+
+# What int32 and float32 hold, in which the model is computed; the least is the least that is not rounded to nothing.
+_MOST, _LEAST_FLOAT, _MOST_FLOAT = 2**31 - 1, 1.1754944e-38, 3.4028235e38
+_CHECKS = {
+    **dict.fromkeys(
+        (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
+        ),
+        (_is_positive_int, "a positive int below 2**31"),
+    ),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta"), (_is_positive_number, "a positive number that float32 holds")),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), (_is_token_id, "a token id, below 2**31")),
+    "eos_token_id": (
+        lambda value: all(map(_is_token_id, value if isinstance(value, tuple) else (value,))),
+        "a token id below 2**31, or several",
+    ),
+    **dict.fromkeys(
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache"),
+        (lambda value: isinstance(value, bool), "true or false"),
+    ),
+    "rope_scaling": (
+        lambda value: value is None or isinstance(value, tuple(rope.SCALINGS.values())),
+        "a scaling of jaxgen.models.rope, or None",
+    ),
+}  # fmt: skip
+_NULLABLE = ("sliding_window", "head_dim", "bos_token_id", "eos_token_id", "pad_token_id")
+_SETTABLE = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")

@@ -1,0 +1,77 @@
+"""Which families there are, and which one a config.json belongs to. A new family is one file, and one line here."""
+
+import importlib
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from jaxgen.errors import JaxgenError, UnsupportedError
+from jaxgen.models.config import DecoderConfig, config_of, read_config
+
+if TYPE_CHECKING:
+    from jaxgen.models.causal_lm import DecoderForCausalLM
+
+# `model_type` of config.json: the module of jaxgen.models, and its class.
+_FAMILIES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "mistral": ("mistral", "MistralForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+}
+
+
+def family(model_type: Any) -> "type[DecoderForCausalLM]":
+    """The class of the models of a `model_type`; raises `UnsupportedError` for one that jaxgen does not have."""
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        known = " or ".join(f"{name!r} ({of})" for name, (_, of) in _FAMILIES.items())
+        what = "is missing" if model_type is None else f"={model_type!r:.80} is not supported"
+        raise UnsupportedError(f"config: model_type{'' if what[0] == '=' else ' '}{what}; jaxgen implements {known}")
+    module, name = _FAMILIES[model_type]
+    return getattr(importlib.import_module(f"jaxgen.models.{module}"), name)
+
+
+def families() -> "list[type[DecoderForCausalLM]]":
+    """All of them."""
+    return [family(model_type) for model_type in _FAMILIES]
+
+
+def family_of(config: DecoderConfig) -> "type[DecoderForCausalLM]":
+    """The class of the models of a config."""
+    return family(config.model_type)
+
+
+def config_from_hf(source: "str | os.PathLike[str] | Mapping[str, Any]") -> DecoderConfig:
+    """`from_hf` of the family that the config belongs to; raises as that, and `UnsupportedError` for other families."""
+    fields = read_config(source)
+    return family(fields.get("model_type")).config_class.from_hf(fields)
+
+
+class AutoConfig:
+    """Reads configs, under the name that Hugging Face users know; never instantiated."""
+
+    def __init__(self):
+        raise JaxgenError("AutoConfig is not instantiated: call AutoConfig.from_pretrained(...)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: "str | os.PathLike[str]",
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        cache_dir: "str | os.PathLike[str] | None" = None,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
+        **fields: Any,
+    ) -> DecoderConfig:
+        """Read the config.json of a directory or hub id; `fields` replace what it says.
+
+        How the weights are quantised, if they are, is not part of it. Raises as `config_from_hf`.
+
+        >>> from jaxgen import AutoConfig, demo
+        >>> type(AutoConfig.from_pretrained(demo.path(), num_hidden_layers=2)).__name__
+        'MistralConfig'
+        """
+        placed: dict[str, Any] = {"local_files_only": local_files_only, "cache_dir": cache_dir, "token": token}
+        read = config_of(pretrained_model_name_or_path, trust_remote_code, revision=revision, **placed)
+        kind = family(read.get("model_type")).config_class
+        return kind.from_hf(kind.replaced(read, fields))

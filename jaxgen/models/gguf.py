@@ -1,0 +1,12 @@
+"""What llama.cpp's one-file checkpoints call a family, and what they change in it."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Gguf:
+    """A family in GGUF files. Source: llama.cpp's `convert_hf_to_gguf.py`."""
+
+    architecture: str  # `general.architecture`, and the prefix of the metadata
+    rotates_neighbours: bool  # rows of queries and keys are stored for rotations of neighbours, not of halves
+    named: str = ""  # a part of `general.name` that tells families of one architecture apart

@@ -1,0 +1,66 @@
+"""The layers of which blocks are made: linear, embedding, norm."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxgen.quant.adapted import Adapted
+from jaxgen.quant.int4 import Int4
+from jaxgen.quant.lookup import Lookup4
+from jaxgen.quant.matmul import matmul
+
+
+class QuantizedWeight(nnx.Variable):
+    """An `Int4`, `Lookup4` or `Adapted` in the place of a Linear's `nnx.Param`: read, but never trained."""
+
+    def __getitem__(self, index: Any) -> "Int4 | Lookup4 | Adapted":
+        """`weight[...]`, as for an array."""
+        return self.get_value() if hasattr(self, "get_value") else self.value  # flax before 0.12
+
+
+class Linear(nnx.Module):
+    """`x @ weight.T + bias`; weight `[out, in]`, of floats or quantised, bias `[out]` or None."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs):
+        scale = in_features**-0.5
+        weight = scale * jax.random.normal(rngs.params(), (out_features, in_features), dtype)
+        self.weight: nnx.Param | QuantizedWeight = nnx.Param(weight)
+        self.bias: nnx.Param | None = nnx.Param(jnp.zeros(out_features, dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
+        """Map the last axis from `in_features` to `out_features`."""
+        product = matmul(x, self.weight[...])
+        return product if self.bias is None else product + self.bias[...]
+
+
+class Embedding(nnx.Module):
+    """Token embeddings `[V, D]`, also usable as an output head (`attend`) when weights are tied."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        scale = hidden_size**-0.5
+        self.weight = nnx.Param(scale * jax.random.normal(rngs.params(), (vocab_size, hidden_size), dtype))
+
+    def __call__(self, ids: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+        """Look ids up; ids must lie inside the vocabulary."""
+        return jnp.take(self.weight[...], ids, axis=0)
+
+    def attend(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Logits against every embedding: the tied lm_head."""
+        return matmul(x, self.weight[...])
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm: computed in float32, cast back, then scaled in the compute dtype, as HF does."""
+
+    def __init__(self, size: int, eps: float, *, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.ones(size, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """Normalise the last axis."""
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return self.weight[...] * normed.astype(x.dtype)

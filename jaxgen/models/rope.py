@@ -1,0 +1,204 @@
+"""How rotary positions are stretched beyond the context that a model was first trained for: HF's `rope_type`s.
+
+Each scheme is a dataclass of the fields that HF's `rope_parameters` has for it, and changes the frequencies that a
+head is rotated by. All is computed in float32 and in transformers' order of operations: an ulp matters.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+Frequencies = Float[np.ndarray, " half"]
+_F32 = np.float32
+
+
+class Scaling(Protocol):
+    """One scheme; hashable, as part of a config."""
+
+    def frequencies(self, plain: Frequencies, theta: float) -> Frequencies:
+        """The frequencies in the place of the `plain` ones, of base `theta`."""
+        ...
+
+    @property
+    def amplitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Positions divided by `factor`. Source: transformers `_compute_linear_scaling_rope_parameters`."""
+
+    factor: float
+    amplitude = 1.0
+
+    def frequencies(self, plain: Frequencies, theta: float) -> Frequencies:
+        """As `Scaling.frequencies`."""
+        return plain / _F32(self.factor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3:
+    """Slow rotations divided by `factor`, fast ones kept. Source: transformers `_compute_llama3_parameters`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+    amplitude = 1.0
+
+    def frequencies(self, plain: Frequencies, theta: float) -> Frequencies:
+        """As `Scaling.frequencies`."""
+        factor, low = _F32(self.factor), _F32(self.low_freq_factor)
+        context = self.original_max_position_embeddings
+        longest, shortest = (_F32(context / x) for x in (self.low_freq_factor, self.high_freq_factor))
+        wavelength = _F32(2 * math.pi) / plain
+        smooth = (_F32(context) / wavelength - low) / _F32(self.high_freq_factor - self.low_freq_factor)
+        between = (_F32(1) - smooth) * plain / factor + smooth * plain
+        return np.where(wavelength > longest, plain / factor, np.where(wavelength < shortest, plain, between))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """YaRN (arXiv 2309.00071). Source: transformers `_compute_yarn_parameters`."""
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    @property
+    def amplitude(self) -> float:
+        """As `Scaling.amplitude`: scores grow a little with the length."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+
+        def scale(mscale: float = 1) -> float:
+            return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+
+        if self.mscale and self.mscale_all_dim:
+            return scale(self.mscale) / scale(self.mscale_all_dim)
+        return scale()
+
+    def frequencies(self, plain: Frequencies, theta: float) -> Frequencies:
+        """As `Scaling.frequencies`."""
+        half = len(plain)
+        low, high = (self._turns_at(turns, 2 * half, theta) for turns in (self.beta_fast or 32, self.beta_slow or 1))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * half - 1)
+        width = 0.001 if low == high else high - low
+        ramp = np.clip((np.arange(half, dtype=_F32) - _F32(low)) / _F32(width), 0, 1)
+        kept = _F32(1) - ramp
+        stretched = _F32(1) / (_F32(self.factor) * (_F32(1) / plain))
+        return stretched * (_F32(1) - kept) + plain * kept
+
+    def _turns_at(self, turns: float, size: int, theta: float) -> float:
+        """The dimension that rotates so many times within the original context."""
+        context = self.original_max_position_embeddings
+        return size * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+
+SCALINGS: dict[str, type[Any]] = {"linear": Linear, "llama3": Llama3, "yarn": Yarn}
+FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+
+
+def plain_frequencies(size: int, theta: float) -> Frequencies:
+    """The frequency of each pair of a head's dimensions. Source: Su et al. 2021 (arXiv 2104.09864)."""
+    exponents = np.arange(0, size, 2, dtype=_F32) / _F32(size)
+    return _F32(1) / _F32(theta) ** exponents
+
+
+def name_of(scaling: Any) -> str:
+    """HF's `rope_type`."""
+    return next((name for name, kind in SCALINGS.items() if isinstance(scaling, kind)), "default")
+
+
+def to_hf(scaling: Any) -> dict[str, Any]:
+    """The fields of HF's `rope_parameters`, without the base."""
+    given = {} if scaling is None else dataclasses.asdict(scaling)
+    kept = {name: value for name, value in given.items() if value is not None and (name, value) != ("truncate", True)}
+    return {"rope_type": name_of(scaling), **kept}
+
+
+def read(fields: Mapping[str, Any], types: tuple[str, ...], context: Any) -> tuple[Any, Any, list[str], list[str]]:
+    """Base, scaling, what is refused and what is wrong, of a config.json in transformers' old or new spelling.
+
+    `types`: the schemes that the family has; `context`: `max_position_embeddings`, which YaRN's fields are
+    completed by.
+    """
+    bases = {"rope_theta": fields["rope_theta"]} if fields.get("rope_theta") is not None else {}
+    scalings: dict[str, Any] = {}
+    refused, problems = [], []
+    for name in ("rope_scaling", "rope_parameters"):
+        given = fields.get(name)
+        if given is None:
+            continue
+        if not isinstance(given, Mapping):
+            problems.append(f"{name}={given!r:.80} must be an object or null")
+            continue
+        given = dict(given)
+        if "rope_theta" in given:
+            bases[f"{name}.rope_theta"] = given.pop("rope_theta")
+        kind = given.get("rope_type", given.get("type"))
+        if isinstance(kind, str) and kind in types and kind in SCALINGS:
+            given = {key: value for key, value in given.items() if key not in ("rope_type", "type")}
+            scalings[name] = _scaling(kind, given, fields, context, name, refused, problems)
+            continue
+        for key, value in given.items():
+            if not (key in ("rope_type", "type") and value in ("default", None)):
+                known = " or ".join(f"rope_type={kind!r}" for kind in types)
+                refused.append(f"{name}.{key:.80}={value!r:.80} is not supported; jaxgen implements {known}")
+    theta = next(iter(bases.values()), 10000.0)
+    if any(value != theta for value in bases.values()):
+        problems.append(f"contradicting RoPE bases: {bases!r:.200}")
+    scaling = next(iter(scalings.values()), None)
+    if not refused and not problems and any(other != scaling for other in scalings.values()):
+        problems.append(f"contradicting RoPE scalings: {scalings!r:.200}")
+    return theta, scaling, refused, problems
+
+
+def _scaling(
+    kind: str,
+    given: dict[str, Any],
+    fields: Mapping[str, Any],
+    context: Any,
+    name: str,
+    refused: list[str],
+    problems: list[str],
+) -> Any:
+    known = {field.name: field for field in dataclasses.fields(SCALINGS[kind])}
+    given = {key: value for key, value in given.items() if value is not None}
+    if given.get("partial_rotary_factor") == 1.0:
+        del given["partial_rotary_factor"]
+    if "original_max_position_embeddings" in known:
+        original = fields.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
+        given["original_max_position_embeddings"] = context if original is None else original
+    if kind == "yarn" and "factor" not in given and _is_number(context):
+        original = given["original_max_position_embeddings"]
+        given["factor"] = context / original if _is_number(original) else original
+    for key in given.keys() - known.keys():
+        refused.append(f"{name}.{key:.80}={given[key]!r:.80} is not supported with rope_type={kind!r}")
+    wrong = [
+        f"{name}.{key}={value!r:.80} must be {'true or false' if key == 'truncate' else 'a positive number'}"
+        for key, value in given.items()
+        if key in known and not (isinstance(value, bool) if key == "truncate" else _is_number(value))
+    ]
+    missing = [key for key, field in known.items() if field.default is dataclasses.MISSING and key not in given]
+    wrong += [f"{name}.{key} is missing, which rope_type={kind!r} needs" for key in missing]
+    if not wrong and kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
+        wrong.append(f"{name}.high_freq_factor={given['high_freq_factor']} must be above low_freq_factor")
+    problems += wrong
+    return None if wrong else SCALINGS[kind](**{key: value for key, value in given.items() if key in known})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 < value < 1e30

@@ -1,0 +1,126 @@
+"""The one table between Hugging Face tensors and the parameters of `models/decoder.py`, for loading and saving."""
+
+import dataclasses
+import re
+
+import numpy as np
+
+from jaxgen.models.config import DecoderConfig
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+# Buffers that transformers once saved beside the weights; every model computes them from its config.
+_LEGACY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One HF tensor and the rows of a parameter that it fills.
+
+    The parameter, seen with shape `within`, holds the tensor at index `at`. Only axis 0 is split, so this is a
+    view of the parameter, for reading and writing without a copy.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    within: tuple[int, ...]
+    at: tuple[int | slice, ...] = ()
+    has_bias: bool = False  # whether the model adds a bias to this weight's product
+
+    def view(self, parameter: np.ndarray) -> np.ndarray:
+        """The part's rows as a view of the contiguous `parameter`, in HF's order.
+
+        The last axis may have any length: scales and packed weights have the same rows as the weight itself.
+        """
+        return parameter.reshape(*self.within[:-1], -1)[self.at]
+
+
+def parameter_parts(config: DecoderConfig) -> dict[str, tuple[Part, ...]]:
+    """For each parameter of a model (dotted path), the HF tensors that make it up.
+
+    In HF's order, embedding first. Source: `jaxgen/models/decoder.py`, which defines the two fused layouts.
+    """
+    table = _same(EMBEDDING, config.vocab_size, config.hidden_size)
+    for index in range(config.num_hidden_layers):
+        table |= _layer_parts(f"model.layers.{index}.", config)
+    table |= _same("model.norm.weight", config.hidden_size)
+    if not config.tie_word_embeddings:
+        table |= _same(HEAD, config.vocab_size, config.hidden_size)
+    return table
+
+
+def is_legacy_buffer(name: str) -> bool:
+    """Whether a tensor is a rotary buffer of old checkpoints, which carries no information."""
+    return _LEGACY_BUFFER.fullmatch(name) is not None
+
+
+def logical_axes(config: DecoderConfig) -> dict[str, tuple[str | None, ...]]:
+    """What each axis of each parameter stands for, by dotted path: what a mesh would be mapped to.
+
+    "heads" are key-value heads with all that belongs to them, "mlp" feed-forward units, "embed" the residual stream.
+
+    >>> from jaxgen import MistralConfig
+    >>> logical_axes(MistralConfig())["model.layers.0.self_attn.o_proj.weight"]
+    ('embed', 'heads')
+    """
+    axes: dict[str, tuple[str | None, ...]] = {}
+    for name in parameter_parts(config):
+        module, kind = name.split(".")[-2:]
+        rows, columns = _AXES.get(module, (None, None))
+        axes[name] = (rows, columns) if kind == "weight" and module in _AXES else (rows,)
+    return axes
+
+
+_AXES = {
+    "embed_tokens": ("vocab", "embed"),
+    "qkv_proj": ("heads", "embed"),
+    "o_proj": ("embed", "heads"),
+    "gate_up_proj": ("mlp", "embed"),
+    "down_proj": ("embed", "mlp"),
+    "lm_head": ("vocab", "embed"),
+}
+
+
+def _layer_parts(layer: str, config: DecoderConfig) -> dict[str, tuple[Part, ...]]:
+    width, ffn, size = config.hidden_size, config.intermediate_size, config.head_size
+    kv_heads, groups = config.num_key_value_heads, config.query_groups
+    attention, mlp = f"{layer}self_attn.", f"{layer}mlp."
+    queries, every = kv_heads * groups * size, slice(None)
+
+    def qkv(kind: str, *columns: int) -> tuple[Part, ...]:
+        within, biased = (kv_heads, groups + 2, size, *columns), config.qkv_bias
+        return (
+            Part(f"{attention}q_proj.{kind}", (queries, *columns), within, (every, slice(groups)), biased),
+            Part(f"{attention}k_proj.{kind}", (kv_heads * size, *columns), within, (every, groups), biased),
+            Part(f"{attention}v_proj.{kind}", (kv_heads * size, *columns), within, (every, groups + 1), biased),
+        )
+
+    def gate_up(kind: str, *columns: int) -> tuple[Part, ...]:
+        within, biased = (ffn, 2, *columns), config.mlp_bias
+        return (
+            Part(f"{mlp}gate_proj.{kind}", (ffn, *columns), within, (every, 0), biased),
+            Part(f"{mlp}up_proj.{kind}", (ffn, *columns), within, (every, 1), biased),
+        )
+
+    table = {f"{attention}qkv_proj.weight": qkv("weight", width)}
+    if config.qkv_bias:
+        table |= {f"{attention}qkv_proj.bias": qkv("bias")}
+    table |= _same(f"{attention}o_proj.weight", width, queries, has_bias=config.o_bias)
+    if config.o_bias:
+        table |= _same(f"{attention}o_proj.bias", width)
+    if config.qk_norm:
+        table |= _same(f"{attention}q_norm.weight", size) | _same(f"{attention}k_norm.weight", size)
+    table |= {f"{mlp}gate_up_proj.weight": gate_up("weight", width)}
+    if config.mlp_bias:
+        table |= {f"{mlp}gate_up_proj.bias": gate_up("bias")}
+    table |= _same(f"{mlp}down_proj.weight", width, ffn, has_bias=config.mlp_bias)
+    if config.mlp_bias:
+        table |= _same(f"{mlp}down_proj.bias", width)
+    return (
+        table | _same(f"{layer}input_layernorm.weight", width) | _same(f"{layer}post_attention_layernorm.weight", width)
+    )
+
+
+def _same(name: str, *shape: int, has_bias: bool = False) -> dict[str, tuple[Part, ...]]:
+    return {name: (Part(name, shape, shape, has_bias=has_bias),)}
