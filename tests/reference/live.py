@@ -49,7 +49,7 @@ def generate(model: transformers.PreTrainedModel, prompts: list[list[int]], run:
     ids, mask = (torch.from_numpy(x).long() for x in left_padded(prompts))
     # With a window of 1, HF's cache keeps the last `-1 + 1 = -0` tokens, which is all of them (transformers 5.23,
     # DynamicSlidingWindowLayer.update); without a cache the window is right.
-    cache = {"use_cache": False} if model.config.sliding_window == 1 else {}
+    cache = {"use_cache": False} if getattr(model.config, "sliding_window", None) == 1 else {}
     result = model.generate(
         ids, attention_mask=mask, return_dict_in_generate=True, output_scores=True, **run.arguments(), **cache
     )
