@@ -16,6 +16,8 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -51,9 +53,13 @@ _KINDS = {"F32": 0, "Q4_0": 2}
 
 def gguf_bytes(metadata: dict[str, Any] | None = None, *, kind: str = "Q4_0", tied: bool = False) -> bytes:
     """The file of a tiny model; `metadata` replaces fields of METADATA, None leaves one out."""
-    fields = {name: value for name, value in (METADATA | (metadata or {})).items() if value is not None}
+    return gguf_file(METADATA | (metadata or {}), hf_tensors(SHAPE | {"tie_word_embeddings": tied}), kind)
+
+
+def gguf_file(metadata: dict[str, Any], tensors: dict[str, np.ndarray], kind: str = "F32") -> bytes:
+    """The file of `tensors` under HF's names; matrices are of a `kind`."""
+    fields = {name: value for name, value in metadata.items() if value is not None}
     listed, data = b"", b""
-    tensors = hf_tensors(SHAPE | {"tie_word_embeddings": tied})
     for name, weight in tensors.items():
         code = kind if weight.ndim == 2 else "F32"
         payload = weight.tobytes() if code == "F32" else _q4_0(weight)
@@ -74,9 +80,11 @@ def write_gguf(path: Path, metadata: dict[str, Any] | None = None, **options: An
 
 def gguf_name(name: str) -> str:
     """llama.cpp's name of an HF tensor."""
-    path = name.removesuffix(".weight")
+    path, _, kind = name.rpartition(".")
     layer, _, inner = path.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{NAMES[inner]}.weight" if path.startswith("model.layers.") else f"{NAMES[path]}.weight"
+    if path.startswith("model.layers."):
+        return f"blk.{layer}.{NAMES[inner]}.{kind}"
+    return f"{NAMES.get(path, path)}.{kind}"
 
 
 def _text(text: str) -> bytes:

@@ -1,0 +1,300 @@
+"""Families beside Mistral: rows on their own, four bits, GGUF, kernels, speculation, and what is refused.
+
+Their numbers are compared with transformers in tests/oracle/test_families_oracle.py.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxgen import AutoConfig, AutoModelForCausalLM, Int4Config, LlamaConfig, Qwen3Config
+from jaxgen.convert import convert_checkpoint
+from jaxgen.errors import JaxgenError, UnsupportedError
+from jaxgen.kernels import step
+from jaxgen.models.families import config_from_hf, families, family_of
+from jaxgen.models.rope import Llama3, plain_frequencies
+from jaxgen.models.tensors import logical_axes, parameter_parts
+from jaxgen.quant import Int4
+from tests.families import CONFIGS, LLAMA3
+from tests.gguf_files import gguf_file
+from tests.hf_files import write_hf
+from tests.test_rows import BATCH, padded, rows_of, same
+
+BOTH = ["llama, as Llama 3.2", "qwen3, biases, yarn"]
+both = pytest.mark.parametrize("name", BOTH)
+every = pytest.mark.parametrize("name", CONFIGS)
+
+
+def tensors_of(config: Any, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random tensors under HF's names: matrices that keep a signal's size, norms near one, biases that show."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for parts in parameter_parts(config).values():
+        for part in parts:
+            draws = rng.standard_normal(part.shape, np.float32)
+            if len(part.shape) == 2:
+                draws *= 2 * part.shape[1] ** -0.5
+            elif part.name.endswith("bias"):
+                draws *= 0.5
+            else:
+                draws = 1 + 0.2 * draws
+            tensors[part.name] = draws.astype(np.float32)
+    return tensors
+
+
+def written(directory: Path, name: str, **sizes: int) -> Path:
+    fields = CONFIGS[name] | sizes
+    write_hf(directory, fields, tensors_of(config_from_hf(fields)))
+    return directory
+
+
+def load(place: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(place, **{"dtype": "float32", "device_map": "cpu"} | options)
+
+
+def logits(model: Any, ids: Any) -> np.ndarray:
+    output = model(jnp.asarray(ids))
+    return np.asarray(getattr(output, "logits", output))
+
+
+@pytest.fixture(scope="module", params=BOTH)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load(written(tmp_path_factory.mktemp("family"), request.param))
+
+
+@pytest.mark.parametrize("options", ["everything", "beams", "lookup"])
+def test_a_row_depends_on_itself_only(model: Any, options: str):
+    rng, names = np.random.default_rng(0), [f"row {index}" for index in range(BATCH)]
+    rows = [rng.integers(0, 97, length).tolist() for length in (3, 14, 1, 9)]
+    expected = rows_of(model, options, *padded(rows, "left", 0), names)
+    order = [2, 0, 3, 1]
+    shuffled = rows_of(
+        model, options, *padded([rows[i] for i in order], "holes", 3, filler=96), [names[i] for i in order]
+    )
+    assert all(same(row, expected[i], options != "lookup") for row, i in zip(shuffled, order, strict=True))
+    others = [rows[0], *(rng.integers(0, 97, 14).tolist() for _ in range(3))]
+    mixed = rows_of(model, options, *padded(others, "right", 1), [names[0], "a", "b", "c"])
+    assert same(mixed[0], expected[0], options != "lookup")
+    if options != "lookup":
+        alone = rows_of(model, options, np.array([rows[1]]), None, names[1:2], cache_implementation="static")
+        full = rows_of(model, options, *padded(rows, "left", 0), names, cache_implementation="static")
+        assert same(alone[0], full[1], exactly=False)
+
+
+def test_prefill_and_steps_are_one_pass_over_the_text(model: Any):
+    """A prompt, single tokens and several at once, beyond the original context, against the whole text read at once."""
+    ids = np.random.default_rng(1).integers(0, 97, (2, 48))
+    whole = logits(model, ids)
+    tokens, lengths = jnp.asarray(ids[:, :30], jnp.int32), jnp.array([30, 30])
+    last, cache = model.prefill(tokens, lengths, 64)
+    np.testing.assert_allclose(last, whole[:, 29], atol=1e-4)
+    for column in range(30, 40):
+        last, cache = model.step(jnp.asarray(ids[:, column], jnp.int32), jnp.full(2, column), cache)
+        np.testing.assert_allclose(last, whole[:, column], atol=1e-4)
+    hidden, _ = model.extend(jnp.asarray(ids[:, 40:], jnp.int32), jnp.full(2, 40), jnp.full(2, 8), cache)
+    np.testing.assert_allclose(model.logits(hidden), whole[:, 40:], atol=1e-4)
+
+
+def test_an_assistant_of_another_family(model: Any, tmp_path: Path):
+    assistant = load(written(tmp_path, next(name for name in BOTH if model.config.model_type not in name)))
+    ids = np.array([[5, 9, 7, 5, 9]])
+    options = {"max_new_tokens": 20, "eos_token_id": None}
+    expected = model.generate(ids, **options)
+    np.testing.assert_array_equal(model.generate(ids, assistant_model=assistant, **options), expected)
+
+
+@both
+def test_int4_is_the_model_of_the_rounded_weights(name: str, tmp_path: Path):
+    path = written(tmp_path / "plain", name, hidden_size=64, intermediate_size=128, head_dim=32)
+    loaded, plain, ids = load(path, quantization_config=Int4Config(group_size=64)), load(path), [[5, 9, 7, 30, 41, 2]]
+    rounded = logits(loaded, ids)
+    for here, there in zip(plain.model.layers, loaded.model.layers, strict=True):
+        for module in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+            owner, linear = module.split(".")
+            weight = getattr(getattr(there, owner), linear).weight[...]
+            assert isinstance(weight, Int4)
+            getattr(getattr(here, owner), linear).weight = nnx.Param(weight.dequantize())
+    np.testing.assert_allclose(rounded, logits(plain, ids), atol=1e-4)
+    converted = convert_checkpoint(path, tmp_path / "int4", group_size=64)
+    np.testing.assert_allclose(logits(load(converted), ids), rounded, atol=1e-4)
+
+
+def gguf_metadata(config: Any, architecture: str) -> dict[str, Any]:
+    own = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_size,
+        "attention.value_length": config.head_size,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": config.rope_theta,
+    }
+    return {"general.architecture": architecture, "general.name": "Tiny"} | {
+        f"{architecture}.{name}": value for name, value in own.items()
+    }
+
+
+def rotated(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of queries or keys in llama.cpp's order. Source: `LlamaModel.permute` of `convert_hf_to_gguf.py`."""
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
+
+
+def test_gguf_of_llama_3(tmp_path: Path):
+    """With rows in llama.cpp's order, and scaled frequencies as the tensor that llama.cpp makes of them."""
+    scaling = LLAMA3 | {"original_max_position_embeddings": 8192}
+    fields = CONFIGS["llama, as Llama 3.2"] | {"rope_scaling": scaling, "head_dim": 64}
+    config = config_from_hf(fields)
+    tensors = tensors_of(config)
+    write_hf(tmp_path / "hf", fields, tensors)
+    # As llama.cpp's `generate_extra_tensors` computes it.
+    factors = []
+    for frequency in 1 / config.rope_theta ** (np.arange(0, 64, 2) / 64):
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 8192 / 4:
+            factors.append(1.0)
+        elif wavelength > 8192:
+            factors.append(8.0)
+        else:
+            smooth = (8192 / wavelength - 1) / 3
+            factors.append(1 / ((1 - smooth) / 8 + smooth))
+    stored = {
+        name: rotated(tensor, 4 if "q_proj" in name else 2) if "q_proj" in name or "k_proj" in name else tensor
+        for name, tensor in tensors.items()
+    } | {"rope_freqs.weight": np.array(factors, np.float32)}
+    (tmp_path / "m.gguf").write_bytes(gguf_file(gguf_metadata(config, "llama"), stored))
+    model = load(tmp_path / "m.gguf")
+    assert model.config.rope_scaling == Llama3(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
+    assert type(model).__name__ == "LlamaForCausalLM"
+    ids = np.random.default_rng(2).integers(0, 97, (1, 100))
+    np.testing.assert_array_equal(logits(model, ids), logits(load(tmp_path / "hf"), ids))
+
+    stored["rope_freqs.weight"][-1] *= 1.5
+    (tmp_path / "other.gguf").write_bytes(gguf_file(gguf_metadata(config, "llama"), stored))
+    with pytest.raises(UnsupportedError, match="scaled otherwise than Llama 3"):
+        load(tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize(
+    "name, architecture, rotate", [("qwen3", "qwen3", False), ("llama, as Llama 2", "llama", True)]
+)
+def test_gguf_of_others(name: str, architecture: str, rotate: bool, tmp_path: Path):
+    config = config_from_hf(CONFIGS[name])
+    tensors = tensors_of(config)
+    write_hf(tmp_path / "hf", CONFIGS[name], tensors)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    stored = {
+        key: rotated(tensor, heads[key.split(".")[-2]]) if rotate and key.split(".")[-2] in heads else tensor
+        for key, tensor in tensors.items()
+    }
+    (tmp_path / "m.gguf").write_bytes(gguf_file(gguf_metadata(config, architecture), stored))
+    model, ids = load(tmp_path / "m.gguf"), [[5, 9, 7, 30, 41, 2]]
+    assert type(model) is family_of(config)
+    np.testing.assert_array_equal(logits(model, ids), logits(load(tmp_path / "hf"), ids))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama, as Llama 3.2"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_decode_step_of_kernels(name: str, rows: int):
+    """In bfloat16, so as near as two orders of rounding are."""
+    config = config_from_hf(CONFIGS[name] | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32})
+    model = family_of(config)(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    for layer in model.model.layers:
+        if config.qk_norm:  # which are ones otherwise
+            layer.self_attn.q_norm.weight = nnx.Param(jnp.linspace(0.5, 2, 32, dtype=jnp.bfloat16))
+            layer.self_attn.k_norm.weight = nnx.Param(jnp.linspace(2, 0.5, 32, dtype=jnp.bfloat16))
+    assert model._fits_kernels
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 64, (rows, 6)), jnp.int32)
+    lengths = jnp.arange(4, 4 + rows) % 3 + 3
+    _, cache = model.prefill(tokens, lengths, 24)
+    copies = jax.tree.map(jnp.copy, cache)
+    expected, _ = model.step(tokens[:, -1], lengths, cache)
+    got, _ = step.decode_step(model, tokens[:, -1], lengths, copies, interpret=True)
+    error = np.linalg.norm(np.asarray(got - expected)) / np.linalg.norm(np.asarray(expected))
+    assert error < 2e-2
+
+
+def test_biases_of_outputs_keep_to_xla():
+    config = config_from_hf(CONFIGS["llama, all biases, linear"] | {"head_dim": 32})
+    assert not family_of(config)(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)._fits_kernels
+
+
+@every
+def test_every_parameter_has_axes_and_a_place(name: str):
+    config = config_from_hf(CONFIGS[name])
+    abstract = nnx.eval_shape(lambda: family_of(config)(config, rngs=nnx.Rngs(0)))
+    shapes = {".".join(map(str, path)): value.shape for path, value in nnx.to_flat_state(nnx.state(abstract))}
+    parts, axes = parameter_parts(config), logical_axes(config)
+    assert shapes.keys() == parts.keys() == axes.keys()
+    for key, shape in shapes.items():
+        assert len(axes[key]) == len(shape)
+        assert math.prod(shape) == sum(math.prod(part.shape) for part in parts[key])
+        if len(shape) == 2 or key.endswith(".bias"):
+            assert any(axes[key]), key
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"model_type": "gemma3"}, r"model_type='gemma3' is not supported; jaxgen implements 'llama' \(LlamaForCausalLM\)"),
+    ({}, "model_type is missing; jaxgen implements 'llama'"),
+    ({"model_type": ["llama"]}, "is not supported; jaxgen implements"),
+    ({"model_type": "llama", "sliding_window": 5}, "sliding_window=5 is not a field of LlamaConfig"),
+    ({"model_type": "llama", "rope_interleaved": True}, "rope_interleaved=True is not supported"),
+    ({"model_type": "llama", "pretraining_tp": 2}, "pretraining_tp=2 is not supported"),
+    ({"model_type": "llama", "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type='yarn'"),
+    ({"model_type": "llama", "rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
+    ({"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor='2' must be a positive"),
+    ({"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": True}}, "factor=True must be"),
+    ({"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 2.0, "betas": 1}}, "betas=1 is not"),
+    ({"model_type": "llama", "rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor=1.0 must"),
+    ({"model_type": "llama", "rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"factor": 2.0}}, "contradicting"),
+    ({"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "must be a positive number"),
+    ({"model_type": "llama", "rope_scaling": 7}, "rope_scaling=7 must be an object or null"),
+    ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window=True is not supported"),
+    ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+    ({"model_type": "qwen3", "layer_types": 3}, "layer_types=3"),
+    ({"model_type": "qwen3", "attention_bias": 1}, "attention_bias=1 must be true or false"),
+    ({"model_type": "qwen3", "num_experts": 8}, "num_experts=8 is not a field of Qwen3Config"),
+])  # fmt: skip
+def test_what_is_refused(fields: dict[str, Any], message: str):
+    with pytest.raises(JaxgenError, match=message):
+        config_from_hf(fields)
+
+
+def test_what_a_constructor_refuses():
+    with pytest.raises(JaxgenError, match=r"LlamaConfig: .*factor is missing"):
+        LlamaConfig(rope_scaling={"rope_type": "llama3"})
+    with pytest.raises(JaxgenError, match="head_dim=7 must be even"):
+        Qwen3Config(head_dim=7)
+    assert hash(LlamaConfig(rope_scaling=LLAMA3)) == hash(LlamaConfig(rope_scaling=dict(LLAMA3)))
+    assert LlamaConfig(rope_scaling=LLAMA3) != LlamaConfig()
+
+
+def test_auto_config_is_of_the_family(tmp_path: Path):
+    config = AutoConfig.from_pretrained(written(tmp_path, "qwen3"), num_hidden_layers=1)
+    assert isinstance(config, Qwen3Config) and config.num_hidden_layers == 1
+    model = AutoModelForCausalLM.from_config(config)
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    with pytest.raises(JaxgenError, match="Qwen3Config has no field 'hiden_size'"):
+        AutoConfig.from_pretrained(tmp_path, hiden_size=3)
+
+
+def test_families_say_what_the_readers_need():
+    assert len({kind.config_class.model_type for kind in families()}) == len(families())
+    for kind in families():
+        assert kind.config_class.architecture == kind.__name__
+        assert kind.config_class().to_hf()["architectures"] == [kind.__name__]
+
+
+def test_plain_frequencies_are_those_of_the_paper():
+    np.testing.assert_allclose(plain_frequencies(8, 10000.0), [1, 0.1, 0.01, 0.001], rtol=1e-6)
