@@ -23,6 +23,7 @@ from jaxgen.models.tensors import logical_axes, parameter_parts
 from jaxgen.quant import Int4
 from tests.families import CONFIGS, LLAMA3
 from tests.gguf_files import gguf_file
+from tests.helpers import some_slow
 from tests.hf_files import write_hf
 from tests.test_rows import BATCH, padded, rows_of, same
 
@@ -67,7 +68,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return load(written(tmp_path_factory.mktemp("family"), request.param))
 
 
-@pytest.mark.parametrize("options", ["everything", "beams", "lookup"])
+@pytest.mark.parametrize(
+    "options", some_slow(["few", "everything", "beams", "lookup"], lambda options: options != "few")
+)
 def test_a_row_depends_on_itself_only(model: Any, options: str):
     rng, names = np.random.default_rng(0), [f"row {index}" for index in range(BATCH)]
     rows = [rng.integers(0, 97, length).tolist() for length in (3, 14, 1, 9)]
@@ -291,7 +294,8 @@ def test_auto_config_is_of_the_family(tmp_path: Path):
 
 def test_families_say_what_the_readers_need():
     assert len({kind.config_class.model_type for kind in families()}) == len(families())
-    for kind in families():
+    kinds: list[Any] = families()
+    for kind in kinds:
         assert kind.config_class.architecture == kind.__name__
         assert kind.config_class().to_hf()["architectures"] == [kind.__name__]
 

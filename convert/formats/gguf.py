@@ -192,7 +192,7 @@ def _family(metadata: dict[str, Any]) -> Any:
         readable = " or ".join(repr(name) for name in sorted(known))
         raise UnsupportedError(f"general.architecture={architecture!r:.80} is not supported; jaxgen reads {readable}")
     name, window = str(metadata.get("general.name", "")).lower(), f"{architecture}.attention.sliding_window"
-    fitting = [
+    fitting: list[Any] = [
         kind
         for kind in families()
         if kind.gguf is not None and kind.gguf.architecture == architecture

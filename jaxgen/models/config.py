@@ -81,10 +81,10 @@ class DecoderConfig:
     # What the block asks; a family makes a field or a property of what it has.
     sliding_window: ClassVar[int | None] = None
     rope_scaling: ClassVar[Any] = None
-    qkv_bias: ClassVar[bool] = False
-    o_bias: ClassVar[bool] = False
-    mlp_bias: ClassVar[bool] = False
-    qk_norm: ClassVar[bool] = False
+    qkv_bias: ClassVar[Any] = False
+    o_bias: ClassVar[Any] = False
+    mlp_bias: ClassVar[Any] = False
+    qk_norm: ClassVar[Any] = False
 
     is_encoder_decoder = False
     use_cache = True  # scripts that train set it; jaxgen generates with a cache, and trains without
