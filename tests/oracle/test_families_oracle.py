@@ -15,7 +15,7 @@ import transformers
 import jaxgen
 from jaxgen.models.families import config_from_hf
 from tests.families import CONFIGS, ORIGINAL_CONTEXT
-from tests.oracle.test_beam_oracle import SMALLEST_LEAD, Watched
+from tests.oracle.beams import SMALLEST_LEAD, Watched
 from tests.oracle.test_generate_oracle import agreed
 from tests.reference import live
 from tests.reference.cases import Run, left_padded, with_holes
