@@ -57,7 +57,7 @@ class Watched:
     def generate(self, prompt: list[int], **options: Any) -> tuple[SimpleNamespace, bool]:
         """Its result for one row, and whether every decision was clear."""
         self.lead = np.inf
-        cache = {"use_cache": False} if self.model.config.sliding_window == 1 else {}
+        cache = {"use_cache": False} if getattr(self.model.config, "sliding_window", None) == 1 else {}
         result = self.model.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             return_dict_in_generate=True, output_scores=True, **options, **cache,
