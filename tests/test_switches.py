@@ -1,7 +1,12 @@
 """JAX's switches for the whole process, as research code sets them, change no byte of what jaxgen computes."""
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +18,7 @@ import jaxgen
 from jaxgen import GenerationConfig, MistralForCausalLM, demo
 from jaxgen.convert.quantize.gptq import gptq
 from jaxgen.quant import quantize
+from tests.formats.digests import digests
 
 PROMPT = np.array([[0, 0, 1, 7, 19, 7, 19, 7], [1, 5, 9, 30, 31, 30, 31, 30]])
 MASK = (PROMPT > 0).astype(int)
@@ -114,3 +120,15 @@ def test_loading_does_not_depend_on_them(switch: str):
         for one, other in zip(weights(), expected, strict=True):
             assert one.dtype == other.dtype
             np.testing.assert_array_equal(one, other)
+
+
+def test_quantisers_and_readers_of_files_make_the_same_bytes_in_a_process_of_64_bits(tmp_path):
+    expected = digests(tmp_path)
+    command = [sys.executable, "-m", "tests.formats.digests"]
+    environment = os.environ | {"JAX_ENABLE_X64": "1"}
+    root = Path(__file__).parents[1]
+    found = json.loads(subprocess.check_output(command, cwd=root, env=environment, timeout=300))
+    assert {name for name in expected if found.get(name) != expected[name]} == set()
+    assert {"rtn", "gptq", "autoround"} <= expected.keys()
+    formats = ("compressed-", "gptq-", "awq", "autoround-", "bitsandbytes", "MLX", "GGUF")
+    assert [kind for kind in formats if not any(name.startswith(kind) for name in expected)] == []
