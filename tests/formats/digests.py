@@ -15,16 +15,16 @@ import numpy as np
 from flax import nnx
 
 from jaxgen import AutoModelForCausalLM
-from jaxgen.config import MistralConfig
 from jaxgen.convert.checkpoint import Checkpoint
 from jaxgen.convert.formats import detect
 from jaxgen.convert.formats.ggml_blocks import FLOATS, FOUR_BITS
 from jaxgen.convert.formats.mlx import open_mlx
-from jaxgen.convert.names import Part
 from jaxgen.convert.quantize.autoround import AutoRound
 from jaxgen.convert.quantize.forward import advance
 from jaxgen.convert.quantize.gptq import gptq
 from jaxgen.convert.quantize.layers import Layers
+from jaxgen.models.mistral import MistralConfig
+from jaxgen.models.tensors import Part
 from jaxgen.quant import quantize
 from tests.formats.files import UNIFORM, load
 from tests.gguf_files import write_gguf
