@@ -74,7 +74,10 @@ def support() -> str:
 
 
 # What is said of a section of options, and the pages that its words lead to.
-SAID = {"Sampling": "These count when `do_sample=True`, in this order.\n\n"}
+SAID = {
+    "Processors": "They run in this order; those of sampling stand before the watermark.\n\n",
+    "Sampling": "These count when `do_sample=True`, in this order.\n\n",
+}
 LINKS = {"`WatermarkingConfig`": "processors.md", "`GenerateOutput`": "generate.md"}
 
 

@@ -79,7 +79,7 @@ def _rows(table: type) -> dict[str, Option]:
 
 _length, _strategy, _sampling, _processor, _output, _cache = (
     functools.partial(_row, section)
-    for section in ("Length and end", "Strategy", "Sampling", "Other processors", "Output", "Cache")
+    for section in ("Length and end", "Strategy", "Sampling", "Processors", "Output", "Cache")
 )
 _detail = functools.partial(_output, needs="return_dict_in_generate")
 _special = functools.partial(_length, shown="the checkpoint's")
@@ -103,7 +103,7 @@ class Options:
     )
     eos_token_id: int | tuple[int, ...] | None = _special(token_ids, "id or ids that end a row")
     pad_token_id: int | None = _special(integer(0), "what follows the end of a row; without one, the end token")
-    bos_token_id: int | None = _special(integer(0), "the beginning of a text, for a pipeline's empty prompt")
+    bos_token_id: int | None = _special(integer(0), "the beginning of a text, for a call without a prompt")
 
     do_sample: bool | None = _strategy(flag, "draw tokens, instead of taking the most likely one", default=False)
     num_return_sequences: int | None = _strategy(integer(1), "rows per prompt, from one prefill", default=1)
@@ -211,7 +211,7 @@ class Options:
     )
 
     cache_implementation: str | None = _cache(
-        choice("static", "quantized"), 'or "quantized": keys and values in 8 bits', shown='"static"'
+        choice("static", "quantized"), '"static", or "quantized": keys and values in 8 bits', shown='"static"'
     )
     max_cache_len: int | None = _cache(integer(1), "room for so many tokens")
     prefill_chunk_size: int | None = _cache(integer(1), "read prompts so many tokens at a time")

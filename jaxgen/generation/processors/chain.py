@@ -27,28 +27,27 @@ def chain_of(
     Source: transformers `GenerationMixin._get_logits_processor`.
     """
     values = {**vars(config), "logits_processor": user, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn}
-    _check_tokens(values, vocab_size)
+    on = [*_in_order(values)]
+    _check_tokens(values, {name: processor for name, processor, _ in on}, vocab_size)
     call = Call(values, config.eos_token_ids, beams)
-    chain = [
-        processor.of(values[name], call)
-        for name, processor, sampling in _in_order(values)
-        if config.do_sample or not sampling
-    ]
+    chain = [processor.of(values[name], call) for name, processor, sampling in on if config.do_sample or not sampling]
     return tuple(processor for processor in chain if processor is not None)
 
 
 def _in_order(values: Mapping[str, Any]) -> Iterator[tuple[str, type[Processor], bool]]:
     """The options that are on and have a processor: name, processor, and whether only sampling uses it."""
+    ahead = {row.before: (name, row) for name, row in ARGUMENTS.items() if row.before}
     for name, option in OPTIONS.items():
-        behind = [(argument, row) for argument, row in ARGUMENTS.items() if row.before == name]
-        for each, row in (*behind, (name, option)):
-            if row.processor and row.is_on(values[each]):
+        if option.processor is None:
+            continue
+        for each, row in (ahead[name], (name, option)) if name in ahead else ((name, option),):
+            if row.processor is not None and row.is_on(values[each]):
                 yield each, row.processor, row.only_sampling
 
 
-def _check_tokens(values: Mapping[str, Any], vocab_size: int) -> None:
+def _check_tokens(values: Mapping[str, Any], on: Mapping[str, type[Processor]], vocab_size: int) -> None:
     """Raise for token ids that the model does not have, and for tokens that are forced and suppressed at once."""
-    tokens = {name: tuple(processor.tokens_in(values[name])) for name, processor, _ in _in_order(values)}
+    tokens = {name: tuple(processor.tokens_in(values[name])) for name, processor in on.items()}
     for name, ids in tokens.items():
         if (largest := max(ids, default=0)) >= vocab_size:
             raise JaxgenError(f"{name}: token {largest} is outside the model's vocabulary of {vocab_size} tokens")
