@@ -81,6 +81,7 @@ def test_it_imports_from_everywhere_around_the_clone(kind: str, clone: Path, tmp
         sources = {path.relative_to(clone) for path in clone.glob("jaxgen/**/*.py") if path.parent.name != "convert"}
         sources |= {Path("jaxgen", path.relative_to(clone)) for path in clone.glob("convert/**/*.py")}
         assert sources == {path.relative_to(site) for path in site.glob("jaxgen/**/*.py")}
+        assert (site / "jaxgen" / "py.typed").is_file()  # or type checkers of users see nothing of it
     dependencies = [path for path in sys.path if path.endswith("-packages")]
     (site / "dependencies.pth").write_text("\n".join(dependencies))  # and not what .pth files there add
     home, elsewhere = clone.parent, tmp_path
