@@ -7,7 +7,7 @@ head is rotated by. All is computed in float32 and in transformers' order of ope
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -16,6 +16,7 @@ Frequencies = Float[np.ndarray, " half"]
 _F32 = np.float32
 
 
+@runtime_checkable
 class Scaling(Protocol):
     """One scheme; hashable, as part of a config."""
 
