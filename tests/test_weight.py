@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from jaxgen import JaxgenError
+from jaxgen import AutoModelForCausalLM, JaxgenError, UnsupportedError, demo
 from jaxgen.generation import compiled
+from jaxgen.generation.weights import split
 from jaxgen.quant import Int4, Lookup4, Quantization, Weight, as_weight, quantize
 from jaxgen.quant.adapted import Adapted
+from jaxgen.records.provenance import facts_of
+from tests.hf_files import CONFIG, hf_tensors, write_hf
 
 RANDOM = np.random.default_rng(0)
 
@@ -48,6 +52,67 @@ class Int8Config(Quantization):
     def quantize(self, weight: np.ndarray, name: str) -> Int8Weight:
         scale = np.abs(weight).max(axis=1).astype(np.float32) / 127
         return Int8Weight(np.round(weight / scale[:, None]).astype(np.int8), scale)
+
+
+def floats(model: Any) -> dict[str, np.ndarray]:
+    """The model's weights by path, dequantised."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    weights = split(model)[1]
+    return {
+        ".".join(map(str, path)): np.asarray(as_weight(weight).dequantize())
+        for (path, _), weight in zip(flat, weights, strict=True)
+    }
+
+
+def test_a_new_kind_of_weight_loads_multiplies_and_generates():
+    """Rows join into the fused parameters, the embedding stays; tokens are those of the same numbers as floats."""
+    model = AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32", quantization_config=Int8Config())
+    plain = AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
+    assert isinstance(model.model.layers[0].self_attn.qkv_proj.weight[...], Int8Weight)
+    assert facts_of(model)["weights"] == ["Int8Weight", "float32"]
+    assert model.get_memory_footprint() < 0.7 * plain.get_memory_footprint()
+    exact = floats(plain)
+    for name, values in floats(model).items():
+        if name.endswith("_proj.weight"):
+            assert 0 < np.abs(values - exact[name]).max() <= np.abs(exact[name]).max() / 127, name
+        else:
+            np.testing.assert_array_equal(values, exact[name])
+
+    for layer, other in zip(plain.model.layers, model.model.layers, strict=True):
+        for mine, theirs in (
+            (layer.self_attn.qkv_proj, other.self_attn.qkv_proj),
+            (layer.self_attn.o_proj, other.self_attn.o_proj),
+            (layer.mlp.gate_up_proj, other.mlp.gate_up_proj),
+            (layer.mlp.down_proj, other.mlp.down_proj),
+        ):
+            mine.weight[...] = as_weight(theirs.weight[...]).dequantize()
+    ids = np.array([[5, 9, 2, 7]])
+    np.testing.assert_allclose(model(ids), plain(ids), atol=1e-5)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    np.testing.assert_array_equal(model.generate(ids, **options), plain.generate(ids, **options))
+
+    with pytest.raises(UnsupportedError, match="quantised weights \\(Int8Weight\\)"):
+        model.save_pretrained("nowhere")
+
+
+def test_a_new_kind_of_weight_on_every_other_way(tmp_path):
+    """Under an adapter, in the head, and in a decode step of kernels, which have none for it."""
+    write_hf(tmp_path / "base", CONFIG, hf_tensors(CONFIG))
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype="float32", quantization_config=Int8Config(lm_head=True)
+    )
+    assert isinstance(model.lm_head.weight[...], Int8Weight)
+    weight = model.model.layers[0].mlp.down_proj.weight[...]
+    assert weight.for_kernels() is weight.as_stored() is weight.bounded() is weight
+    assert weight.kernels().row(jnp.ones((1, weight.shape[1]))) is None
+    x = jnp.asarray(RANDOM.standard_normal((3, weight.shape[1])), jnp.float32)
+    np.testing.assert_array_equal(weight.kernels().alone(x), weight.matmul(x))
+    down, up = jnp.ones((2, weight.shape[1])), jnp.ones((weight.shape[0], 2))
+    adapted = Adapted(weight, down, up)
+    np.testing.assert_allclose(adapted.matmul(x), x @ adapted.dequantize().T, atol=1e-4)
+    with pytest.raises(JaxgenError, match="Int8Config: lm_head=True, but this model's head is its embedding"):
+        write_hf(tmp_path / "tied", config := CONFIG | {"tie_word_embeddings": True}, hf_tensors(config))
+        AutoModelForCausalLM.from_pretrained(tmp_path / "tied", quantization_config=Int8Config(lm_head=True))
 
 
 def of_every_kind() -> list[Weight]:

@@ -7,16 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxgen.quant.adapted import Adapted
-from jaxgen.quant.int4 import Int4
-from jaxgen.quant.lookup import Lookup4
-from jaxgen.quant.matmul import matmul
+from jaxgen.quant.weight import Weight, matmul
 
 
 class QuantizedWeight(nnx.Variable):
-    """An `Int4`, `Lookup4` or `Adapted` in the place of a Linear's `nnx.Param`: read, but never trained."""
+    """A quantised `Weight` in the place of a Linear's `nnx.Param`: read, but never trained."""
 
-    def __getitem__(self, index: Any) -> "Int4 | Lookup4 | Adapted":
+    def __getitem__(self, index: Any) -> Weight:
         """`weight[...]`, as for an array."""
         return self.get_value() if hasattr(self, "get_value") else self.value  # flax before 0.12
 

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, UInt8
 from jaxgen.linear import linear, product
 from jaxgen.lowering import target
 from jaxgen.quant.nibbles import scaled, unpack
-from jaxgen.quant.weight import matmul  # noqa: F401  (as all products)
 
 # XLA:GPU reads int4 and its group scales inside a matrix product only with the first; without the second it splits
 # some of these products along K, and then refuses to fuse them.
