@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from jaxgen.models.llama import LlamaForCausalLM as LlamaForCausalLM
     from jaxgen.models.mistral import MistralConfig as MistralConfig
     from jaxgen.models.mistral import MistralForCausalLM as MistralForCausalLM
+    from jaxgen.models.qwen2 import Qwen2Config as Qwen2Config
+    from jaxgen.models.qwen2 import Qwen2ForCausalLM as Qwen2ForCausalLM
     from jaxgen.models.qwen3 import Qwen3Config as Qwen3Config
     from jaxgen.models.qwen3 import Qwen3ForCausalLM as Qwen3ForCausalLM
     from jaxgen.quant.bitsandbytes import BitsAndBytesConfig as BitsAndBytesConfig
@@ -63,6 +65,8 @@ _HOME = {
     "MistralForCausalLM": "jaxgen.models.mistral",
     "NonFiniteLogitsError": "jaxgen.errors",
     "PastKeyValues": "jaxgen.generation.past",
+    "Qwen2Config": "jaxgen.models.qwen2",
+    "Qwen2ForCausalLM": "jaxgen.models.qwen2",
     "Qwen3Config": "jaxgen.models.qwen3",
     "Qwen3ForCausalLM": "jaxgen.models.qwen3",
     "Record": "jaxgen.records.record",

@@ -38,6 +38,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
             **YARN, "rope_theta": 20000.0, "beta_fast": 16, "mscale": 0.8, "mscale_all_dim": 0.5, "truncate": False,
         },
     },
+    "qwen2": {
+        "model_type": "qwen2", **_SMALL, "rope_theta": 1000000.0, "sliding_window": 64, "use_sliding_window": False,
+        "max_window_layers": 1, "layer_types": ["full_attention"] * 2,
+    },
+    "qwen2, tied": {"model_type": "qwen2", **_SMALL, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "qwen2, yarn": {
+        "model_type": "qwen2", **_SMALL, "rope_theta": 1000000.0, "rope_scaling": {"type": "yarn", **YARN},
+    },
     "qwen3": {
         "model_type": "qwen3", **_SMALL, "head_dim": 32, "rope_theta": 1000000, "use_sliding_window": False,
         "max_window_layers": 2, "sliding_window": None, "layer_types": ["full_attention"] * 2,

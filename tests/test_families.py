@@ -190,7 +190,8 @@ def test_gguf_of_llama_3(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "name, architecture, rotate", [("qwen3", "qwen3", False), ("llama, as Llama 2", "llama", True)]
+    "name, architecture, rotate",
+    [("qwen2", "qwen2", False), ("qwen3", "qwen3", False), ("llama, as Llama 2", "llama", True)],
 )
 def test_gguf_of_others(name: str, architecture: str, rotate: bool, tmp_path: Path):
     config = config_from_hf(CONFIGS[name])
@@ -207,7 +208,7 @@ def test_gguf_of_others(name: str, architecture: str, rotate: bool, tmp_path: Pa
     np.testing.assert_array_equal(logits(model, ids), logits(load(tmp_path / "hf"), ids))
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama, as Llama 3.2"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama, as Llama 3.2"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_decode_step_of_kernels(name: str, rows: int):
     """In bfloat16, so as near as two orders of rounding are."""

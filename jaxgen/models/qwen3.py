@@ -6,6 +6,7 @@ from typing import Any, no_type_check
 from jaxgen.models.causal_lm import DecoderForCausalLM
 from jaxgen.models.config import DecoderConfig
 from jaxgen.models.gguf import Gguf
+from jaxgen.models.qwen2 import Qwen2Config
 
 
 @no_type_check  # as DecoderConfig
@@ -45,13 +46,7 @@ class Qwen3Config(DecoderConfig):
 
     o_bias = qkv_bias
 
-    @classmethod
-    def simplified(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Without `layer_types`, which transformers 5 writes also where all layers are alike."""
-        kinds = fields.get("layer_types")
-        if isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
-            return {name: value for name, value in fields.items() if name != "layer_types"}
-        return fields
+    simplified = Qwen2Config.simplified
 
 
 class Qwen3ForCausalLM(DecoderForCausalLM):

@@ -1,4 +1,4 @@
-"""Llama and Qwen3 against transformers on torch, live: configs, logits, tokens, beams, files, adapters, gradients."""
+"""Llama, Qwen2 and Qwen3 against transformers on torch, live: configs, logits, tokens, beams, files, adapters, gradients."""
 
 import dataclasses
 import json
@@ -85,7 +85,7 @@ def test_configs_mean_the_same_to_transformers(name: str):
     assert config_from_hf(ours.to_hf()) == ours
 
 
-@pytest.mark.parametrize("kind", [jaxgen.LlamaConfig, jaxgen.Qwen3Config])
+@pytest.mark.parametrize("kind", [jaxgen.LlamaConfig, jaxgen.Qwen2Config, jaxgen.Qwen3Config])
 def test_defaults_are_those_of_transformers(kind: Any):
     ours, theirs = kind(), transformers.AutoConfig.for_model(kind.model_type)
     names = names_of(kind)
@@ -169,7 +169,7 @@ def test_gradients_equal_torch(name: str, tmp_path: Path):
             np.testing.assert_allclose(actual, torch_gradients[part.name], atol=2e-5, rtol=2e-3, err_msg=part.name)
 
 
-@pytest.mark.parametrize("name", ["llama, as Llama 3.2", "llama, all biases, linear", "qwen3", "qwen3, biases, yarn"])
+@pytest.mark.parametrize("name", ["llama, as Llama 3.2", "llama, all biases, linear", "qwen2", "qwen3"])
 def test_four_bits_of_transformers(name: str, tmp_path: Path):
     """bitsandbytes' NF4, of all linear layers: biases and norms beside it stay as they are."""
     bnb = pytest.importorskip("bitsandbytes", reason="compares with bitsandbytes")
