@@ -286,6 +286,14 @@ class DecoderConfig:
         return f"{name}={value!r:.80} is not supported; jaxgen implements {supported}"
 
 
+def without_uniform_layers(fields: dict[str, Any]) -> dict[str, Any]:
+    """A config.json without `layer_types`, which transformers 5 writes also where all layers have full attention."""
+    kinds = fields.get("layer_types")
+    if isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
+        return {name: value for name, value in fields.items() if name != "layer_types"}
+    return fields
+
+
 def config_of(name_or_path: Any, trust_remote_code: bool = False, **placed: Any) -> dict[str, Any]:
     """The fields of the config.json of a directory or hub id; `placed` as for `jaxgen.convert.hub.locate`."""
     from jaxgen.convert.hub import locate

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, no_type_check
 
 from jaxgen.models.causal_lm import DecoderForCausalLM
-from jaxgen.models.config import DecoderConfig
+from jaxgen.models.config import DecoderConfig, without_uniform_layers
 from jaxgen.models.gguf import Gguf
 
 
@@ -38,11 +38,8 @@ class Qwen2Config(DecoderConfig):
 
     @classmethod
     def simplified(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Without `layer_types`, which transformers 5 writes also where all layers are alike."""
-        kinds = fields.get("layer_types")
-        if isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
-            return {name: value for name, value in fields.items() if name != "layer_types"}
-        return fields
+        """As `DecoderConfig.simplified`."""
+        return without_uniform_layers(fields)
 
 
 class Qwen2ForCausalLM(DecoderForCausalLM):

@@ -4,9 +4,8 @@ import dataclasses
 from typing import Any, no_type_check
 
 from jaxgen.models.causal_lm import DecoderForCausalLM
-from jaxgen.models.config import DecoderConfig
+from jaxgen.models.config import DecoderConfig, without_uniform_layers
 from jaxgen.models.gguf import Gguf
-from jaxgen.models.qwen2 import Qwen2Config
 
 
 @no_type_check  # as DecoderConfig
@@ -46,7 +45,10 @@ class Qwen3Config(DecoderConfig):
 
     o_bias = qkv_bias
 
-    simplified = Qwen2Config.simplified
+    @classmethod
+    def simplified(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """As `DecoderConfig.simplified`."""
+        return without_uniform_layers(fields)
 
 
 class Qwen3ForCausalLM(DecoderForCausalLM):
