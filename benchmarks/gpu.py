@@ -231,8 +231,8 @@ def check(report: Report, tiny: bool) -> None:
     qkv, cache = normal(1, 3, 2, 6, 128), LayerCache(normal(3, 2, 96, 128), normal(3, 2, 96, 128))
     rotation = (jnp.ones((3, 64), jnp.bfloat16), jnp.zeros((3, 64), jnp.bfloat16))
     positions = jnp.asarray([0, 50, 300], jnp.int32)
-    mixed, _ = attend(qkv, rotation, positions, cache, None, **platform)
-    plain, _ = attend_plainly(qkv, rotation, positions, cache, None)
+    mixed, _ = attend(qkv, rotation, positions, cache, **platform)
+    plain, _ = attend_plainly(qkv, rotation, positions, cache)
     report.add("check", kernel="attend", error=error(mixed, np.asarray(plain, np.float64)))
 
 

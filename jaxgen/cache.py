@@ -7,6 +7,9 @@ back, needs C = W + T.
 
 What is in a slot follows from the newest token's position alone: tokens after it, of padding or of rejected
 drafts, are never seen, and are overwritten before they could be.
+
+A model hands over queries, new keys and values, and positions; what is stored, in which form, and who may see it is
+the cache's affair (`LayerCache.attend`).
 """
 
 import dataclasses
@@ -16,6 +19,36 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from jaxgen.attention import attend, attend_to_slots
+
+
+class Reading:
+    """Which tokens a step reads: their positions, and what each may see, worked out once for layers that are alike.
+
+    Made and used within one trace. `real` is None where every row reads exactly one token.
+    """
+
+    def __init__(self, positions: Int[Array, "B T"], newest: Int[Array, " B"], real: Bool[Array, "B T"] | None = None):
+        self.positions, self.newest, self.real = positions, newest, real
+        self._visible: dict[tuple[int, int | None], Bool[Array, "B T C"]] = {}
+
+    @classmethod
+    def one(cls, positions: Int[Array, " B"]) -> "Reading":
+        """One token per row."""
+        return cls(positions[:, None], positions)
+
+    @classmethod
+    def several(cls, starts: Int[Array, " B"], counts: Int[Array, " B"], length: int) -> "Reading":
+        """T = `length` tokens per row from position `starts` on, of which the first `counts` are real."""
+        column = jnp.arange(length)
+        return cls(starts[:, None] + column, starts + counts - 1, column < counts[:, None])
+
+    def visible(self, slots: int, window: int | None) -> Bool[Array, "B T C"]:
+        """Which slots of a layer each token may read, once all of them are written."""
+        if (slots, window) not in self._visible:
+            self._visible[slots, window] = visible_slots(self.positions, self.newest, slots, window)
+        return self._visible[slots, window]
 
 
 @jax.tree_util.register_dataclass
@@ -32,15 +65,49 @@ class Int8Slots:
 @no_type_check  # JAX rebuilds it around placeholders
 @dataclasses.dataclass
 class LayerCache:
-    """Keys and values of one layer, `[B, K, C, H]` each, as they are or as `Int8Slots`."""
+    """Keys and values of one layer, `[B, K, C, H]` each, as they are or as `Int8Slots`; and the layer's window."""
 
     keys: "Float[Array, 'B K C H'] | Int8Slots"
     values: "Float[Array, 'B K C H'] | Int8Slots"
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})  # tokens that a token looks back
 
     @property
     def slots(self) -> int:
         """C, the slots per row."""
         return jax.tree.leaves(self.keys)[0].shape[2]
+
+    def attend(
+        self,
+        queries: Float[Array, "B T K G H"],
+        keys: Float[Array, "B T K H"],
+        values: Float[Array, "B T K H"],
+        reading: Reading,
+    ) -> tuple[Float[Array, "B T K G H"], "LayerCache"]:
+        """What the tokens that are read make of all that they may see, themselves included; and the cache with them.
+
+        Queries and keys are rotated. Tokens that are not real are not kept, and what they read means nothing.
+        """
+        visible = reading.visible(self.slots, self.window)
+        if reading.real is None:
+            cache = self.write(keys[:, 0], values[:, 0], reading.newest)
+            mixed = attend_to_slots(queries[:, 0], *cache.read(queries.dtype), visible[:, 0])
+            return mixed[:, None], cache
+        cache = self.write_block(keys, values, reading.positions, reading.real)
+        return attend(queries, *cache.read(queries.dtype), visible), cache
+
+    def attend_by_kernel(
+        self,
+        qkv: Float[Array, "S M K P H"],
+        rotation: tuple[Float[Array, "B half"], Float[Array, "B half"]],
+        reading: Reading,
+        *,
+        columns: int = 0,
+        interpret: bool = False,
+    ) -> "tuple[Array, LayerCache]":
+        """`attend` for one token per row, on a GPU, with what comes before: see `jaxgen.kernels.attend`."""
+        from jaxgen.kernels.attend import attend
+
+        return attend(qkv, rotation, reading.newest, self, columns=columns, interpret=interpret)
 
     def read(self, dtype: jnp.dtype) -> tuple[Float[Array, "B K C H"], Float[Array, "B K C H"]]:
         """Keys and values in `dtype`."""
@@ -80,7 +147,20 @@ class LayerCache:
         def one(cache: "Array | Int8Slots", new: Array) -> "Array | Int8Slots":
             return jax.tree.map(put, cache, to_int8(new) if isinstance(cache, Int8Slots) else new)
 
-        return LayerCache(one(self.keys, keys), one(self.values, values))
+        return dataclasses.replace(self, keys=one(self.keys, keys), values=one(self.values, values))
+
+    def resized(self, lengths: Int[Array, " B"], slots: int) -> "LayerCache":
+        """The same tokens in another number of slots: rows of `lengths` tokens, of which the last `slots` are kept."""
+        now = self.slots
+        if slots == now:
+            return self
+        held = jnp.maximum(held_positions(lengths - 1, slots), 0) % now
+
+        def move(x: Array) -> Array:
+            index = held[:, None].reshape(len(x), 1, slots, *(1,) * (x.ndim - 3))
+            return jnp.take_along_axis(x, index, axis=2)
+
+        return jax.tree.map(move, self)
 
 
 KVCache = list[LayerCache]
@@ -119,7 +199,12 @@ def held_positions(last: Int[Array, " B"], slots: int) -> Int[Array, "B C"]:
 
 
 def layer_cache_from_prompt(
-    keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"], lengths: Int[Array, " B"], slots: int, int8: bool
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    lengths: Int[Array, " B"],
+    slots: int,
+    int8: bool,
+    window: int | None = None,
 ) -> LayerCache:
     """A layer's cache after a right-padded prompt of `lengths` real tokens per row.
 
@@ -137,25 +222,13 @@ def layer_cache_from_prompt(
             by_head = jnp.take_along_axis(by_head, held[:, None, :, None], axis=2)
         return to_int8(by_head) if int8 else by_head
 
-    return LayerCache(place(keys), place(values))
+    return LayerCache(place(keys), place(values), window)
 
 
-def resized(cache: KVCache, lengths: Int[Array, " B"], slots: int) -> KVCache:
-    """The same tokens in another number of slots: rows of `lengths` tokens, of which the last `slots` are kept."""
-    now = cache[0].slots
-    if slots == now:
-        return cache
-    held = jnp.maximum(held_positions(lengths - 1, slots), 0) % now
-
-    def move(x: Array) -> Array:
-        index = held[:, None].reshape(len(x), 1, slots, *(1,) * (x.ndim - 3))
-        return jnp.take_along_axis(x, index, axis=2)
-
-    return jax.tree.map(move, cache)
-
-
-def empty_cache(layers: int, rows: int, heads: int, slots: int, head_dim: int, dtype: jnp.dtype, int8: bool) -> KVCache:
-    """A cache without a token."""
+def empty_layer_cache(
+    rows: int, heads: int, slots: int, head_dim: int, dtype: jnp.dtype, int8: bool, window: int | None = None
+) -> LayerCache:
+    """A layer's cache without a token."""
     zeros = jnp.zeros((rows, heads, slots, head_dim), dtype)
     one = to_int8(zeros) if int8 else zeros
-    return [LayerCache(one, one) for _ in range(layers)]
+    return LayerCache(one, one, window)

@@ -146,7 +146,7 @@ def test_add_norm(width: int, parts: int, columns: int):
     assert relative(result, normed(wide(total), weight)) < 6e-3
 
 
-def attended(qkv: Any, cos: Any, sin: Any, positions: np.ndarray, cache: LayerCache, window: int | None) -> Any:
+def attended(qkv: Any, cos: Any, sin: Any, positions: np.ndarray, cache: LayerCache) -> Any:
     """Attention of one token per row in float64, as the text of the paper has it: a loop over what a row remembers."""
     qkv, cos, sin = wide(qkv).sum(0), wide(cos), wide(sin)
     half, slots = cos.shape[1], cache.slots
@@ -171,7 +171,7 @@ def attended(qkv: Any, cos: Any, sin: Any, positions: np.ndarray, cache: LayerCa
         for head in range(qkv.shape[1]):
             keys[row, head, position % slots] = stored(rotated(qkv[row, head, -2], row))
             values[row, head, position % slots] = stored(qkv[row, head, -1])
-            seen = [s for s in range(slots) if held[row, s] >= 0 and position - held[row, s] < (window or 10**9)]
+            seen = [s for s in range(slots) if held[row, s] >= 0 and position - held[row, s] < (cache.window or 10**9)]
             scores = rotated(qkv[row, head, :-2], row) @ keys[row, head, seen].T / np.sqrt(2 * half)
             weights = np.exp(scores - scores.max(1, keepdims=True))
             out[row, head] = weights / weights.sum(1, keepdims=True) @ values[row, head, seen]
@@ -197,18 +197,18 @@ def test_attention(
     rng, dtype = np.random.default_rng(0), jnp.float32  # float32 shows a wrong index that bfloat16 would hide
     qkv = normal(rng, (parts, 3, 2, groups + 2, size), dtype)
     held = [normal(rng, (3, 2, slots, size), dtype) for _ in range(2)]
-    cache = LayerCache(*map(to_int8, held)) if int8 else LayerCache(*held)
+    cache = LayerCache(*map(to_int8, held), window=window) if int8 else LayerCache(*held, window=window)
     angles = rng.uniform(0, 6, (3, size // 2))
     rotation = jnp.asarray(np.cos(angles), dtype), jnp.asarray(np.sin(angles), dtype)
     where, options = jnp.asarray(positions, jnp.int32), {"splits": splits, "block": block, "interpret": True}
-    out, after = attend(qkv, rotation, where, cache, window, **options)
-    expected, keys, values = attended(qkv, *rotation, np.asarray(positions), cache, window)
+    out, after = attend(qkv, rotation, where, cache, **options)
+    expected, keys, values = attended(qkv, *rotation, np.asarray(positions), cache)
     close = 2e-5
     np.testing.assert_allclose(wide(out), expected, atol=close)
     for got, exact in ((after.keys, keys), (after.values, values)):
         numbers = wide(got.values) * wide(got.scales)[..., None] if isinstance(got, Int8Slots) else wide(got)
         np.testing.assert_allclose(numbers, exact, atol=2 * close)
-    columns, _ = attend(qkv, rotation, where, cache, window, columns=16, **options)
+    columns, _ = attend(qkv, rotation, where, cache, columns=16, **options)
     np.testing.assert_array_equal(np.asarray(columns.T[:3]).reshape(out.shape), np.asarray(out))
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxgen.cache import KVCache, resized
+from jaxgen.cache import KVCache
 from jaxgen.generation.controls import Plan
 
 Count = Int[Array | np.ndarray, ""]
@@ -101,7 +101,7 @@ def _continued(past: Past, slots: int) -> tuple[KVCache, Int[Array, " B"]]:
     """The past as the cache of this call: its rows, its number of slots."""
     sources, held = jnp.asarray(past.sources), jnp.asarray(past.held)
     cache = jax.tree.map(lambda x: jnp.take(x, sources, axis=0), past.cache)
-    return resized(cache, held, slots), held
+    return [layer.resized(held, slots) for layer in cache], held
 
 
 def _read_on(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxgen.cache import Int8Slots, LayerCache, visible_slots
+from jaxgen.cache import Int8Slots, LayerCache, Reading
 from jaxgen.kernels import backend
 from jaxgen.kernels.backend import pl
 
@@ -174,7 +174,6 @@ def attend(
     rotation: tuple[Float[Array, "B half"], Float[Array, "B half"]],
     positions: Int[Array, " B"],
     cache: LayerCache,
-    window: int | None,
     *,
     columns: int = 0,
     splits: int | None = None,
@@ -203,7 +202,7 @@ def attend(
         shape = (rows, heads, splits, groups)
         outs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, size), shape, shape)]
     kernel = functools.partial(
-        _kernel, groups=groups, splits=splits, block=block, window=window, int8=int8, interpret=interpret
+        _kernel, groups=groups, splits=splits, block=block, window=cache.window, int8=int8, interpret=interpret
     )
     out, *rest = backend.call(
         kernel, qkv, *rotation, positions, *arrays, grid=(rows, heads, splits), out=[*outs, *abstract], name="attend",
@@ -223,15 +222,13 @@ def attend_plainly(
     rotation: tuple[Float[Array, "B half"], Float[Array, "B half"]],
     positions: Int[Array, " B"],
     cache: LayerCache,
-    window: int | None,
 ) -> tuple[Float[Array, "B K G H"], LayerCache]:
     """The same in plain JAX."""
-    from jaxgen.attention import attend_to_slots, rotate
+    from jaxgen.attention import rotate
 
     dtype = rotation[0].dtype
     fused = qkv.astype(jnp.float32).sum(0).astype(dtype)
     tables = (rotation[0][:, None], rotation[1][:, None])
-    queries, keys = (rotate(x[:, None], tables)[:, 0] for x in (fused[..., :-2, :], fused[..., -2, :]))
-    cache = cache.write(keys, fused[..., -1, :], positions)
-    visible = visible_slots(positions[:, None], positions, cache.slots, window)[:, 0]
-    return attend_to_slots(queries, *cache.read(dtype), visible), cache
+    queries, keys = (rotate(x[:, None], tables) for x in (fused[..., :-2, :], fused[..., -2, :]))
+    mixed, cache = cache.attend(queries, keys, fused[:, None, :, -1], Reading.one(positions))
+    return mixed[:, 0], cache

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxgen.cache import KVCache, LayerCache
+from jaxgen.cache import KVCache, LayerCache, Reading
 from jaxgen.kernels.add_norm import add_norm
-from jaxgen.kernels.attend import attend
 from jaxgen.kernels.int4_rows import as_columns, columns_for
 from jaxgen.kernels.products import Products
 from jaxgen.quant.weight import as_weight
@@ -24,10 +23,11 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Read one token per row at `positions`: float32 logits for the next one, and the cache that holds it."""
     x, delta, caches = model.model.embed_tokens(tokens), None, []
-    rotation = model.rotation(positions[:, None])
+    reading = Reading.one(positions)
+    rotation = model.rotation(reading.positions)
     rotation = rotation[0][:, 0], rotation[1][:, 0]
     for layer, before in zip(model.model.layers, cache, strict=True):
-        x, delta, after = _layer(layer, x, delta, rotation, positions, before, interpret)
+        x, delta, after = _layer(layer, x, delta, rotation, reading, before, interpret)
         caches.append(after)
     with jax.named_scope("lm_head"):
         tied = model.config.tie_word_embeddings
@@ -37,7 +37,7 @@ def decode_step(
 
 
 def _layer(
-    layer: Any, x: Array, delta: Array | None, rotation: Any, positions: Array, cache: LayerCache, interpret: bool
+    layer: Any, x: Array, delta: Array | None, rotation: Any, reading: Reading, cache: LayerCache, interpret: bool
 ) -> tuple[Array, Array | None, LayerCache]:
     attention, mlp, rows = layer.self_attn, layer.mlp, len(x)
     qkv_proj, o_proj, gate_up_proj, down_proj = (
@@ -49,7 +49,7 @@ def _layer(
         qkv = qkv.reshape(*qkv.shape[:2], attention.kv_heads, attention.groups + 2, attention.head_dim)
         qkv = _finished_heads(attention, qkv, x.dtype)
         columns = columns_for(rows) if o_proj.reads_columns(rows) else 0
-        mixed, cache = attend(qkv, rotation, positions, cache, attention.window, columns=columns, interpret=interpret)
+        mixed, cache = cache.attend_by_kernel(qkv, rotation, reading, columns=columns, interpret=interpret)
         mixed = mixed if columns else mixed.reshape(rows, -1)
         x, delta = product_onto(x, mixed, o_proj, columns=bool(columns))
     with jax.named_scope("mlp"):

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.attention import Rotation
-from jaxgen.cache import KVCache, empty_cache, layer_cache_from_prompt, visible_slots
+from jaxgen.cache import KVCache, Reading, empty_layer_cache, layer_cache_from_prompt
 from jaxgen.familiar import FamiliarMethods, answer
 from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.generate import GenerationMixin
@@ -119,7 +119,10 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
         hidden, fresh = self._prompt(tokens, positions, positions < lengths[:, None])
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
         with jax.named_scope("cache"):
-            cache = [layer_cache_from_prompt(keys, values, lengths, slots, int8) for keys, values in fresh]
+            cache = [
+                layer_cache_from_prompt(keys, values, lengths, slots, int8, layer.self_attn.window)
+                for layer, (keys, values) in zip(self.model.layers, fresh, strict=True)
+            ]
         return self.logits(last)[:, 0], cache
 
     def step(
@@ -131,11 +134,11 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
 
             return decode_step(self, tokens, positions, cache)
         x = self.model.embed_tokens(tokens[:, None])
-        rotation = self.rotation(positions[:, None])
-        visible = visible_slots(positions[:, None], positions, cache[0].slots, self.config.sliding_window)[:, 0]
+        reading = Reading.one(positions)
+        rotation = self.rotation(reading.positions)
         caches, delta = [], jnp.zeros_like(x)
         for layer, before in zip(self.model.layers, cache, strict=True):
-            x, delta, after = layer.step(x, delta, rotation, positions, before, visible)
+            x, delta, after = layer.step(x, delta, rotation, reading, before)
             caches.append(after)
         _, hidden = add_and_norm(x, delta, self.model.norm)
         return self.logits(hidden)[: len(x), 0], caches
@@ -148,14 +151,11 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
         Only the first `counts` tokens of a row are real. Returns the last layer's hidden states, which `logits` turns
         into logits, and the cache. Beside a sliding window W the cache must have W + T slots (`cache`).
         """
-        column = jnp.arange(tokens.shape[1])
-        positions, real = starts[:, None] + column, column < counts[:, None]
-        x, rotation = self.model.embed_tokens(tokens), self.rotation(positions)
-        newest = starts + counts - 1
-        visible = visible_slots(positions, newest, cache[0].slots, self.config.sliding_window)
+        reading = Reading.several(starts, counts, tokens.shape[1])
+        x, rotation = self.model.embed_tokens(tokens), self.rotation(reading.positions)
         caches = []
         for layer, before in zip(self.model.layers, cache, strict=True):
-            x, after = layer.extend(x, rotation, positions, real, before, visible)
+            x, after = layer.extend(x, rotation, reading, before)
             caches.append(after)
         return self.model.norm(x), caches
 
@@ -169,7 +169,8 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
     def empty_cache(self, rows: int, slots: int, int8: bool = False) -> KVCache:
         """A cache that holds nothing yet."""
         c = self.config
-        return empty_cache(c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_size, self.dtype, int8)
+        sizes = rows, c.num_key_value_heads, slots, c.head_size
+        return [empty_layer_cache(*sizes, self.dtype, int8, layer.self_attn.window) for layer in self.model.layers]
 
     def _prompt(
         self, ids: Int[Array, "B T"], positions: Int[Array, "B T"], real: Bool[Array, "B T"]

@@ -18,14 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxgen.attention import (
     Rotation,
     allowed_in_prompt,
-    attend,
     attend_to_prompt,
-    attend_to_slots,
     attention_weights,
     rope,
     rotate,
 )
-from jaxgen.cache import LayerCache
+from jaxgen.cache import LayerCache, Reading
 from jaxgen.models.config import DecoderConfig
 from jaxgen.models.layers import Embedding, Linear, RMSNorm
 from jaxgen.residual import add_and_norm
@@ -125,9 +123,8 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B 1 D"],
         delta: Float[Array, "B 1 D"],
         rotation: Rotation,
-        positions: Int[Array, " B"],
+        reading: Reading,
         cache: LayerCache,
-        visible: Bool[Array, "B C"],
     ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B 1 D"], LayerCache]:
         """One token per row, against the cache that it is first written to.
 
@@ -136,10 +133,9 @@ class DecoderLayer(nnx.Module):
         rows = len(x)
         with jax.named_scope("attention"):
             x, normed = add_and_norm(x, delta, self.input_layernorm)
-            queries, keys, values = (heads[:rows, 0] for heads in self.self_attn.project(normed, rotation))
-            cache = cache.write(keys, values, positions)
-            mixed = attend_to_slots(queries, *cache.read(x.dtype), visible)
-            delta = self.self_attn.output(mixed[:, None])
+            queries, keys, values = (heads[:rows] for heads in self.self_attn.project(normed, rotation))
+            mixed, cache = cache.attend(queries, keys, values, reading)
+            delta = self.self_attn.output(mixed)
         with jax.named_scope("mlp"):
             x, normed = add_and_norm(x, delta, self.post_attention_layernorm)
             gate_up = self.mlp.gate_up_proj(normed)[:rows]
@@ -149,16 +145,14 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rotation: Rotation,
-        positions: Int[Array, "B T"],
-        real: Bool[Array, "B T"],
+        reading: Reading,
         cache: LayerCache,
-        visible: Bool[Array, "B T C"],
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """Several tokens per row, against the cache that they are first written to."""
         with jax.named_scope("attention"):
             queries, keys, values = self.self_attn.project(self.input_layernorm(x), rotation)
-            cache = cache.write_block(keys, values, positions, real)
-            x = x + self.self_attn.output(attend(queries, *cache.read(x.dtype), visible))
+            mixed, cache = cache.attend(queries, keys, values, reading)
+            x = x + self.self_attn.output(mixed)
         with jax.named_scope("mlp"):
             return x + self.mlp(self.post_attention_layernorm(x)), cache
 
