@@ -39,8 +39,8 @@ from benchmarks.kernels import kernel_times
 from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
 from jaxgen.cache import LayerCache
 from jaxgen.generation.config import resolve
-from jaxgen.generation.request import Request
-from jaxgen.generation.run import Run
+from jaxgen.generation.execute import advance, prefill, program_for
+from jaxgen.generation.prepare import prepare
 from jaxgen.kernels.add_norm import add_norm
 from jaxgen.kernels.attend import attend, attend_plainly
 from jaxgen.kernels.dense_row import dense_row_product
@@ -147,15 +147,17 @@ def decode_row(model: Any, batch: int, context: int, bandwidth: float) -> dict[s
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, prompt))
     settings = resolve({"max_new_tokens": STEPS + 1}, None, GenerationConfig())
     start = time.perf_counter()
-    run = Run(model, Request.read(model, ids, None, settings))
-    jax.block_until_ready(run.advance(until=1).lengths)  # compiles the loop and does not enter it
+    request = prepare(model, ids, None, settings)
+    program = program_for(model, request)
+    state = advance(program, request, prefill(program, request), until=1)
+    jax.block_until_ready(state.lengths)  # compiles the loop and does not enter it
     compiling = time.perf_counter() - start
     best = float("inf")
     for _ in range(3):
-        run = Run(model, Request.read(model, ids, None, settings))
-        jax.block_until_ready(run.state.lengths)
+        state = prefill(program, request)
+        jax.block_until_ready(state.lengths)
         start = time.perf_counter()
-        jax.block_until_ready(run.advance().lengths)
+        jax.block_until_ready(advance(program, request, state).lengths)
         best = min(best, time.perf_counter() - start)
     per_step = best / STEPS
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size * 2 * context * batch
@@ -173,11 +175,12 @@ def decode_row(model: Any, batch: int, context: int, bandwidth: float) -> dict[s
 def prefill_row(model: Any, length: int) -> dict[str, Any]:
     """Prompt tokens per second of one row."""
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length))
-    request = Request.read(model, ids, None, resolve({"max_new_tokens": 8}, None, GenerationConfig()))
+    request = prepare(model, ids, None, resolve({"max_new_tokens": 8}, None, GenerationConfig()))
+    program = program_for(model, request)
     start = time.perf_counter()
-    jax.block_until_ready(Run(model, request).state.lengths)
+    jax.block_until_ready(prefill(program, request).lengths)
     compiling = time.perf_counter() - start
-    seconds = seconds_of(lambda: Run(model, request).state.lengths)
+    seconds = seconds_of(lambda: prefill(program, request).lengths)
     return {
         "tokens_per_s": round(length / seconds),
         "ms": round(1e3 * seconds, 2),
@@ -255,9 +258,11 @@ def profiles(report: Report, tiny: bool) -> None:
     for batch in (1, 8, 32) if not tiny else (1,):
         ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, 448 if not tiny else 48))
         settings = resolve({"max_new_tokens": STEPS + 1}, None, GenerationConfig())
-        run = Run(model, Request.read(model, ids, None, settings))
-        jax.block_until_ready(run.advance(until=48).lengths)
-        times = kernel_times(lambda: run.advance(until=48 + steps).lengths)  # noqa: B023
+        request = prepare(model, ids, None, settings)
+        program = program_for(model, request)
+        state = advance(program, request, prefill(program, request), until=48)
+        jax.block_until_ready(state.lengths)
+        times = kernel_times(lambda: advance(program, request, state, until=48 + steps).lengths)  # noqa: B023
         made_of = {name: [round(us / steps, 1), round(n / steps, 1)] for name, (us, n) in times.items()}
         report.add("profile", weights="int4", batch=batch, microseconds_and_launches=made_of)
 

@@ -41,7 +41,8 @@ from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
 from jaxgen.generation import compiled
 from jaxgen.generation.config import resolve
 from jaxgen.generation.controls import Plan, controls_of, recipe_of
-from jaxgen.generation.read import Prompts
+from jaxgen.generation.prompts import Prompts
+from jaxgen.generation.search import search_for
 from jaxgen.generation.weights import Structure
 from jaxgen.models.layers import QuantizedWeight
 from jaxgen.quant import Int4, Weight
@@ -147,10 +148,13 @@ def lower(
     rows = (np.zeros((batch, prompt), np.int32), numbers, numbers, np.zeros((batch, 2), np.uint32))
     prompts = abstract(Prompts(*rows, np.zeros(batch, bool)))
     key = abstract(jax.eval_shape(lambda: jax.random.key(0)))
-    models = (structure, weights, None, None)
+    search = search_for(recipe)
+    models = (search, structure, weights, None, None)
     arguments = (*models, prompts, key, controls, plan)
     begun = jax.eval_shape(
-        lambda w, p, k, c: compiled._run_prefill(structure, w, None, None, p, k, c, plan), weights, *arguments[4:7]
+        lambda w, p, k, c: compiled._run_prefill(search, structure, w, None, None, p, k, c, plan),
+        weights,
+        *arguments[5:8],
     )
     if stage == "prefill":
         chosen = compiled._strict_prefill_on_gpu if options.strict else compiled._prefill

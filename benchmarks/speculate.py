@@ -27,9 +27,9 @@ from shapes import SHAPE_125M
 
 import jaxgen
 from jaxgen.generation.config import resolve
+from jaxgen.generation.execute import advance, prefill, program_for
 from jaxgen.generation.options import Extras
-from jaxgen.generation.request import Request
-from jaxgen.generation.run import Run
+from jaxgen.generation.prepare import prepare
 
 SHAPE_SMALL = dataclasses.replace(
     SHAPE_125M, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4
@@ -40,10 +40,11 @@ def decoded(model: Any, ids: np.ndarray, mask: np.ndarray | None, options: dict[
     """The final state of a call, and the seconds that its decode loop took."""
     extras, fields = Extras.take(options)
     config = resolve(fields, None, model.generation_config)
-    run = Run(model, Request.read(model, ids, mask, config, extras=extras))
-    jax.block_until_ready(run.state)
+    request = prepare(model, ids, mask, config, extras=extras)
+    program = program_for(model, request)
+    state = jax.block_until_ready(prefill(program, request))
     start = time.perf_counter()
-    state = run.finish()
+    state = advance(program, request, state)
     jax.block_until_ready(state)
     return state, time.perf_counter() - start
 

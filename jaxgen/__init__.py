@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxgen.generation.config import GenerationConfig as GenerationConfig
     from jaxgen.generation.generate import generate as generate
     from jaxgen.generation.output import GenerateOutput as GenerateOutput
-    from jaxgen.generation.past import PastKeyValues as PastKeyValues
+    from jaxgen.generation.past_key_values import PastKeyValues as PastKeyValues
     from jaxgen.generation.processors.constraint import AllowedTokens as AllowedTokens
     from jaxgen.generation.processors.watermark import WatermarkDetector as WatermarkDetector
     from jaxgen.generation.processors.watermark import WatermarkingConfig as WatermarkingConfig
@@ -64,7 +64,7 @@ _HOME = {
     "MistralConfig": "jaxgen.models.mistral",
     "MistralForCausalLM": "jaxgen.models.mistral",
     "NonFiniteLogitsError": "jaxgen.errors",
-    "PastKeyValues": "jaxgen.generation.past",
+    "PastKeyValues": "jaxgen.generation.past_key_values",
     "Qwen2Config": "jaxgen.models.qwen2",
     "Qwen2ForCausalLM": "jaxgen.models.qwen2",
     "Qwen3Config": "jaxgen.models.qwen3",

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxgen import GenerationConfig, JaxgenError, MistralConfig, MistralForCausalLM, UnsupportedError
-from jaxgen.generation import limits
+from jaxgen.generation import memory
 from tests.helpers import counted
 
 IDS = np.array([[1, 2, 3], [4, 5, 6]])
@@ -172,7 +172,7 @@ def test_what_transformers_calls_its_defaults_is_accepted():
 
 
 def test_memory(model, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(limits, "free_bytes", lambda device: 200_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 200_000)
     # One layer, one key-value head of 8, float32: 64 bytes per token and row.
     config = MistralConfig(**{**vars(model.config), "max_position_embeddings": 10**6, "sliding_window": None})
     big = MistralForCausalLM(config, rngs=nnx.Rngs(0))
@@ -180,7 +180,7 @@ def test_memory(model, monkeypatch: pytest.MonkeyPatch):
     expect(message, lambda: big.generate(IDS, max_new_tokens=3500))
     first = int(big.generate(IDS[:1], max_new_tokens=1)[0, -1])
     assert big.generate(IDS[:1], max_new_tokens=1008, eos_token_id=first).shape == (1, 4)
-    monkeypatch.setattr(limits, "free_bytes", lambda device: 100)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100)
     expect("fewer rows or a shorter prompt", lambda: big.generate(IDS))
 
 
@@ -188,7 +188,7 @@ def test_a_long_prompt_needs_memory_too(model, monkeypatch: pytest.MonkeyPatch):
     """Attention scores of 4 rows of 512 tokens: 2 heads * 512 * 512 * 4 bytes, twice, each; the cache is 1% of that."""
     config = MistralConfig(**{**vars(model.config), "max_position_embeddings": 10**6})
     big = MistralForCausalLM(config, rngs=nnx.Rngs(0))
-    monkeypatch.setattr(limits, "free_bytes", lambda device: 16_000_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 16_000_000)
     expect("use fewer rows or a shorter prompt", lambda: big.generate(np.ones((4, 500), int)))
     assert big.generate(np.ones((1, 500), int), max_new_tokens=1).shape == (1, 501)
 

@@ -22,11 +22,12 @@ from jaxgen.errors import NonFiniteLogitsError
 from jaxgen.generation import beam
 from jaxgen.generation.config import GenerationConfig, resolve
 from jaxgen.generation.controls import Plan, controls_of, recipe_of
+from jaxgen.generation.execute import advance, out_of_time, program_for
+from jaxgen.generation.execute import prefill as first_token
 from jaxgen.generation.options import Extras
-from jaxgen.generation.output import GenerateOutput, Origin, collect
-from jaxgen.generation.read import Prompts
-from jaxgen.generation.request import Request
-from jaxgen.generation.run import Run
+from jaxgen.generation.output import GenerateOutput, collect
+from jaxgen.generation.prepare import prepare
+from jaxgen.generation.prompts import Prompts
 from jaxgen.generation.sample import row_id_words
 from jaxgen.generation.stop import CRITERION
 from tests.helpers import padded, some_slow
@@ -400,12 +401,11 @@ def test_when_time_is_up_the_running_beams_are_the_result(model):
     ids, mask = padded(PROMPTS, "left", 0)
     fields = {name: value for name, value in OPTIONS.items() if name != "seed"} | {"eos_token_id": None}
     config = resolve(fields, None, model.generation_config)
-    request = Request.read(model, ids, mask, config)
-    run = Run(model, request)
-    run.advance(4)
-    state = run.out_of_time()
+    request = prepare(model, ids, mask, config)
+    program = program_for(model, request)
+    state: Any = out_of_time(advance(program, request, first_token(program, request), 4))
     scores = np.asarray(state.scores)[: 4 * 3].reshape(4, 3)
-    result = collect(state, Origin(model, request, 0.0))
+    result = collect(model, request, state)
     assert isinstance(result, GenerateOutput) and result.sequences_scores is not None
     assert result.finish_reason == ["time"] * 8
     assert (result.lengths == 4).all()

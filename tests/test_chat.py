@@ -10,8 +10,8 @@ import pytest
 
 from jaxgen import AutoModelForCausalLM, JaxgenError, cli, demo
 from jaxgen.demo.train import HELICOPTERS, THUG
-from jaxgen.generation.past import PastKeyValues
-from jaxgen.generation.run import Run
+from jaxgen.generation import execute
+from jaxgen.generation.past_key_values import PastKeyValues
 from jaxgen.text.chat import Session, converse, lines_of
 from jaxgen.text.tokenizer import load_tokenizer
 
@@ -193,15 +193,15 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(session):
 
 
 def test_ctrl_c_while_the_device_works(session, monkeypatch):
-    advance, calls = Run.advance, []
+    advance, calls = execute.advance, []
 
-    def interrupted(run: Run, *arguments, **options):
+    def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 8:
             raise KeyboardInterrupt
-        return advance(run, *arguments, **options)
+        return advance(*arguments)
 
-    monkeypatch.setattr(Run, "advance", interrupted)
+    monkeypatch.setattr(execute, "advance", interrupted)
     said = talk(session, "Hello!", "What color is the sky?")
     assert said == ["Hello! How  (stopped)", ANSWERS[1]]
     assert session.messages[1] == {"role": "assistant", "content": "Hello! How "}
@@ -217,7 +217,7 @@ def test_ctrl_c_before_any_answer_leaves_no_trace(session):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "advance", never)
+        patch.setattr(execute, "advance", never)
         assert talk(session, "Hello!") == [" (stopped)"]
     assert session.messages == []
 

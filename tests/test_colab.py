@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name as canonical
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation import limits
+from jaxgen.generation import memory
 from jaxgen.generation.controls import Plan, Recipe
 from jaxgen.generation.prompt import bucket
 from jaxgen.models.mistral import MistralConfig, MistralForCausalLM
@@ -72,14 +72,14 @@ def check(rows: int, total: int, int8_cache: bool = False, chunk: int = 0) -> No
     slots = CONFIG.cache_slots(total, ahead=chunk)
     plan = Plan(Recipe(do_sample=False), samples=1, total=total, slots=slots, int8_cache=int8_cache, chunk=chunk)
     model = SimpleNamespace(config=CONFIG, dtype=np.dtype(np.float16), device=SimpleNamespace(platform="gpu"))
-    limits.check_memory(model, (rows, length), plan)
+    memory.check_memory(model, (rows, length), plan)
 
 
 def test_parameters():
     assert float16_bytes() == 14_483_464_192  # of 7,241,732,096 parameters
     assert int4_bytes() == 4_123_533_312
-    assert limits.kv_bytes_per_token(CONFIG, ITEM) == 2 * 32 * 8 * 128 * 2 == 131_072
-    assert limits.kv_bytes_per_token(CONFIG, ITEM, int8=True) == 2 * 32 * 8 * (128 + 4) == 67_584
+    assert memory.kv_bytes_per_token(CONFIG, ITEM) == 2 * 32 * 8 * 128 * 2 == 131_072
+    assert memory.kv_bytes_per_token(CONFIG, ITEM, int8=True) == 2 * 32 * 8 * (128 + 4) == 67_584
 
 
 @pytest.mark.parametrize("int8_cache", [False, True])
@@ -90,14 +90,14 @@ def test_int4_fits_a_t4(total: int, rows: int, int8_cache: bool, monkeypatch: py
     That is a weight that the prefill unpacks, and the prompt's fresh keys and values before they reach the cache.
     """
     largest_weight = ITEM * 2 * CONFIG.intermediate_size * CONFIG.hidden_size
-    fresh = rows * (total // 2) * limits.kv_bytes_per_token(CONFIG, ITEM)
+    fresh = rows * (total // 2) * memory.kv_bytes_per_token(CONFIG, ITEM)
     free = GPU - int4_bytes() - largest_weight - fresh
-    monkeypatch.setattr(limits, "free_bytes", lambda device: free)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     check(rows, total, int8_cache)
 
 
 def test_eight_long_rows_need_an_int8_cache_and_a_prompt_in_pieces(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(limits, "free_bytes", lambda device: GPU - int4_bytes())
+    monkeypatch.setattr(memory, "free_bytes", lambda device: GPU - int4_bytes())
     for int8_cache in (False, True):
         with pytest.raises(JaxgenError, match=r"8 rows of 8192 tokens .* need 1\d\.\d\d GB .*, and 10\.88 GB are free"):
             check(8, 8192, int8_cache)
@@ -107,7 +107,7 @@ def test_eight_long_rows_need_an_int8_cache_and_a_prompt_in_pieces(monkeypatch: 
 def test_float16_does_not_fit_a_t4(monkeypatch: pytest.MonkeyPatch):
     """Its weights leave half a gigabyte: one row of 4096 tokens needs another one, and is refused with both numbers."""
     free = GPU - float16_bytes()
-    monkeypatch.setattr(limits, "free_bytes", lambda device: free)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     with pytest.raises(JaxgenError, match=r"1 rows of 4096 tokens .* need 0\.99 GB .*, and 0\.52 GB are free"):
         check(1, 4096)
 

@@ -144,19 +144,19 @@ def test_weights_are_arguments_and_the_cache_is_donated(model):
     """The executable holds no weights, and decode updates the cache in place instead of copying it."""
     from jaxgen.generation import compiled
     from jaxgen.generation.config import resolve
-    from jaxgen.generation.request import Request
-    from jaxgen.generation.run import Run
+    from jaxgen.generation.execute import prefill, program_for
+    from jaxgen.generation.prepare import prepare
 
-    request = Request.read(model, prompt(9), None, resolve({"max_new_tokens": 20}, None, model.generation_config))
-    run = Run(model, request)
-    weights = run._models[1]
+    request = prepare(model, prompt(9), None, resolve({"max_new_tokens": 20}, None, model.generation_config))
+    program = program_for(model, request)
+    state, weights = prefill(program, request), program.models[2]
     lowered = compiled._decode._jitted.lower(
-        *run._models, run.state, np.int32(20), request.controls, request.plan.recipe
+        *program.models, state, np.int32(20), request.controls, request.plan.recipe
     )
     executable = lowered.compile()
     memory, compiled_text = executable.memory_analysis(), executable.as_text() or ""
     assert memory is not None
-    cache_bytes = sum(x.nbytes for x in jax.tree.leaves(run.state.cache))
+    cache_bytes = sum(x.nbytes for x in jax.tree.leaves(state.cache))
     weight_bytes = sum(x.nbytes for x in jax.tree.leaves(weights))
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.argument_size_in_bytes >= weight_bytes + cache_bytes

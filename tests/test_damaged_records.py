@@ -147,7 +147,7 @@ def test_mutants(name, monkeypatch):
     model = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
 
     def prepared(self: Any, ids: Any, mask: Any, key: Any, row_ids: Any, **options: Any) -> None:
-        self._request(ids, mask, None, key, None, row_ids, options)
+        self._prepare(ids, mask, None, key, None, row_ids, options)
 
     monkeypatch.setattr(type(model), "generate", prepared)
     monkeypatch.setattr(replay_module, "generation_of", lambda _: copy.deepcopy(outcome))

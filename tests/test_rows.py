@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgen.generation.config import resolve
+from jaxgen.generation.execute import advance, prefill, program_for
 from jaxgen.generation.options import Extras
-from jaxgen.generation.output import GenerateOutput, Origin, collect
+from jaxgen.generation.output import GenerateOutput, collect
+from jaxgen.generation.prepare import prepare
 from jaxgen.generation.processors.constraint import AllowedTokens
-from jaxgen.generation.request import Request
-from jaxgen.generation.run import Run
 from tests.helpers import padded
 from tests.tokenizers import characters
 
@@ -188,11 +188,12 @@ def test_chunking(model, name, rows, stops):
     seed = options.pop("seed")
     extras, fields = Extras.take(options)
     config = resolve(fields, None, model.generation_config)
-    request = Request.read(model, ids, mask, config, seed=seed, extras=extras)
-    run = Run(model, request)
+    request = prepare(model, ids, mask, config, seed=seed, extras=extras)
+    program = program_for(model, request)
+    state = prefill(program, request)
     for until in sorted(stops):
-        run.advance(until)
-    output = collect(run.advance(), Origin(model, request, 0.0))
+        state = advance(program, request, state, until)
+    output = collect(model, request, advance(program, request, state))
     result = read(output, BATCH, ids.shape[1], SETS[name].get("num_beams", 1))
     assert all(same(row, whole, is_exact(name)) for row, whole in zip(result, expected, strict=True))
 

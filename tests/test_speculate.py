@@ -19,10 +19,10 @@ from jaxgen.convert.load import AutoModelForCausalLM as Loader
 from jaxgen.generation import loop, speculate
 from jaxgen.generation.config import resolve
 from jaxgen.generation.controls import Controls, Plan, Recipe
+from jaxgen.generation.execute import Program, advance, prefill, program_for
 from jaxgen.generation.options import Extras
-from jaxgen.generation.read import Prompts
-from jaxgen.generation.request import Request
-from jaxgen.generation.run import Run
+from jaxgen.generation.prepare import Request, prepare
+from jaxgen.generation.prompts import Prompts
 from jaxgen.generation.sample import random_key, row_id_words
 from jaxgen.generation.speculate import NO_DRAFT, Pair, check_assistant, look_up
 from tests.reference.cases import CASES, left_padded
@@ -77,12 +77,21 @@ def drafting(model, stranger):
     return options
 
 
-def run_of(model: MistralForCausalLM, ids: Any, mask: Any = None, row_ids: Any = None, **options: Any) -> Run:
+def run_of(
+    model: MistralForCausalLM, ids: Any, mask: Any = None, row_ids: Any = None, **options: Any
+) -> tuple[Program, Request, Any]:
     """A call of `generate` after its prefill."""
     extras, fields = Extras.take(options)
     seed = fields.pop("seed", 0)
     config = resolve(fields, None, model.generation_config)
-    return Run(model, Request.read(model, ids, mask, config, seed=seed, row_ids=row_ids, extras=extras))
+    request = prepare(model, ids, mask, config, seed=seed, row_ids=row_ids, extras=extras)
+    program = program_for(model, request)
+    return program, request, prefill(program, request)
+
+
+def finished(model: MistralForCausalLM, *arguments: Any, **options: Any) -> Any:
+    """The state at the end of a call."""
+    return advance(*run_of(model, *arguments, **options))
 
 
 def output_of(model: MistralForCausalLM, ids: Any, mask: Any = None, **options: Any) -> GenerateOutput:
@@ -190,12 +199,12 @@ class TestStates:
     def test_chunks_change_nothing(self, model, drafting, drafter, rows, stops):
         """Not even how often what was drafted and accepted."""
         options = SAMPLED | drafting(drafter)
-        whole = run_of(model, *left_padded(rows), **options).finish()
-        run = run_of(model, *left_padded(rows), **options)
+        whole = finished(model, *left_padded(rows), **options)
+        program, request, state = run_of(model, *left_padded(rows), **options)
         for until in sorted(stops):
-            state = run.advance(until)
+            state = advance(program, request, state, until)
             assert (~state.running | (state.lengths - state.prompt_lengths >= until)).all()
-        state = run.finish()
+        state = advance(program, request, state)
         for name in ("tokens", "lengths", "status", "logprobs"):
             np.testing.assert_array_equal(getattr(state, name), getattr(whole, name))
         assert counters(state, BATCH) == counters(whole, BATCH)
@@ -204,19 +213,19 @@ class TestStates:
     @given(batches, batches, st.sampled_from(DRAFTERS))
     def test_neighbours_change_nothing(self, model, drafting, rows, others, drafter):
         options = SAMPLED | drafting(drafter)
-        first = run_of(model, *left_padded(rows), row_ids=[10, 11, 12, 13], **options).finish()
+        first = finished(model, *left_padded(rows), row_ids=[10, 11, 12, 13], **options)
         mixed = left_padded([rows[0], *others[1:]])
-        second = run_of(model, *mixed, row_ids=[10, 7, 8, 9], **options).finish()
+        second = finished(model, *mixed, row_ids=[10, 7, 8, 9], **options)
         assert first.tokens[0, : first.lengths[0]].tolist() == second.tokens[0, : second.lengths[0]].tolist()
         assert counters(first, 1) == counters(second, 1)
 
     def test_a_perfect_assistant_saves_rounds_and_a_stranger_none(self, model, drafting):
         ids, mask = left_padded([[5, 6, 7], [8, 9], [3], [4, 4, 4]])
         options: Any = {"max_new_tokens": 19, "eos_token_id": None}
-        state = run_of(model, ids, mask, **options, **drafting("itself", confidence=0.0)).finish()
+        state = finished(model, ids, mask, **options, **drafting("itself", confidence=0.0))
         # The prefill gives one token, three rounds six each: five drafts and the one that follows them.
         assert counters(state, BATCH) == [[15, 15, 3]] * BATCH
-        state = run_of(model, ids, mask, **options, **drafting("stranger", confidence=0.0)).finish()
+        state = finished(model, ids, mask, **options, **drafting("stranger", confidence=0.0))
         for drafted, accepted, rounds in counters(state, BATCH):
             assert accepted + rounds == 18
             assert 0 <= accepted < 6
@@ -224,13 +233,13 @@ class TestStates:
 
     def test_an_unsure_assistant_drafts_one_token_per_round(self, model, drafting):
         options: Any = {"max_new_tokens": 19, "eos_token_id": None}
-        state = run_of(model, [[5, 6, 7]], **options, **drafting("itself", confidence=1.0)).finish()
+        state = finished(model, [[5, 6, 7]], **options, **drafting("itself", confidence=1.0))
         assert counters(state, 1) == [[9, 9, 9]]
 
     @pytest.mark.parametrize("limit", [1, 2, 3, 7])
     def test_nothing_is_drafted_past_the_limit(self, model, drafting, limit):
         options: Any = {"max_new_tokens": limit, "eos_token_id": None}
-        state = run_of(model, [[5, 6, 7]], **options, **drafting("itself", confidence=0.0)).finish()
+        state = finished(model, [[5, 6, 7]], **options, **drafting("itself", confidence=0.0))
         expected = {1: [0, 0, 0], 2: [0, 0, 1], 3: [1, 1, 1], 7: [5, 5, 1]}[limit]
         assert counters(state, 1) == [expected]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxgen import JaxgenError
+from jaxgen.generation import execute
 from jaxgen.generation.output import GenerateOutput
-from jaxgen.generation.run import Run
 from tests.reference.cases import CASES, NEW_TOKENS, PAD, left_padded
 from tests.reference.read import read
 
@@ -70,14 +70,14 @@ def test_an_end_of_sequence_is_the_first_of_several_reasons(model, batch):
 def test_max_time_ends_what_is_running(model, batch, monkeypatch):
     """After the time is up no further step begins; what there is, is what transformers begins with."""
     ids, mask = batch
-    advance = Run.advance
+    advance = execute.advance
 
-    def slow(run, until=None):
-        jax.block_until_ready(advance(run, until))
+    def slow(*arguments):
+        state = jax.block_until_ready(advance(*arguments))
         time.sleep(0.2)
-        return run.state
+        return state
 
-    monkeypatch.setattr(Run, "advance", slow)
+    monkeypatch.setattr(execute, "advance", slow)
     output = model.generate(ids, mask, max_time=0.1, eos_token_id=None, max_new_tokens=NEW_TOKENS, **OPTIONS)
     assert output.finish_reason == ["time"] * 5
     assert output.lengths.tolist() == [1] * 5  # at least one token, as in HF

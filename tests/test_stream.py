@@ -228,11 +228,11 @@ def test_errors_are_raised_before_anything_runs(model, tokenizer):
 
 
 def test_closing_stops_generating(model, tokenizer, monkeypatch):
-    from jaxgen.generation.run import Run
+    from jaxgen.generation import execute
 
     steps = []
-    advance = Run.advance
-    monkeypatch.setattr(Run, "advance", lambda run, *args, **kwargs: steps.append(1) or advance(run, *args, **kwargs))
+    advance = execute.advance
+    monkeypatch.setattr(execute, "advance", lambda *args: steps.append(1) or advance(*args))
     shown = stream(model, COLORS, tokenizer=tokenizer)
     assert next(shown) == ", "
     shown.close()

@@ -16,12 +16,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgen.cache import KVCache
+from jaxgen.errors import UnsupportedError
+from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.controls import Controls, Plan, Recipe
 from jaxgen.generation.guidance import guided, with_negatives
 from jaxgen.generation.loop import DecodeState, begin, process, unfinished
+from jaxgen.generation.options import Extras
 from jaxgen.generation.processors.select import best_of
-from jaxgen.generation.read import CausalLM, Count, Prompts
+from jaxgen.generation.prompts import CausalLM, Count, Prompts
 from jaxgen.generation.rows import Rows
+from jaxgen.generation.step_outputs import Found
 from jaxgen.generation.stop import BROKEN, LENGTH, RUNNING, TIME, meets_any, raise_if_broken, status_after
 
 # Added to the score of what must not be chosen while there is anything else. Finite, as in HF: if nothing else is
@@ -169,7 +173,7 @@ def append(
             logprobs=put(state.logprobs, onward.logprobs),
             model_logprobs=put(state.model_logprobs, onward.model_logprobs),
             matched=matched,
-            kept=state.kept.put(rows.new_tokens, runs, scores, own),
+            step_outputs=state.step_outputs.put(rows.new_tokens, runs, scores, own),
             scores=kept(onward.scores, state.scores),
             picked=put(state.picked, onward.picked),
             parents=put(state.parents, onward.parents),
@@ -394,3 +398,50 @@ def _with_running(
     # What had not ended gives way to what was still running, however bad.
     order = np.lexsort((-both["scores"], ~both["done"]))[:, :beams]
     return {name: np.take_along_axis(x, order, axis=1).reshape(-1) for name, x in both.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamSearch:
+    """`num_beams` rows per prompt, of which the best sequences are returned. A `Search`."""
+
+    num_beams: int
+    append_only = False
+
+    def check(self, model: Any, config: GenerationConfig, extras: Extras) -> None:
+        """Raise for what needs rows that keep what they were given."""
+        if config.output_attentions or config.output_hidden_states:
+            raise UnsupportedError(
+                "output_attentions and output_hidden_states with num_beams: beams that were given up cannot be read "
+                "again"
+            )
+
+    def rows_per_prompt(self, config: GenerationConfig) -> int:
+        """One for each beam."""
+        return self.num_beams
+
+    def prefill(
+        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
+    ) -> BeamState:
+        """`prefill`."""
+        return prefill(models, prompts, key, controls, plan)
+
+    def decode(self, models: Any, state: Any, until: Count, controls: Controls, recipe: Recipe) -> BeamState:
+        """`decode`."""
+        return decode(models, state, until, controls, recipe)
+
+    def collect(
+        self, state: BeamState, prompts: int, returned: int, controls: Controls, plan: Plan, details: bool
+    ) -> Found:
+        """The best sequences of each prompt; what was recorded per step is of the rows, as in HF."""
+        best = best_sequences(state, prompts, plan.samples, returned, float(controls.length_penalty))
+        if not details:
+            return Found(best.tokens, best.lengths, best.status)
+        rows = prompts * plan.samples
+        steps = int(jax.device_get(state.lengths - state.prompt_lengths)[:rows].max())
+        recorded = state.step_outputs.on_host(rows, steps)
+        column = np.arange(best.tokens.shape[1])
+        for name in {"top_logprobs", "top_ids"} & recorded.keys():  # per token: those of the row that gave it
+            found = recorded[name][best.beam_indices, column]
+            recorded[name] = np.where((column < best.lengths[:, None])[..., None], found, np.zeros_like(found))
+        recorded |= {"sequences_scores": best.scores, "beam_indices": best.beam_indices}
+        return Found(best.tokens, best.lengths, best.status, best.logprobs, best.model_logprobs, recorded)

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation import beam, loop, speculate
-from jaxgen.generation.controls import Recipe
+from jaxgen.generation.search import Search
+from jaxgen.generation.speculate import Pair
 from jaxgen.generation.strict import DETERMINISTIC_OPTIONS
 from jaxgen.lowering import Target, own_rules, tracing_for
 from jaxgen.paths import as_path
@@ -97,31 +97,39 @@ def _used_up(args: tuple[Any, ...]) -> bool:
 
 
 def _run_prefill(
-    structure: Any, weights: Any, drafter: Any, drafter_weights: Any, prompts: Any, key: Any, controls: Any, plan: Any
+    search: Search,
+    structure: Any,
+    weights: Any,
+    drafter: Any,
+    drafter_weights: Any,
+    prompts: Any,
+    key: Any,
+    controls: Any,
+    plan: Any,
 ) -> Any:
     models = _models(structure, weights, drafter, drafter_weights)
-    return search_of(plan.recipe).prefill(models, prompts, key, controls, plan)
+    return search.prefill(models, prompts, key, controls, plan)
 
 
 def _run_decode(
-    structure: Any, weights: Any, drafter: Any, drafter_weights: Any, state: Any, until: Any, controls: Any, recipe: Any
+    search: Search,
+    structure: Any,
+    weights: Any,
+    drafter: Any,
+    drafter_weights: Any,
+    state: Any,
+    until: Any,
+    controls: Any,
+    recipe: Any,
 ) -> Any:
-    return search_of(recipe).decode(
-        _models(structure, weights, drafter, drafter_weights), state, until, controls, recipe
-    )
+    models = _models(structure, weights, drafter, drafter_weights)
+    return search.decode(models, state, until, controls, recipe)
 
 
 def _models(structure: Any, weights: Any, drafter: Any, drafter_weights: Any) -> Any:
     """The model, and with an assistant both."""
     model = structure.module(weights)
-    return model if drafter is None else speculate.Pair(model, drafter.module(drafter_weights))
-
-
-def search_of(recipe: Recipe) -> Any:
-    """The module whose `prefill` and `decode` carry a recipe out."""
-    if recipe.num_beams > 1:
-        return beam
-    return speculate if recipe.drafts else loop
+    return model if drafter is None else Pair(model, drafter.module(drafter_weights))
 
 
 def _describe_prefill(*args: Any) -> str:
@@ -131,13 +139,13 @@ def _describe_prefill(*args: Any) -> str:
 
 
 def _describe_decode(*args: Any) -> str:
-    state = args[4]
+    state = args[5]
     return f"decode[batch={state.tokens.shape[0]}, total={state.tokens.shape[1]}]"
 
 
 # Weights are arguments, never constants of the executable; the state is donated, so the cache is updated in place.
-_PREFILL: dict[str, Any] = {"static_argnums": (0, 2, 7)}
-_DECODE: dict[str, Any] = _PREFILL | {"donate_argnums": 4}
+_PREFILL: dict[str, Any] = {"static_argnums": (0, 1, 3, 8)}
+_DECODE: dict[str, Any] = _PREFILL | {"donate_argnums": 5}
 _prefill = Stage(_run_prefill, _describe_prefill, **_PREFILL)
 _decode = Stage(_run_decode, _describe_decode, **_DECODE)
 _decode_on_gpu = Stage(_run_decode, _describe_decode, compiled_for=Target(gpu_decode=True), **_DECODE)

@@ -1,6 +1,6 @@
 """Read this file to understand jaxgen: a prompt's way through `model.generate`.
 
-    ids and options -> checks -> packed, bucketed prompt -> prefill -> decode loop -> HF's layout
+    ids and options -> prepare: checks, a packed, bucketed prompt -> prefill -> decode -> collect: HF's layout
 
 The host side is numpy; the device runs two executables, `prefill` and `decode`, compiled once per bucket.
 `generate` is the same path as a pure function, for use inside a caller's own jit.
@@ -8,6 +8,7 @@ The host side is numpy; the device runs two executables, `prefill` and `decode`,
 
 import copy
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,21 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgen.errors import JaxgenError, UnsupportedError
-from jaxgen.generation import loop
+from jaxgen.errors import JaxgenError
 from jaxgen.generation.arguments import sorted_out
 from jaxgen.generation.checks import integer
 from jaxgen.generation.config import GenerationConfig, ModelDefaults, resolve
-from jaxgen.generation.controls import Plan, Recipe, controls_of, recipe_of
-from jaxgen.generation.limits import row_limits
+from jaxgen.generation.execute import Chunk, advance, decode, decode_in_chunks, prefill, program_for
 from jaxgen.generation.options import Extras
-from jaxgen.generation.output import Origin, collect
-from jaxgen.generation.prompt import generated, pack
-from jaxgen.generation.read import Prompts
-from jaxgen.generation.request import Request
-from jaxgen.generation.reread import reread
-from jaxgen.generation.run import Run
-from jaxgen.generation.sample import random_key, row_id_words
+from jaxgen.generation.output import collect
+from jaxgen.generation.prepare import Request, prepare
+from jaxgen.generation.prompt import generated
 from jaxgen.generation.score import TextScore, score, transition_scores
 from jaxgen.generation.stop import BROKEN
 from jaxgen.generation.weights import Untracked
@@ -78,12 +73,16 @@ class GenerationMixin:
         >>> tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0]
         'A list of colors: red, blue, green, yellow, orange, purple, pink,'
         """
-        request = self._request(input_ids, attention_mask, generation_config, key, seed, row_ids, options)
+        request = self._prepare(input_ids, attention_mask, generation_config, key, seed, row_ids, options)
         if streamer is None and chunk_size is not None:
             raise JaxgenError(f"chunk_size={chunk_size!r} says how often a streamer looks; there is no streamer=")
         started = time.time()
-        state = Run(self, request).finish() if streamer is None else self._feed(streamer, request, chunk_size)
-        return reread(self, collect(state, Origin(self, request, started)), request)
+        if streamer is not None:
+            return collect(self, request, self._feed(streamer, request, chunk_size), started)
+        now, program = time.monotonic(), program_for(self, request)
+        state = prefill(program, request)
+        state = decode(program, request, state, now)
+        return collect(self, request, state, started)
 
     def stream(
         self,
@@ -137,7 +136,7 @@ class GenerationMixin:
         """
         return transition_scores(sequences, scores, beam_indices, normalize_logits)
 
-    def _request(
+    def _prepare(
         self,
         input_ids: Any,
         attention_mask: Any,
@@ -153,7 +152,7 @@ class GenerationMixin:
         )
         extras, fields = Extras.take(options)
         config = resolve(fields, generation_config, self.stored_generation_config)
-        return Request.read(self, input_ids, attention_mask, config, key, seed, row_ids, extras)
+        return prepare(self, input_ids, attention_mask, config, key, seed, row_ids, extras)
 
     def _feed(self, streamer: Any, request: Request, chunk_size: int | None) -> Any:
         """Generate under the eyes of a streamer; the state at the end."""
@@ -161,12 +160,20 @@ class GenerationMixin:
 
         check_streamer(streamer)
         every = 1 if chunk_size is None else integer(1)("chunk_size", chunk_size)
-        if (request.config.num_beams or 1) > 1:
+        if not request.search.append_only:
             raise JaxgenError("streamer: beam search has no text to show before it ends; use num_beams=1")
-        run = Run(self, request)
+        now, program = time.monotonic(), program_for(self, request)
+        state = prefill(program, request)
         prompt = np.repeat(request.input_ids, request.plan.samples, axis=0)
-        feed(streamer, prompt, run.chunks(every), request.config.filler_id)
-        return run.state
+
+        def chunks() -> Iterator[Chunk]:
+            nonlocal state
+            for chunk in decode_in_chunks(program, request, state, now, every):
+                state = chunk.state
+                yield chunk
+
+        feed(streamer, prompt, chunks(), request.config.filler_id)
+        return state
 
     def warmup(self, batch: int, prompt_length: int, max_new_tokens: int, **options: Any) -> None:
         """Compile what a `generate` call of this size needs, so that the first real one is already fast.
@@ -177,8 +184,10 @@ class GenerationMixin:
         >>> model.warmup(batch=1, prompt_length=10, max_new_tokens=20)
         """
         ids = np.zeros((batch, prompt_length), np.int32)
-        request = self._request(ids, None, None, None, None, None, options | {"max_new_tokens": max_new_tokens})
-        state = Run(self, request).advance(until=1)  # prefill has drawn one: the loop is compiled, not entered
+        request = self._prepare(ids, None, None, None, None, None, options | {"max_new_tokens": max_new_tokens})
+        program = program_for(self, request)
+        # The prefill has drawn one: the loop is compiled, not entered.
+        state = advance(program, request, prefill(program, request), until=1)
         jax.block_until_ready(state.lengths)
 
     @property
@@ -252,26 +261,15 @@ def generate(
     given, unknown = Extras.take(extras)
     if unknown:
         raise JaxgenError(f"{next(iter(unknown))!r} is no argument of jaxgen.generate; options belong in config=")
-    recipe, controls = recipe_of(effective, given), controls_of(effective, model.config.vocab_size, given)
-    _check_pure(effective, given, recipe)
-    if effective.do_sample and key is None:
-        raise JaxgenError("do_sample=True needs key=: jax.random.key(seed)")
-    random, _ = random_key(key, 0 if key is None else None)
-    if random.ndim:
-        if len(random) != len(input_ids):
-            raise JaxgenError(
-                f"key holds {len(random)} keys, input_ids {len(input_ids)} rows; pass one, or one per row"
-            )
-        row_ids = [0] * len(input_ids) if row_ids is None else row_ids
-    prompts, plan, budget = _pure_plan(model, input_ids, attention_mask, effective, recipe, row_ids)
-    controls = jax.tree.map(jnp.asarray, controls)
-    state = loop.prefill(model, prompts, random, controls, plan)
-    state = loop.decode(model, state, jnp.int32(plan.total), controls, recipe)
+    request = prepare(model, input_ids, attention_mask, effective, key, None, row_ids, given, traced=True)
+    search, plan, controls = request.search, request.plan, jax.tree.map(jnp.asarray, request.controls)
+    state = search.prefill(model, request.prompts, request.key, controls, plan)
+    state = search.decode(model, state, jnp.int32(plan.total), controls, plan.recipe)
 
     def new(table: Float[Array, "R S"] | Int[Array, "R S"], fill: float) -> Array:
-        return generated(table, state.prompt_lengths, state.lengths, budget, fill, jnp)
+        return generated(table, state.prompt_lengths, state.lengths, request.new_tokens, fill, jnp)
 
-    prompt = jnp.repeat(jnp.asarray(input_ids, jnp.int32), plan.samples, axis=0)
+    prompt = jnp.repeat(request.input_ids, plan.samples, axis=0)
     sequences = jnp.concatenate([prompt, new(state.tokens, effective.filler_id)], axis=1)
     if not effective.return_dict_in_generate:
         return sequences
@@ -282,53 +280,3 @@ def generate(
         "lengths": state.lengths - state.prompt_lengths,
         "broken": state.status == BROKEN,
     }
-
-
-def _pure_plan(
-    model: Any, input_ids: Any, attention_mask: Any, config: GenerationConfig, recipe: Recipe, row_ids: Any
-) -> tuple[Prompts, Plan, int]:
-    """What `Request` is to `model.generate`, without values; and how many new tokens a row may get at most."""
-    batch, width = input_ids.shape
-    # As if every column were real: how many are is known to the device only.
-    room = np.full(batch, width, np.int32)
-    limits = row_limits(config, room, model.config.max_position_embeddings)
-    total = int(limits.max())
-    # By explicit dtypes: a caller under x64 has 64-bit ids, which our rules do not know.
-    real = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32) != 0
-    tokens, lengths = pack(jnp.asarray(input_ids, jnp.int32), real, jnp)
-    by_length = config.max_new_tokens is None and config.max_length is not None
-    prompts = Prompts(
-        tokens=tokens,
-        lengths=lengths,
-        limits=jnp.full(batch, total) if by_length else lengths + (total - width),
-        row_ids=jnp.asarray(row_id_words(row_ids, batch)),
-        idle=jnp.zeros(batch, bool),
-    )
-    chunk, int8 = config.prefill_chunk_size or 0, config.cache_implementation == "quantized"
-    slots = model.config.cache_slots(total, ahead=chunk)
-    plan = Plan(recipe, config.num_return_sequences or 1, total, slots, int8, chunk)
-    return prompts, plan, total if by_length else total - width
-
-
-def _check_pure(config: GenerationConfig, extras: Extras, recipe: Recipe) -> None:
-    """Raise for what only `model.generate` can do."""
-    refused = {
-        "max_time": config.max_time,
-        "num_beams": recipe.num_beams > 1,
-        "assistant_model": extras.assistant_model,
-        "prompt_lookup_num_tokens": recipe.prompt_lookup,
-        "past_key_values": extras.past_key_values,
-        "strict": extras.strict,
-        "max_cache_len": config.max_cache_len,
-        "negative_prompt_ids": extras.negative_prompt_ids is not None,
-        "negative_prompt_attention_mask": extras.negative_prompt_attention_mask is not None,
-        "guidance_scale": config.guidance_scale not in (None, 1.0),
-        "output_scores": recipe.record_scores,
-        "output_logits": recipe.record_logits,
-        "output_attentions": config.output_attentions,
-        "output_hidden_states": config.output_hidden_states,
-        "top_logprobs": recipe.top_logprobs,
-    }
-    for name, given in refused.items():
-        if given:
-            raise UnsupportedError(f"{name}: not in the pure function jaxgen.generate; use model.generate")

@@ -8,16 +8,20 @@ from typing import Any, TypeVar, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgen.cache import KVCache
+from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.controls import Controls, Plan, Recipe
 from jaxgen.generation.guidance import guided, with_negatives
-from jaxgen.generation.kept import Kept
-from jaxgen.generation.read import CausalLM, Count, Prompts, read_prompts
+from jaxgen.generation.options import Extras
+from jaxgen.generation.prompt import generated
+from jaxgen.generation.prompts import CausalLM, Count, Prompts, prefill_prompts
 from jaxgen.generation.rows import Rows
 from jaxgen.generation.sample import draw, row_keys
-from jaxgen.generation.stop import BROKEN, IDLE, RUNNING, meets_any, status_after
+from jaxgen.generation.step_outputs import Found, StepOutputs
+from jaxgen.generation.stop import BROKEN, IDLE, RUNNING, meets_any, raise_if_broken, status_after
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +42,7 @@ class DecodeState:
     cache: KVCache  # keys and values of tokens 0 .. lengths - 2; the newest token has not been read yet
     matched: Int[Array, " R"] | None  # how far each row is into a stop string
     negative_shift: Int[Array, " R"] | None  # with guidance: a negative row's length minus that of its row
-    kept: Kept  # scores and logits, if asked for
+    step_outputs: StepOutputs  # scores and logits, if asked for
 
     @property
     def running(self) -> Bool[Array, " R"]:
@@ -64,7 +68,7 @@ def begin(
     model: CausalLM, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
 ) -> tuple[DecodeState, Float[Array, "logit_rows V"]]:
     """The state before the first token, and the logits it will be drawn from."""
-    logits, cache = read_prompts(model, prompts, plan)
+    logits, cache = prefill_prompts(model, prompts, plan)
 
     def spread(x: Any) -> Array:
         return jnp.repeat(jnp.asarray(x), plan.samples, axis=0) if plan.samples > 1 else jnp.asarray(x)
@@ -85,7 +89,7 @@ def begin(
         cache=jax.tree.map(spread, cache),
         matched=None if stop_strings is None else stop_strings.start(tokens, lengths),
         negative_shift=None if prompts.negative is None else spread(prompts.negative.lengths) - lengths,
-        kept=Kept.empty(plan.recipe, rows, logits.shape[1]),
+        step_outputs=StepOutputs.empty(plan.recipe, rows, logits.shape[1]),
     )
     return state, spread(logits)
 
@@ -165,7 +169,7 @@ def append_token(
             logprobs=put(state.logprobs, logprobs),
             model_logprobs=put(state.model_logprobs, model_logprobs),
             matched=matched,
-            kept=state.kept.put(rows.new_tokens, runs, scores, logits),
+            step_outputs=state.step_outputs.put(rows.new_tokens, runs, scores, logits),
         )
 
 
@@ -184,3 +188,46 @@ def greedy(scores: Float[Array, "R V"]) -> Int[Array, " R"]:
 def log_prob(scores: Float[Array, "R V"], chosen: Int[Array, " R"]) -> Float[Array, " R"]:
     """log softmax(scores) at the chosen token."""
     return jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0] - jax.nn.logsumexp(scores, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainSearch:
+    """One token after the other, each row alone: greedy, or drawn. A `Search`."""
+
+    append_only = True
+
+    def check(self, model: Any, config: GenerationConfig, extras: Extras) -> None:
+        """There is nothing that this cannot do."""
+
+    def rows_per_prompt(self, config: GenerationConfig) -> int:
+        """One for each sequence that is returned."""
+        return config.num_return_sequences or 1
+
+    def prefill(
+        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
+    ) -> DecodeState:
+        """`prefill`."""
+        return prefill(models, prompts, key, controls, plan)
+
+    def decode(self, models: Any, state: Any, until: Count, controls: Controls, recipe: Recipe) -> DecodeState:
+        """`decode`."""
+        return decode(models, state, until, controls, recipe)
+
+    def collect(
+        self, state: DecodeState, prompts: int, returned: int, controls: Controls, plan: Plan, details: bool
+    ) -> Found:
+        """The rows, as they are."""
+        rows = prompts * plan.samples
+        names = ("tokens", "lengths", "prompt_lengths", "status", *(("logprobs", "model_logprobs") if details else ()))
+        arrays = {name: x[:rows] for name, x in jax.device_get({name: getattr(state, name) for name in names}).items()}
+        lengths, starts, status = arrays["lengths"], arrays["prompt_lengths"], arrays["status"]
+        raise_if_broken(status, lengths - starts)
+        width = int((lengths - starts).max())
+
+        def new(name: str) -> np.ndarray:
+            return generated(arrays[name], starts, lengths, width, arrays[name].dtype.type(0))
+
+        if not details:
+            return Found(new("tokens"), lengths - starts, status)
+        recorded = state.step_outputs.on_host(rows, width)
+        return Found(new("tokens"), lengths - starts, status, new("logprobs"), new("model_logprobs"), recorded)

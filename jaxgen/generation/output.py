@@ -4,32 +4,26 @@ import dataclasses
 import time
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.beam import best_sequences
+from jaxgen.generation.activations import with_activations
 from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.past import PastKeyValues
-from jaxgen.generation.prompt import generated
-from jaxgen.generation.request import Request
-from jaxgen.generation.stop import FINISH_REASON, raise_if_broken
+from jaxgen.generation.past_key_values import PastKeyValues
+from jaxgen.generation.prepare import Request
+from jaxgen.generation.stop import FINISH_REASON
 from jaxgen.generation.weights import references, same_arrays, split
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What gave an output: the model, the call as it was read, and when it began (seconds since 1970)."""
+    """What gave an output: the model, the call as it was prepared, and when it began (seconds since 1970)."""
 
     model: Any
     request: Request
     started: float
     weights: tuple[Any, ...] = ()  # references to the model's arrays, to see whether they have changed since
-
-    def with_weights(self) -> "Origin":
-        """The same, with references to the weights: for results that are kept, since it takes a walk over the model."""
-        return dataclasses.replace(self, weights=references(split(self.model)[1]))
 
     def check(self) -> None:
         """Raise `JaxgenError` if the model has other weights by now than it generated with."""
@@ -107,83 +101,33 @@ class GenerateOutput:
         return html(self)
 
 
-def collect(state: Any, origin: Origin) -> "np.ndarray | GenerateOutput":
-    """Fetch a finished state and lay it out; raises `NonFiniteLogitsError` if a row ran into NaN."""
-    request = origin.request
-    if request.plan.recipe.num_beams > 1:
-        return _collect_beams(state, origin)
-    config, samples = request.config, request.plan.samples
-    rows = request.input_ids.shape[0] * samples
-    names = ["tokens", "lengths", "prompt_lengths", "status"]
-    if config.return_dict_in_generate:
-        names += ["logprobs", "model_logprobs"]
-    arrays = {name: x[:rows] for name, x in jax.device_get({name: getattr(state, name) for name in names}).items()}
-    lengths, prompt_lengths = arrays["lengths"], arrays["prompt_lengths"]
-    counts = lengths - prompt_lengths
-    raise_if_broken(arrays["status"], counts)
-    width = int(counts.max())
+def collect(model: Any, request: Request, state: Any, started: float = 0.0) -> "np.ndarray | GenerateOutput":
+    """Fetch a finished state and lay it out; raises `NonFiniteLogitsError` if a row ran into NaN.
 
-    def new(name: str, fill: float) -> np.ndarray:
-        return generated(arrays[name], prompt_lengths, lengths, width, arrays[name].dtype.type(fill))
-
-    prompt = np.repeat(request.input_ids, samples, axis=0)
-    sequences = np.concatenate([prompt, new("tokens", config.filler_id)], axis=1)
-    if not config.return_dict_in_generate:
-        return sequences
-    drafting: dict[str, Any] = {
-        name: np.asarray(getattr(state, name))[:rows] for name in ("drafted", "accepted") if hasattr(state, name)
-    }
-    return GenerateOutput(
-        sequences=sequences,
-        logprobs=new("logprobs", 0.0),
-        model_logprobs=new("model_logprobs", 0.0),
-        lengths=counts,
-        finish_reason=[FINISH_REASON[int(code)] for code in arrays["status"]],
-        generation_config=config,
-        seed=request.seed,
-        past_key_values=PastKeyValues(origin.model, state, rows, request.plan.recipe.drafts),
-        origin=origin.with_weights(),
-        seconds=time.time() - origin.started,
-        **steps_kept(state.kept, rows, width),
-        **drafting,
-    )
-
-
-def _collect_beams(state: Any, origin: Origin) -> "np.ndarray | GenerateOutput":
-    """The best sequences of each prompt; what was recorded per step is of the rows, as in HF."""
-    request = origin.request
-    config, samples, prompts = request.config, request.plan.samples, len(request.input_ids)
+    `started` is when the call did, in seconds since 1970.
+    """
+    config, plan, prompts = request.config, request.plan, len(request.input_ids)
+    details = bool(config.return_dict_in_generate)
     returned = config.num_return_sequences or 1
-    best = best_sequences(state, prompts, samples, returned, float(request.controls.length_penalty))
-    inside = np.arange(best.tokens.shape[1]) < best.lengths[:, None]
-    new = np.where(inside, best.tokens, config.filler_id).astype(np.int32)
+    found = request.search.collect(state, prompts, returned, request.controls, plan, details)
+    inside = np.arange(found.tokens.shape[1]) < found.lengths[:, None]
+    new = np.where(inside, found.tokens, config.filler_id).astype(np.int32)
     sequences = np.concatenate([np.repeat(request.input_ids, returned, axis=0), new], axis=1)
-    if not config.return_dict_in_generate:
+    if not details:
         return sequences
-    steps = int(jax.device_get(state.lengths - state.prompt_lengths)[: prompts * samples].max())
-    kept = steps_kept(state.kept, prompts * samples, steps)
-    for name in {"top_logprobs", "top_ids"} & kept.keys():  # per token: those of the row that gave it
-        found = kept[name][best.beam_indices, np.arange(inside.shape[1])]
-        kept[name] = np.where(inside[..., None], found, np.zeros_like(found))
-    return GenerateOutput(
+    assert found.logprobs is not None and found.model_logprobs is not None
+    past = PastKeyValues(model, state, len(sequences), plan.recipe.drafts) if request.search.append_only else None
+    output = GenerateOutput(
         sequences=sequences,
-        logprobs=best.logprobs,
-        model_logprobs=best.model_logprobs,
-        lengths=best.lengths,
-        finish_reason=[FINISH_REASON[int(code)] for code in best.status],
+        logprobs=found.logprobs,
+        model_logprobs=found.model_logprobs,
+        lengths=found.lengths,
+        finish_reason=[FINISH_REASON[int(code)] for code in found.status],
         generation_config=config,
         seed=request.seed,
-        sequences_scores=best.scores,
-        beam_indices=best.beam_indices,
-        origin=origin.with_weights(),
-        seconds=time.time() - origin.started,
-        **kept,
+        past_key_values=past,
+        origin=Origin(model, request, started, references(split(model)[1])),
+        seconds=time.time() - started,
+        **found.details,
     )
-
-
-def steps_kept(kept: Any, rows: int, width: int) -> dict[str, Any]:
-    """The fields of the output that were kept step by step, as HF lays them out."""
-    steps: dict[str, Any] = {name: np.asarray(x)[:rows, :width] for name, x in vars(kept).items() if x is not None}
-    for name in {"scores", "logits"} & steps.keys():
-        steps[name] = tuple(np.moveaxis(steps[name], 1, 0))
-    return steps
+    return with_activations(model, output, request)

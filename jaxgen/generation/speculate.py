@@ -28,12 +28,15 @@ from jaxtyping import Array, Bool, Int, Key
 from jaxgen.cache import KVCache
 from jaxgen.errors import JaxgenError
 from jaxgen.generation import loop
+from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.controls import Controls, Plan, Recipe
 from jaxgen.generation.guidance import with_negatives
-from jaxgen.generation.limits import assistant_slots
-from jaxgen.generation.loop import DecodeState
-from jaxgen.generation.read import CausalLM, Count, Prompts, read_prompts
+from jaxgen.generation.loop import DecodeState, PlainSearch
+from jaxgen.generation.memory import assistant_slots
+from jaxgen.generation.options import Extras
+from jaxgen.generation.prompts import CausalLM, Count, Prompts, prefill_prompts
 from jaxgen.generation.sample import draw
+from jaxgen.generation.step_outputs import Found
 
 NO_DRAFT = -1  # no token is -1, so it is never accepted
 
@@ -84,7 +87,7 @@ def prefill(
     model, assistant = _both(models)
     state = loop.prefill(model, prompts, key, controls, plan)
     none = jnp.zeros_like(state.lengths)
-    cache = None if assistant is None else _read_by_assistant(assistant, prompts, plan)
+    cache = None if assistant is None else _assistant_cache(assistant, prompts, plan)
     return SpeculativeState(**vars(state), assistant_cache=cache, drafted=none, accepted=none, rounds=none)
 
 
@@ -241,12 +244,12 @@ def _both(models: Any) -> tuple[Any, Any]:
     return (models.model, models.assistant) if isinstance(models, Pair) else (models, None)
 
 
-def _read_by_assistant(assistant: Any, prompts: Prompts, plan: Plan) -> KVCache:
+def _assistant_cache(assistant: Any, prompts: Prompts, plan: Plan) -> KVCache:
     """The assistant's cache of every row: of the whole prompt, whatever the model knows from an earlier call."""
     config = getattr(assistant, "config", None)
     slots = plan.total if config is None else assistant_slots(config, plan)
     alone = dataclasses.replace(prompts, negative=None, past=None)
-    _, cache = read_prompts(assistant, alone, dataclasses.replace(plan, slots=slots, fresh=0))
+    _, cache = prefill_prompts(assistant, alone, dataclasses.replace(plan, slots=slots, fresh=0))
     return jax.tree.map(lambda x: jnp.repeat(x, plan.samples, axis=0) if plan.samples > 1 else x, cache)
 
 
@@ -267,3 +270,31 @@ def _usable(
     known = (drafts != NO_DRAFT) & ~_ends(drafts, controls)
     known &= np.arange(recipe.drafts) < _room(state, recipe)[:, None]
     return jnp.where(jnp.cumprod(known, axis=1) > 0, drafts, NO_DRAFT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculation(PlainSearch):
+    """The plain search, several tokens at a time where drafts are right. A `Search`."""
+
+    def check(self, model: Any, config: GenerationConfig, extras: Extras) -> None:
+        """Raise for an assistant that cannot draft for this model."""
+        if extras.assistant_model is not None:
+            check_assistant(model, extras.assistant_model)
+
+    def prefill(
+        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
+    ) -> SpeculativeState:
+        """`prefill`."""
+        return prefill(models, prompts, key, controls, plan)
+
+    def decode(self, models: Any, state: Any, until: Count, controls: Controls, recipe: Recipe) -> SpeculativeState:
+        """`decode`."""
+        return decode(models, state, until, controls, recipe)
+
+    def collect(self, state: Any, prompts: int, returned: int, controls: Controls, plan: Plan, details: bool) -> Found:
+        """The rows, and how well drafting went."""
+        found = super().collect(state, prompts, returned, controls, plan, details)
+        if not details:
+            return found
+        counts = {name: np.asarray(getattr(state, name))[: len(found.lengths)] for name in ("drafted", "accepted")}
+        return dataclasses.replace(found, details=found.details | counts)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.past import PastKeyValues
+from jaxgen.generation.past_key_values import PastKeyValues
 from jaxgen.generation.sample import random_key
 from jaxgen.text.inputs import Messages, encode
 from jaxgen.text.stream import TextStream

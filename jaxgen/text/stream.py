@@ -1,14 +1,15 @@
 """Text as it is generated: the same prefill and decode as `model.generate`, a few tokens at a time."""
 
 import inspect
+import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.past import PastKeyValues
-from jaxgen.generation.run import Run
+from jaxgen.generation.execute import decode_in_chunks, prefill, program_for
+from jaxgen.generation.past_key_values import PastKeyValues
 from jaxgen.text.detokenize import Detokenizer, Words
 from jaxgen.text.inputs import encode, read_texts
 from jaxgen.text.tokenizer import left_pad, tokenizer_for
@@ -44,13 +45,15 @@ class TextStream:
             raise JaxgenError(f"chunk_size={chunk_size!r} must be an int of at least 1")
         ids, mask = left_pad(prompts, 0), left_pad([[1] * len(prompt) for prompt in prompts], 0)
         options.setdefault("tokenizer", tokenizer)
-        request = model._request(ids, mask, generation_config, key, seed, row_ids, options)
-        samples, beams = request.plan.samples, request.config.num_beams or 1
-        if beams > 1:
-            raise JaxgenError(f"num_beams={beams}: beam search has no text to show before it ends; use num_beams=1")
+        request = model._prepare(ids, mask, generation_config, key, seed, row_ids, options)
+        samples = request.plan.samples
+        if not request.search.append_only:
+            raise JaxgenError(
+                f"num_beams={request.config.num_beams}: beam search has no text to show before it ends; use num_beams=1"
+            )
         if single and samples > 1:
             raise JaxgenError(f"num_return_sequences={samples}: pass [text], a list, to stream several rows")
-        self._model, self._request, self._run, self._keep_past = model, request, None, keep_past
+        self._model, self._request, self._state, self._keep_past = model, request, None, keep_past
         self._single, self._chunk_size = single, chunk_size
         stops = () if include_stop_str_in_output else request.config.stop_strings or ()
         prompts = [prompt for prompt in prompts for _ in range(samples)]
@@ -66,11 +69,7 @@ class TextStream:
     @property
     def past_key_values(self) -> PastKeyValues | None:
         """What was read, for a call that goes on; None unless `keep_past`, while it goes on, or if it broke at work."""
-        state = (
-            None
-            if self._run is None or inspect.getgeneratorstate(self._pieces) != inspect.GEN_CLOSED
-            else self._run.state
-        )
+        state = self._state if inspect.getgeneratorstate(self._pieces) == inspect.GEN_CLOSED else None
         if state is None or any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             return None
         return PastKeyValues(self._model, state, len(self._rows), self._request.plan.recipe.drafts)
@@ -88,10 +87,11 @@ class TextStream:
 
     def _generate(self) -> Generator[tuple[int, str], None, None]:
         running = set(range(len(self._rows)))
-        run = Run(self._model, self._request)
-        if self._keep_past:
-            self._run = run
-        for chunk in run.chunks(self._chunk_size):
+        started, program = time.monotonic(), program_for(self._model, self._request)
+        state = prefill(program, self._request)
+        self._state = state if self._keep_past else None
+        for chunk in decode_in_chunks(program, self._request, state, started, self._chunk_size):
+            self._state = chunk.state if self._keep_past else None
             for row in sorted(running):
                 detokenizer, words = self._rows[row]
                 piece = words.push(detokenizer.push(chunk.new[row].tolist()))

@@ -19,7 +19,7 @@ def check_streamer(streamer: Any) -> None:
 def feed(streamer: Any, input_ids: Int[np.ndarray, "R T"], chunks: Iterable[Any], filler: int) -> None:
     """Drive a streamer through a generation: the prompts [R, T] once, then every step's ids [R], then the end.
 
-    `input_ids` has one row per sequence, `chunks` are those of `Run.chunks`, run here; rows that have ended are
+    `input_ids` has one row per sequence, `chunks` are those of `decode_in_chunks`, run here; rows that have ended are
     told as `filler`, as they appear in the result. All values are int64 numpy arrays, which transformers' own
     streamers take. A TextStreamer raises ValueError for more than one row, as in HF. Unlike in HF the streamer is
     told the end even if generating fails, so that a thread that reads from it does not wait for ever. Raises

@@ -12,9 +12,9 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 from jaxgen.convert.load import AutoModelForCausalLM
 from jaxgen.generation import speculate
 from jaxgen.generation.config import resolve
+from jaxgen.generation.execute import prefill, program_for
 from jaxgen.generation.options import Extras
-from jaxgen.generation.request import Request
-from jaxgen.generation.run import Run
+from jaxgen.generation.prepare import prepare
 from tests.reference import live
 from tests.reference.cases import CASES, left_padded
 from tests.reference.weights import write_checkpoint
@@ -54,8 +54,8 @@ def state_of(ours, options):
     ids, mask = left_padded(prefixes())
     extras = Extras(assistant_model=None if "prompt_lookup_num_tokens" in options else assistant)
     config = resolve(options, None, model.generation_config)
-    request = Request.read(model, ids, mask, config, seed=0, extras=extras)
-    return Run(model, request).state, request
+    request = prepare(model, ids, mask, config, seed=0, extras=extras)
+    return prefill(program_for(model, request), request), request
 
 
 @pytest.mark.parametrize("confidence", [0.0, 0.2, 0.4, 0.9])

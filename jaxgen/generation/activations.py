@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgen.errors import JaxgenError, UnsupportedError
-from jaxgen.generation.limits import free_bytes
+from jaxgen.errors import JaxgenError
+from jaxgen.generation.memory import free_bytes
 from jaxgen.generation.prompt import SMALLEST_PROMPT, bucket, pack, pad_to
 from jaxgen.lowering import own_rules
 
@@ -19,7 +19,7 @@ Steps = tuple[tuple[np.ndarray, ...], ...]
 
 
 @own_rules()
-def reread(model: Any, output: Any, request: Any) -> Any:
+def with_activations(model: Any, output: Any, request: Any) -> Any:
     """The output of a call with its `attentions` and `hidden_states`, those that were asked for, as HF lays them out.
 
     Per step and layer: step 0 covers the prompt's T columns, `[R, heads, T, T]` and `[R, T, D]`; each later one the
@@ -33,7 +33,7 @@ def reread(model: Any, output: Any, request: Any) -> Any:
     steps, rows = output.sequences.shape[1] - width, len(read)
     prompt = np.repeat(request.attention_mask, rows // len(request.attention_mask), axis=0)
     new = np.arange(steps - 1) < output.lengths[:, None]
-    hidden, attentions = _read(model, read, np.concatenate([prompt, new], axis=1), bool(config.output_attentions))
+    hidden, attentions = _forward(model, read, np.concatenate([prompt, new], axis=1), bool(config.output_attentions))
 
     def by_step(layers: list[np.ndarray], axis: int) -> Steps:
         ends = [width, *range(width + 1, width + steps)]
@@ -55,14 +55,10 @@ def _columns(layer: np.ndarray, start: int, end: int, axis: int) -> np.ndarray:
     return layer[:, start:end] if axis == 1 else layer[:, :, start:end, :end]
 
 
-def check_reread(config: Any, rows: int, total: int, model: Any) -> None:
-    """Raise before generating where the result would not fit, or with beams, whose steps are not their sequences."""
+def check_memory_of_activations(config: Any, rows: int, total: int, model: Any) -> None:
+    """Raise before generating where the result would not fit."""
     if not (config.output_attentions or config.output_hidden_states):
         return
-    if (config.num_beams or 1) > 1:
-        raise UnsupportedError(
-            "output_attentions and output_hidden_states with num_beams: beams that were given up cannot be read again"
-        )
     c = model.config
     scores = 4 * rows * c.num_attention_heads * total * total if config.output_attentions else 0
     states = 4 * rows * total * c.hidden_size
@@ -79,7 +75,7 @@ def check_reread(config: Any, rows: int, total: int, model: Any) -> None:
             )
 
 
-def _read(
+def _forward(
     model: Any, sequences: np.ndarray, real: np.ndarray, with_attentions: bool
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     tokens, lengths = pack(sequences, real)

@@ -1,67 +1,14 @@
-"""How long a generation may be: what was asked for, what the model was made for, what fits into memory."""
+"""What a call needs of the device's memory, and what is free."""
 
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int
-
 from jaxgen.attention import query_block
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.controls import Plan
-from jaxgen.generation.options import DEFAULT_NEW_TOKENS
 from jaxgen.generation.prompt import largest_bucket
 from jaxgen.models.config import DecoderConfig
 
 _SHOWN = 1_000_000_000
-
-
-def row_limits(config: GenerationConfig, lengths: Int[np.ndarray, " B"], context: int) -> Int[np.ndarray, " B"]:
-    """The length, prompt and new tokens, at which each row ends.
-
-    `max_new_tokens` wins over `max_length`, as in HF; with neither, DEFAULT_NEW_TOKENS within the context. Padding
-    counts nowhere: a row may be as long as if it were alone. Raises `JaxgenError` where nothing would be left to
-    generate, and where a row would exceed the model's `context` (max_position_embeddings). Source: transformers
-    `GenerationMixin._prepare_generated_length`.
-    """
-    row = int(lengths.argmax())
-    longest = int(lengths[row])
-    if (config.max_cache_len or 0) > context:
-        raise JaxgenError(
-            f"max_cache_len={config.max_cache_len} is more than the model's context of {context} tokens, which no row "
-            "outgrows"
-        )
-    if longest >= context:
-        raise JaxgenError(f"the prompt has {longest} tokens; the model's context of {context} leaves no room for more")
-    if config.max_new_tokens is not None:
-        asked, limits = f"max_new_tokens={config.max_new_tokens}", lengths.astype(np.int64) + config.max_new_tokens
-    elif config.max_length is not None:
-        asked, limits = f"max_length={config.max_length}", np.full(lengths.shape, config.max_length, np.int64)
-        if longest >= config.max_length:
-            raise JaxgenError(
-                f"{asked} leaves nothing to generate after the {longest} tokens of row {row}; "
-                "set max_new_tokens instead"
-            )
-    else:
-        limits = np.minimum(lengths + DEFAULT_NEW_TOKENS, context)
-        asked = f"the default of {limits[row] - longest} new tokens"
-    if limits.max() > context:
-        raise JaxgenError(
-            f"a prompt of {longest} tokens and {asked} exceed the model's context of {context} tokens; "
-            f"at most {context - longest} new tokens fit"
-        )
-    name = "min_length" if config.min_new_tokens is None else "min_new_tokens"  # which wins, as in HF
-    wide = lengths.astype(np.int64)  # a sum of two int32
-    least = (
-        wide + (config.min_new_tokens or 0) if name == "min_new_tokens" else np.full_like(wide, config.min_length or 0)
-    )
-    if (least > limits).any():
-        row = int((least - limits).argmax())
-        raise JaxgenError(
-            f"{name}={getattr(config, name)} asks more of row {row} than the {limits[row] - lengths[row]} tokens that "
-            f"{asked} allows it"
-        )
-    return limits.astype(np.int32)
 
 
 def check_memory(

@@ -12,7 +12,7 @@ from jaxgen.cache import Int8Slots, KVCache
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.controls import Plan
 from jaxgen.generation.prompt import bucket, pad_to
-from jaxgen.generation.read import Past, Prompts
+from jaxgen.generation.prompts import Past, Prompts
 from jaxgen.generation.weights import split
 
 # What is new is read this many tokens at a time: scores take memory, and a ring needs room for one piece.

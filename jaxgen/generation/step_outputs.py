@@ -1,10 +1,11 @@
-"""What a call asked to keep of every step: scores, logits, or the model's best tokens. Nothing by default."""
+"""What a call asked to record of every step: scores, logits, or the model's best tokens. Nothing by default."""
 
 import dataclasses
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.generation.controls import Recipe
@@ -14,7 +15,7 @@ from jaxgen.generation.processors.select import best_of
 @jax.tree_util.register_dataclass
 @no_type_check  # JAX rebuilds it around placeholders
 @dataclasses.dataclass
-class Kept:
+class StepOutputs:
     """One entry per row and new token; None where it was not asked for."""
 
     scores: Float[Array, "R N V"] | None  # after every processor
@@ -23,7 +24,7 @@ class Kept:
     top_ids: Int[Array, "R N n"] | None
 
     @classmethod
-    def empty(cls, recipe: Recipe, rows: int, vocab_size: int) -> "Kept":
+    def empty(cls, recipe: Recipe, rows: int, vocab_size: int) -> "StepOutputs":
         """Room for what the recipe asks."""
 
         def table(wanted: bool, size: int, dtype: type = jnp.float32) -> Array | None:
@@ -43,7 +44,7 @@ class Kept:
         runs: Bool[Array, " R"],
         scores: Float[Array, "R V"],
         logits: Float[Array, "R V"],
-    ) -> "Kept":
+    ) -> "StepOutputs":
         """Write down a step of the rows that run."""
 
         def write(table: Array | None, value: Array) -> Array | None:
@@ -55,9 +56,28 @@ class Kept:
         best = best_ids = jnp.zeros(())
         if self.top_logprobs is not None:
             best, best_ids = best_of(jax.nn.log_softmax(logits, axis=1), self.top_logprobs.shape[2])
-        return Kept(
+        return StepOutputs(
             scores=write(self.scores, scores),
             logits=write(self.logits, logits),
             top_logprobs=write(self.top_logprobs, best),
             top_ids=write(self.top_ids, best_ids),
         )
+
+    def on_host(self, rows: int, steps: int) -> dict[str, Any]:
+        """What there is, by name, as HF lays it out."""
+        found: dict[str, Any] = {name: np.asarray(x)[:rows, :steps] for name, x in vars(self).items() if x is not None}
+        for name in {"scores", "logits"} & found.keys():
+            found[name] = tuple(np.moveaxis(found[name], 1, 0))
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The sequences of a search that has ended, on the host: N new tokens in the longest of R."""
+
+    tokens: Int[np.ndarray, "R N"]  # anything behind a row's end
+    lengths: Int[np.ndarray, " R"]  # new tokens per row
+    status: Int[np.ndarray, " R"]  # why each ended (`stop`)
+    logprobs: Float[np.ndarray, "R N"] | None = None
+    model_logprobs: Float[np.ndarray, "R N"] | None = None
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)  # other fields of `GenerateOutput`

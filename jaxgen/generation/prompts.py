@@ -1,4 +1,4 @@
-"""Reading prompts: all at once, in chunks, or only what they add to the keys and values of an earlier call."""
+"""Prompts on the device, and their prefill: all at once, in chunks, or only what they add to an earlier call."""
 
 import dataclasses
 from typing import Protocol, no_type_check, runtime_checkable
@@ -81,30 +81,30 @@ class Prompts:
     past: Past | None = None
 
 
-def read_prompts(model: CausalLM, prompts: Prompts, plan: Plan) -> tuple[Float[Array, "model_rows V"], KVCache]:
+def prefill_prompts(model: CausalLM, prompts: Prompts, plan: Plan) -> tuple[Float[Array, "model_rows V"], KVCache]:
     """Logits after each prompt's last token, and the cache; with guidance, the negative prompts follow as rows."""
     tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
     if prompts.negative is not None:
         tokens = jnp.concatenate([tokens, jnp.asarray(prompts.negative.tokens)])
         lengths = jnp.concatenate([lengths, jnp.asarray(prompts.negative.lengths)])
     if prompts.past is not None:
-        cache, held = _continued(prompts.past, plan.slots)
+        cache, held = _past_cache(prompts.past, plan.slots)
         column = jnp.minimum(held[:, None] + jnp.arange(plan.fresh), tokens.shape[1] - 1)
-        return _read_on(model, jnp.take_along_axis(tokens, column, axis=1), held, lengths - held, cache, plan.chunk)
+        return _extend(model, jnp.take_along_axis(tokens, column, axis=1), held, lengths - held, cache, plan.chunk)
     if plan.chunk:
         cache = model.empty_cache(len(tokens), plan.slots, plan.int8_cache)
-        return _read_on(model, tokens, jnp.zeros_like(lengths), lengths, cache, plan.chunk)
+        return _extend(model, tokens, jnp.zeros_like(lengths), lengths, cache, plan.chunk)
     return model.prefill(tokens, lengths, plan.slots, plan.int8_cache)
 
 
-def _continued(past: Past, slots: int) -> tuple[KVCache, Int[Array, " B"]]:
+def _past_cache(past: Past, slots: int) -> tuple[KVCache, Int[Array, " B"]]:
     """The past as the cache of this call: its rows, its number of slots."""
     sources, held = jnp.asarray(past.sources), jnp.asarray(past.held)
     cache = jax.tree.map(lambda x: jnp.take(x, sources, axis=0), past.cache)
     return [layer.resized(held, slots) for layer in cache], held
 
 
-def _read_on(
+def _extend(
     model: CausalLM,
     tokens: Int[Array, "B T"],
     starts: Int[Array, " B"],
@@ -116,7 +116,7 @@ def _read_on(
     chunk = min(chunk, tokens.shape[1]) or tokens.shape[1]
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % chunk)))
 
-    def read(index: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+    def one_chunk(index: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
         last, cache = carry
         begin = index * chunk
         piece = jax.lax.dynamic_slice_in_dim(tokens, begin, chunk, axis=1)
@@ -129,5 +129,5 @@ def _read_on(
 
     hidden, _ = jax.eval_shape(lambda: model.extend(tokens[:, :chunk], starts, counts, cache))
     nothing = jnp.zeros((len(tokens), 1, hidden.shape[2]), hidden.dtype)
-    last, cache = jax.lax.fori_loop(0, (counts.max() + chunk - 1) // chunk, read, (nothing, cache))
+    last, cache = jax.lax.fori_loop(0, (counts.max() + chunk - 1) // chunk, one_chunk, (nothing, cache))
     return model.logits(last)[:, 0], cache

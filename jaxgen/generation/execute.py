@@ -1,0 +1,118 @@
+"""The middle steps of a call, on the device: `prefill` starts it, `decode` goes on to the end or as far as asked.
+
+Both hand the state on as a value: nothing happens but what is called. How often and how far a state is decoded
+changes nothing in its tokens.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen.generation import compiled
+from jaxgen.generation.loop import DecodeState
+from jaxgen.generation.prepare import Request
+from jaxgen.generation.processors.constraint import host_errors
+from jaxgen.generation.stop import RUNNING, TIME, raise_if_broken
+from jaxgen.generation.weights import split
+
+_MOST_BETWEEN_LOOKS = 64
+
+
+class Program(NamedTuple):
+    """The executables of a call, and what each is given first."""
+
+    prefill: compiled.Stage
+    decode: compiled.Stage
+    models: tuple[Any, ...]  # the search, then structure and weights of the model and of its assistant
+
+
+class Chunk(NamedTuple):
+    """What has come since the last look."""
+
+    new: list[np.ndarray]  # token ids per row
+    done: np.ndarray  # bool [R]: the row has ended
+    state: DecodeState  # until the next one is asked for
+
+
+def program_for(model: Any, request: Request) -> Program:
+    """What carries a request out, with the weights as they are now."""
+    assistant = request.extras.assistant_model
+    drafter, drafter_weights = (None, None) if assistant is None else split(assistant)
+    structure, weights = split(model)
+    stages = compiled.stages_for(model, weights, strict=request.strict is not None)
+    return Program(*stages, (request.search, structure, weights, drafter, drafter_weights))
+
+
+def prefill(program: Program, request: Request) -> DecodeState:
+    """Run the prompts through the model, and draw every row's first token."""
+    return _run(program, program.prefill, request, request.prompts, request.key, request.controls, request.plan)
+
+
+def advance(program: Program, request: Request, state: DecodeState, until: int | None = None) -> DecodeState:
+    """Decode until every row has ended, or has `until` new tokens; the state that was given is used up."""
+    stop = np.array(np.iinfo(np.int32).max if until is None else until, np.int32)
+    return _run(program, program.decode, request, state, stop, request.controls, request.plan.recipe)
+
+
+def _run(program: Program, stage: compiled.Stage, request: Request, *args: Any) -> DecodeState:
+    """Start a stage. If the user's Python is asked on the way, wait: what it raises is raised here."""
+    if not request.asks_host:
+        return stage(*program.models, *args)
+    with host_errors():
+        return jax.block_until_ready(stage(*program.models, *args))
+
+
+def decode(program: Program, request: Request, state: DecodeState, started: float) -> DecodeState:
+    """Decode to the end, which with `max_time` may be a matter of time: then look at the clock now and then.
+
+    `started` is when the call did, by `time.monotonic`.
+    """
+    limit = request.config.max_time
+    if limit is None:
+        return advance(program, request, state)
+    until = step = 1
+    while True:
+        before = time.monotonic()
+        state = advance(program, request, state, until)
+        if not bool(jax.device_get(state.running.any())):
+            return state
+        now = time.monotonic()
+        left = started + limit - now
+        if left <= 0:
+            return out_of_time(state)
+        # As many steps as surely fit, judged by the last ones; the first ones may have been compiled.
+        step = int(min(max(1, step * left / max(now - before, 1e-6) / 2), 2 * step, _MOST_BETWEEN_LOOKS))
+        until += step
+
+
+def out_of_time(state: DecodeState) -> DecodeState:
+    """End every row that is still running."""
+    return dataclasses.replace(state, status=jnp.where(state.status == RUNNING, jnp.int8(TIME), state.status))
+
+
+def decode_in_chunks(
+    program: Program, request: Request, state: DecodeState, started: float, size: int
+) -> Iterator[Chunk]:
+    """As `decode`, looking at what there is every `size` tokens.
+
+    Raises `NonFiniteLogitsError` as soon as a row meets them.
+    """
+    rows, limit = len(request.input_ids) * request.plan.samples, request.config.max_time
+    shown, until, ended = None, 1, False
+    while not ended:
+        state = advance(program, request, state, until)
+        if limit is not None and time.monotonic() - started >= limit:
+            state = out_of_time(state)
+        arrays = jax.device_get((state.tokens, state.lengths, state.prompt_lengths, state.status))
+        tokens, lengths, prompts, status = (x[:rows] for x in arrays)
+        raise_if_broken(status, lengths - prompts)
+        shown = prompts if shown is None else shown
+        new = [tokens[row, shown[row] : lengths[row]] for row in range(rows)]
+        shown, done = lengths, status != RUNNING
+        ended, until = bool(done.all()), until + size
+        yield Chunk(new, done, state)

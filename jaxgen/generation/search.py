@@ -1,0 +1,60 @@
+"""The ways to choose a row's tokens, behind one protocol: one after the other, with drafts, or among beams.
+
+A search is chosen once, from the options, and is static under jit.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Array, Key
+
+from jaxgen.generation.beam import BeamSearch
+from jaxgen.generation.config import GenerationConfig
+from jaxgen.generation.controls import Controls, Plan, Recipe
+from jaxgen.generation.loop import DecodeState, PlainSearch
+from jaxgen.generation.options import Extras
+from jaxgen.generation.prompts import Count, Prompts
+from jaxgen.generation.speculate import Speculation
+from jaxgen.generation.step_outputs import Found
+
+
+@runtime_checkable
+class Search(Protocol):
+    """How the tokens of a call are chosen; hashable, and equal to every other of its kind."""
+
+    @property
+    def append_only(self) -> bool:
+        """Whether a row keeps what it was given: then it can be streamed, continued, and run once more."""
+        ...
+
+    def check(self, model: Any, config: GenerationConfig, extras: Extras) -> None:
+        """Raise `JaxgenError` for what this search cannot do."""
+        ...
+
+    def rows_per_prompt(self, config: GenerationConfig) -> int:
+        """How many rows of the batch a prompt takes."""
+        ...
+
+    def prefill(
+        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
+    ) -> DecodeState:
+        """The state with every row's first token; `models` is a model, or a `Pair` with an assistant."""
+        ...
+
+    def decode(self, models: Any, state: Any, until: Count, controls: Controls, recipe: Recipe) -> DecodeState:
+        """The state when every row has ended, or has `until` new tokens."""
+        ...
+
+    def collect(self, state: Any, prompts: int, returned: int, controls: Controls, plan: Plan, details: bool) -> Found:
+        """The sequences of a finished state, on the host: `returned` of each of the first `prompts` prompts.
+
+        Without `details` only the tokens and how they ended are fetched.
+        Raises `NonFiniteLogitsError` if one of them met NaN.
+        """
+        ...
+
+
+def search_for(recipe: Recipe) -> Search:
+    """The search that the options ask for."""
+    if recipe.num_beams > 1:
+        return BeamSearch(recipe.num_beams)
+    return Speculation() if recipe.drafts else PlainSearch()
