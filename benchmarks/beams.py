@@ -26,7 +26,8 @@ from flax import nnx
 from shapes import SHAPE_125M
 
 import jaxgen
-from jaxgen.generation import beam, compiled
+from jaxgen.generation.programs import compiled
+from jaxgen.generation.searches import beam
 
 BEAMS = 4
 

@@ -38,8 +38,8 @@ from flax import nnx
 from benchmarks.kernels import kernel_times
 from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
 from jaxgen.cache import LayerCache
-from jaxgen.generation.config import resolve
 from jaxgen.generation.execute import advance, prefill, program_for
+from jaxgen.generation.options.config import resolve
 from jaxgen.generation.prepare import prepare
 from jaxgen.kernels.add_norm import add_norm
 from jaxgen.kernels.attend import attend, attend_plainly

@@ -38,12 +38,12 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
-from jaxgen.generation import compiled
-from jaxgen.generation.config import resolve
-from jaxgen.generation.controls import Plan, controls_of, recipe_of
-from jaxgen.generation.prompts import Prompts
-from jaxgen.generation.search import search_for
-from jaxgen.generation.weights import Structure
+from jaxgen.generation.options.config import resolve
+from jaxgen.generation.programs import compiled
+from jaxgen.generation.programs.controls import Plan, controls_of, recipe_of
+from jaxgen.generation.programs.weights import Structure
+from jaxgen.generation.prompts.prefill import Prompts
+from jaxgen.generation.searches.search import search_for
 from jaxgen.models.layers import QuantizedWeight
 from jaxgen.quant import Int4, Weight
 from jaxgen.quant.planar import block_size

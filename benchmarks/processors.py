@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxgen.generation.config import GenerationConfig
+from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.processors.chain import chain_of
 from jaxgen.generation.processors.watermark import WatermarkingConfig
-from jaxgen.generation.rows import Rows
+from jaxgen.generation.prompts.rows import Rows
 
 TOKENS = 1024
 SAMPLE: dict[str, Any] = {"do_sample": True, "temperature": None, "top_k": 0, "eos_token_id": 2}

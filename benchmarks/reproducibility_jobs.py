@@ -108,7 +108,7 @@ def mesh(spec: dict[str, Any]) -> Arrays:
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
     import jaxgen
-    from jaxgen.generation.sample import random_key
+    from jaxgen.generation.choosing.sample import random_key
 
     devices = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows, everywhere = (NamedSharding(devices, PartitionSpec(*axes)) for axes in (("data",), ()))
@@ -179,7 +179,7 @@ def draws(spec: dict[str, Any]) -> Arrays:
     import jax
     import jax.numpy as jnp
 
-    from jaxgen.generation.sample import draw, random_key, row_id_words, row_keys
+    from jaxgen.generation.choosing.sample import draw, random_key, row_id_words, row_keys
 
     positions = spec["positions"]
     # A coarse grid of logits: equal in every version of numpy and JAX.

@@ -26,9 +26,9 @@ from flax import nnx
 from shapes import SHAPE_125M
 
 import jaxgen
-from jaxgen.generation.config import resolve
 from jaxgen.generation.execute import advance, prefill, program_for
-from jaxgen.generation.options import Extras
+from jaxgen.generation.options.config import resolve
+from jaxgen.generation.options.table import Extras
 from jaxgen.generation.prepare import prepare
 
 SHAPE_SMALL = dataclasses.replace(

@@ -4,7 +4,7 @@ import math
 import os
 from typing import Any
 
-from jaxgen.generation.memory import free_bytes, kv_bytes_per_token
+from jaxgen.generation.prompts.memory import free_bytes, kv_bytes_per_token
 from jaxgen.models.config import DecoderConfig
 from jaxgen.models.tensors import EMBEDDING, parameter_parts
 

@@ -14,8 +14,8 @@ from flax import nnx
 
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
 from jaxgen.files import read_json
-from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.seed import next_seed
+from jaxgen.generation.choosing.seed import next_seed
+from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.lowering import device_runs_kernels, own_rules
 from jaxgen.models.causal_lm import DecoderForCausalLM
 from jaxgen.models.config import DecoderConfig

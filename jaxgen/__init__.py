@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from jaxgen.errors import JaxgenError as JaxgenError
     from jaxgen.errors import NonFiniteLogitsError as NonFiniteLogitsError
     from jaxgen.errors import UnsupportedError as UnsupportedError
-    from jaxgen.generation.arguments import LogitsProcessorList as LogitsProcessorList
-    from jaxgen.generation.arguments import StoppingCriteriaList as StoppingCriteriaList
-    from jaxgen.generation.compiled import enable_compile_cache as enable_compile_cache
-    from jaxgen.generation.config import GenerationConfig as GenerationConfig
+    from jaxgen.generation.choosing.seed import set_seed as set_seed
     from jaxgen.generation.generate import generate as generate
-    from jaxgen.generation.output import GenerateOutput as GenerateOutput
-    from jaxgen.generation.past_key_values import PastKeyValues as PastKeyValues
+    from jaxgen.generation.options.arguments import LogitsProcessorList as LogitsProcessorList
+    from jaxgen.generation.options.arguments import StoppingCriteriaList as StoppingCriteriaList
+    from jaxgen.generation.options.config import GenerationConfig as GenerationConfig
     from jaxgen.generation.processors.constraint import AllowedTokens as AllowedTokens
     from jaxgen.generation.processors.watermark import WatermarkDetector as WatermarkDetector
     from jaxgen.generation.processors.watermark import WatermarkingConfig as WatermarkingConfig
-    from jaxgen.generation.seed import set_seed as set_seed
-    from jaxgen.generation.strict import Strict as Strict
+    from jaxgen.generation.programs.compiled import enable_compile_cache as enable_compile_cache
+    from jaxgen.generation.programs.strict import Strict as Strict
+    from jaxgen.generation.prompts.past_key_values import PastKeyValues as PastKeyValues
+    from jaxgen.generation.results.output import GenerateOutput as GenerateOutput
     from jaxgen.models.families import AutoConfig as AutoConfig
     from jaxgen.models.llama import LlamaConfig as LlamaConfig
     from jaxgen.models.llama import LlamaForCausalLM as LlamaForCausalLM
@@ -54,32 +54,32 @@ _HOME = {
     "AutoTokenizer": "jaxgen.text.auto",
     "BitsAndBytesConfig": "jaxgen.quant.bitsandbytes",
     "CheckpointError": "jaxgen.errors",
-    "GenerateOutput": "jaxgen.generation.output",
-    "GenerationConfig": "jaxgen.generation.config",
+    "GenerateOutput": "jaxgen.generation.results.output",
+    "GenerationConfig": "jaxgen.generation.options.config",
     "Int4Config": "jaxgen.quant.config",
     "JaxgenError": "jaxgen.errors",
     "LlamaConfig": "jaxgen.models.llama",
     "LlamaForCausalLM": "jaxgen.models.llama",
-    "LogitsProcessorList": "jaxgen.generation.arguments",
+    "LogitsProcessorList": "jaxgen.generation.options.arguments",
     "MistralConfig": "jaxgen.models.mistral",
     "MistralForCausalLM": "jaxgen.models.mistral",
     "NonFiniteLogitsError": "jaxgen.errors",
-    "PastKeyValues": "jaxgen.generation.past_key_values",
+    "PastKeyValues": "jaxgen.generation.prompts.past_key_values",
     "Qwen2Config": "jaxgen.models.qwen2",
     "Qwen2ForCausalLM": "jaxgen.models.qwen2",
     "Qwen3Config": "jaxgen.models.qwen3",
     "Qwen3ForCausalLM": "jaxgen.models.qwen3",
     "Record": "jaxgen.records.record",
-    "StoppingCriteriaList": "jaxgen.generation.arguments",
-    "Strict": "jaxgen.generation.strict",
+    "StoppingCriteriaList": "jaxgen.generation.options.arguments",
+    "Strict": "jaxgen.generation.programs.strict",
     "UnsupportedError": "jaxgen.errors",
     "WatermarkDetector": "jaxgen.generation.processors.watermark",
     "WatermarkingConfig": "jaxgen.generation.processors.watermark",
-    "enable_compile_cache": "jaxgen.generation.compiled",
+    "enable_compile_cache": "jaxgen.generation.programs.compiled",
     "generate": "jaxgen.generation.generate",
     "pipeline": "jaxgen.text.pipeline",
     "replay": "jaxgen.records.replay",
-    "set_seed": "jaxgen.generation.seed",
+    "set_seed": "jaxgen.generation.choosing.seed",
 }
 _MODULES = ("demo", "plot")
 _OF_TRANSFORMERS = ("AsyncTextIteratorStreamer", "TextIteratorStreamer", "TextStreamer")  # as they are

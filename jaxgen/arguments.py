@@ -147,8 +147,8 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """The options of `generate` that were given; raises `JaxgenError` for one that `--set` cannot give."""
-    from jaxgen.generation.options import OPTIONS
-    from jaxgen.generation.refused import REFUSED
+    from jaxgen.generation.options.refused import REFUSED
+    from jaxgen.generation.options.table import OPTIONS
 
     settings = {name: value for name in NAMED if (value := getattr(options, name)) is not None}
     known = {*OPTIONS, *REFUSED, "strict"}

@@ -147,7 +147,7 @@ def _keep_compiled(options: argparse.Namespace) -> None:
     if options.no_compile_cache:
         jax.config.update("jax_enable_compilation_cache", False)
     elif "JAX_COMPILATION_CACHE_DIR" not in os.environ and not chosen:
-        from jaxgen.generation.compiled import enable_compile_cache
+        from jaxgen.generation.programs.compiled import enable_compile_cache
 
         try:
             enable_compile_cache()
@@ -169,9 +169,9 @@ def _locate(options: argparse.Namespace) -> Path:
 def _load(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """Model, tokenizer and the options of `generate`; a fresh seed is chosen here, and told, where one is needed."""
     from jaxgen.convert.load import AutoModelForCausalLM
-    from jaxgen.generation.config import resolve
-    from jaxgen.generation.options import Extras
-    from jaxgen.generation.sample import random_key
+    from jaxgen.generation.choosing.sample import random_key
+    from jaxgen.generation.options.config import resolve
+    from jaxgen.generation.options.table import Extras
     from jaxgen.text.tokenizer import load_tokenizer
 
     settings = settings_of(options)

@@ -21,12 +21,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxgen.errors import JaxgenError, NonFiniteLogitsError, UnsupportedError
-from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.options import OPTIONS
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.generation.options.table import OPTIONS
 from jaxgen.generation.processors.chain import chain_of
-from jaxgen.generation.prompt import SMALLEST_PROMPT, bucket, pad_to
-from jaxgen.generation.rows import Rows
-from jaxgen.generation.weights import split
+from jaxgen.generation.programs.weights import split
+from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, bucket, pad_to
+from jaxgen.generation.prompts.rows import Rows
 from jaxgen.lowering import own_rules
 from jaxgen.text.show import Row, Texts, rows_of, spelt, step_logits, texts_of
 from jaxgen.text.tokenizer import tokenizer_for

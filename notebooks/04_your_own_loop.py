@@ -249,11 +249,11 @@ assert (mine == theirs).all()
 print("the same tokens:", (mine == theirs).all())
 
 # %% [markdown]
-# For sampling, put a draw where the argmax was. `jaxgen.generation.sample` has the two functions for it: `row_keys` gives
+# For sampling, put a draw where the argmax was. `jaxgen.generation.choosing.sample` has the two functions for it: `row_keys` gives
 # each row its key, and `draw` draws a token with that key at its position.
 
 # %%
-from jaxgen.generation.sample import draw, row_id_words, row_keys
+from jaxgen.generation.choosing.sample import draw, row_id_words, row_keys
 
 
 @partial(nnx.jit, static_argnames="new")

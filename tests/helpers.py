@@ -12,10 +12,10 @@ import pytest
 from flax import nnx
 from jax.tree_util import Partial
 
-from jaxgen.generation.config import GenerationConfig
+from jaxgen.generation.choosing.stop_strings import StopStrings
+from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.processors.chain import chain_of
-from jaxgen.generation.rows import Rows
-from jaxgen.generation.stop_strings import StopStrings
+from jaxgen.generation.prompts.rows import Rows
 from jaxgen.models.mistral import MistralForCausalLM
 
 

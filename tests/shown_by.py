@@ -1,7 +1,7 @@
 """The test that shows each option of `generate` at work; docs/support.md has them beside the options."""
 
-from jaxgen.generation.options import ARGUMENTS, OPTIONS
-from jaxgen.generation.refused import REFUSED
+from jaxgen.generation.options.refused import REFUSED
+from jaxgen.generation.options.table import ARGUMENTS, OPTIONS
 
 PROCESSORS = "tests/oracle/test_processors_oracle.py"
 BEAMS = "tests/oracle/test_beam_oracle.py"

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxgen import GenerationConfig, JaxgenError, MistralConfig, MistralForCausalLM, UnsupportedError
-from jaxgen.generation import memory
+from jaxgen.generation.prompts import memory
 from tests.helpers import counted
 
 IDS = np.array([[1, 2, 3], [4, 5, 6]])

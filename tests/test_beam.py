@@ -19,17 +19,17 @@ from hypothesis import strategies as st
 
 from jaxgen.cache import LayerCache, to_int8
 from jaxgen.errors import NonFiniteLogitsError
-from jaxgen.generation import beam
-from jaxgen.generation.config import GenerationConfig, resolve
-from jaxgen.generation.controls import Plan, controls_of, recipe_of
+from jaxgen.generation.choosing.sample import row_id_words
+from jaxgen.generation.choosing.stop import CRITERION
 from jaxgen.generation.execute import advance, out_of_time, program_for
 from jaxgen.generation.execute import prefill as first_token
-from jaxgen.generation.options import Extras
-from jaxgen.generation.output import GenerateOutput, collect
+from jaxgen.generation.options.config import GenerationConfig, resolve
+from jaxgen.generation.options.table import Extras
 from jaxgen.generation.prepare import prepare
-from jaxgen.generation.prompts import Prompts
-from jaxgen.generation.sample import row_id_words
-from jaxgen.generation.stop import CRITERION
+from jaxgen.generation.programs.controls import Plan, controls_of, recipe_of
+from jaxgen.generation.prompts.prefill import Prompts
+from jaxgen.generation.results.output import GenerateOutput, collect
+from jaxgen.generation.searches import beam
 from tests.helpers import padded, some_slow
 
 EOS = 1

@@ -11,7 +11,7 @@ import pytest
 from jaxgen import AutoModelForCausalLM, JaxgenError, cli, demo
 from jaxgen.demo.train import HELICOPTERS, THUG
 from jaxgen.generation import execute
-from jaxgen.generation.past_key_values import PastKeyValues
+from jaxgen.generation.prompts.past_key_values import PastKeyValues
 from jaxgen.text.chat import Session, converse, lines_of
 from jaxgen.text.tokenizer import load_tokenizer
 

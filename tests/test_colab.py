@@ -17,9 +17,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name as canonical
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation import memory
-from jaxgen.generation.controls import Plan, Recipe
-from jaxgen.generation.prompt import bucket
+from jaxgen.generation.programs.controls import Plan, Recipe
+from jaxgen.generation.prompts import memory
+from jaxgen.generation.prompts.layout import bucket
 from jaxgen.models.mistral import MistralConfig, MistralForCausalLM
 from jaxgen.models.tensors import parameter_parts
 from jaxgen.quant import Int4Config

@@ -12,8 +12,8 @@ from flax import nnx
 
 import jaxgen
 from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
-from jaxgen.generation.compiled import enable_compile_cache
-from jaxgen.generation.prompt import SMALLEST_PROMPT, bucket
+from jaxgen.generation.programs.compiled import enable_compile_cache
+from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, bucket
 from tests.helpers import counted
 
 
@@ -142,10 +142,10 @@ def test_compile_cache_is_private(tmp_path):
 
 def test_weights_are_arguments_and_the_cache_is_donated(model):
     """The executable holds no weights, and decode updates the cache in place instead of copying it."""
-    from jaxgen.generation import compiled
-    from jaxgen.generation.config import resolve
     from jaxgen.generation.execute import prefill, program_for
+    from jaxgen.generation.options.config import resolve
     from jaxgen.generation.prepare import prepare
+    from jaxgen.generation.programs import compiled
 
     request = prepare(model, prompt(9), None, resolve({"max_new_tokens": 20}, None, model.generation_config))
     program = program_for(model, request)
@@ -166,7 +166,7 @@ def test_weights_are_arguments_and_the_cache_is_donated(model):
 
 def test_a_changed_module_is_noticed(model):
     """The structure of a module is remembered between calls, but not past a change of it."""
-    from jaxgen.generation.weights import split
+    from jaxgen.generation.programs.weights import split
 
     structure = split(model)[0]
     assert split(model)[0] is structure
@@ -187,7 +187,7 @@ def test_a_changed_module_is_noticed(model):
 
 
 def test_a_change_deep_inside_is_noticed(model):
-    from jaxgen.generation.weights import split
+    from jaxgen.generation.programs.weights import split
 
     layer = model.model.layers[0]
     before = layer.input_layernorm

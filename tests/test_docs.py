@@ -16,8 +16,8 @@ import pytest
 
 import jaxgen
 from jaxgen.arguments import parser
-from jaxgen.generation.options import DEFAULT_NEW_TOKENS, OPTIONS
-from jaxgen.generation.support import table
+from jaxgen.generation.options.support import table
+from jaxgen.generation.options.table import DEFAULT_NEW_TOKENS, OPTIONS
 from tests.helpers import some_slow
 from tests.shown_by import SHOWN_BY
 

@@ -18,7 +18,7 @@ from jaxgen import demo
 from jaxgen.convert import atomic, convert_checkpoint
 from jaxgen.convert.load import AutoModelForCausalLM
 from jaxgen.errors import JaxgenError, UnsupportedError
-from jaxgen.generation.config import GenerationConfig
+from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.models.mistral import MistralForCausalLM
 from jaxgen.text.tokenizer import load_tokenizer
 from tests.hf_files import CONFIG, hf_tensors, parameters, same_bits, write_hf

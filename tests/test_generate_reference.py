@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from jaxgen.generation.output import GenerateOutput
+from jaxgen.generation.results.output import GenerateOutput
 from jaxgen.models.mistral import MistralForCausalLM
 from tests.helpers import some_slow
 from tests.reference.cases import CASES, LOG_PROBS, RUNS, Run, left_padded, right_padded, with_holes

@@ -6,7 +6,7 @@ The tests build on each other, so the first that fails says where a change came 
 - `test_gumbel`, `test_draws`: how noise is made of the bits, or a token of the noise, is another;
 - `test_tokens` alone: the logits are others, or how filters, beams or speculation use them.
 
-If the change is meant: raise `SAMPLER_VERSION` in jaxgen/generation/sample.py, name it in CHANGELOG.md, and run
+If the change is meant: raise `SAMPLER_VERSION` in generation/choosing/sample.py, name it in CHANGELOG.md, and run
 `python -m tests.reference.golden`. If it came with a new JAX, the promise that a seed gives the same tokens on every
 supported version is broken: that is a bug to be worked around in sample.py, not a file to be made anew.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxgen.generation.sample import SAMPLER_VERSION
+from jaxgen.generation.choosing.sample import SAMPLER_VERSION
 from tests.reference.golden import GOLDEN, RUNS, generate, load, new_tokens, noise
 
 COMMITTED: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))

@@ -257,7 +257,7 @@ class TestArguments:
         assert model.generate(IDS, stopping_criteria=criteria, max_new_tokens=6).shape == (1, 5)
 
     def test_set_seed(self, model: Any, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr("jaxgen.generation.seed._of_script", [])
+        monkeypatch.setattr("jaxgen.generation.choosing.seed._of_script", [])
 
         def two() -> list[Any]:
             return [model.generate(IDS, do_sample=True, max_new_tokens=8).tolist() for _ in range(2)]
@@ -321,7 +321,7 @@ class TestLoading:
     def test_from_config(self, monkeypatch: pytest.MonkeyPatch):
         import transformers
 
-        monkeypatch.setattr("jaxgen.generation.seed._of_script", [])
+        monkeypatch.setattr("jaxgen.generation.choosing.seed._of_script", [])
         config = transformers.AutoConfig.from_pretrained(jaxgen.demo.path(), num_hidden_layers=1)
         heads = []
         for seed in (1, 1, 2):

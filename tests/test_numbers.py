@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from jaxgen import GenerationConfig, JaxgenError, MistralConfig, MistralForCausalLM, Strict
-from jaxgen.generation.options import OPTIONS
-from jaxgen.generation.stop_strings import MOST_BYTES
+from jaxgen.generation.choosing.stop_strings import MOST_BYTES
+from jaxgen.generation.options.table import OPTIONS
 from tests.helpers import some_slow
 
 IDS = np.array([[1, 2, 3, 1, 2]])

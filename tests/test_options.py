@@ -7,13 +7,13 @@ import pytest
 import jaxgen
 from jaxgen import GenerationConfig, JaxgenError, plot
 from jaxgen.arguments import parser, settings_of
-from jaxgen.generation import support, unused
-from jaxgen.generation.checks import number
-from jaxgen.generation.options import ARGUMENTS, OPTIONS, Option
+from jaxgen.generation.options import support, unused
+from jaxgen.generation.options.checks import number
+from jaxgen.generation.options.table import ARGUMENTS, OPTIONS, Option
 from jaxgen.generation.processors.chain import chain_of
 from jaxgen.generation.processors.filters import Temperature, remove
 from jaxgen.generation.processors.processor import Filter, Logits, Number
-from jaxgen.generation.rows import Rows
+from jaxgen.generation.prompts.rows import Rows
 from tests.helpers import counted
 
 IDS = [[1, 5, 9]]
@@ -61,7 +61,7 @@ def test_it_is_checked_stored_and_read_as_any_other(row: str, tmp_path):
 
 def test_greedy_search_says_that_it_is_unused(row: str, monkeypatch, caplog):
     monkeypatch.setattr(unused, "_said", set())
-    config = jaxgen.generation.config.resolve({"typical_p2": 7.0}, None, GenerationConfig())
+    config = jaxgen.generation.options.config.resolve({"typical_p2": 7.0}, None, GenerationConfig())
     assert chain_of(config, 4) == ()
     assert caplog.messages == ["typical_p2=7.0 changes nothing without do_sample=True"]
 

@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb, to_rgba
 
 from jaxgen import AutoModelForCausalLM, JaxgenError, UnsupportedError, demo, plot
-from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.output import GenerateOutput
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.generation.results.output import GenerateOutput
 from jaxgen.text.show import Texts, rows_of
 from jaxgen.text.tokenizer import load_tokenizer
 

@@ -6,12 +6,12 @@ import pytest
 
 import jaxgen
 from jaxgen import GenerationConfig
-from jaxgen.generation.beam import BeamSearch
-from jaxgen.generation.config import resolve
 from jaxgen.generation.loop import PlainSearch
+from jaxgen.generation.options.config import resolve
 from jaxgen.generation.prepare import prepare
-from jaxgen.generation.prompt import SMALLEST_PROMPT, SMALLEST_TOTAL
-from jaxgen.generation.speculate import Speculation
+from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, SMALLEST_TOTAL
+from jaxgen.generation.searches.beam import BeamSearch
+from jaxgen.generation.searches.speculate import Speculation
 
 # Sizes that are buckets already: then both layouts are the same to the last number.
 IDS = np.arange(3 * SMALLEST_PROMPT, dtype=np.int32).reshape(3, SMALLEST_PROMPT) + 3

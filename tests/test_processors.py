@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.tree_util import Partial
 
 from jaxgen.errors import JaxgenError, UnsupportedError
-from jaxgen.generation.config import GenerationConfig
+from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.processors import watermark
 from jaxgen.generation.processors.chain import chain_of
 from jaxgen.generation.processors.constraint import AllowedTokens, host_errors

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgen.generation.config import resolve
 from jaxgen.generation.execute import advance, prefill, program_for
-from jaxgen.generation.options import Extras
-from jaxgen.generation.output import GenerateOutput, collect
+from jaxgen.generation.options.config import resolve
+from jaxgen.generation.options.table import Extras
 from jaxgen.generation.prepare import prepare
 from jaxgen.generation.processors.constraint import AllowedTokens
+from jaxgen.generation.results.output import GenerateOutput, collect
 from tests.helpers import padded
 from tests.tokenizers import characters
 

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from jaxgen import GenerateOutput, JaxgenError
-from jaxgen.generation.sample import draw, random_key, row_id_words, row_keys
+from jaxgen.generation.choosing.sample import draw, random_key, row_id_words, row_keys
 
 LOGITS = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.04, 0.009, 0.001], np.float32))
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgen import AutoModelForCausalLM, JaxgenError, demo
-from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.output import GenerateOutput
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.generation.results.output import GenerateOutput
 from jaxgen.text import show
 from jaxgen.text.show import Texts, rows_of, summary, to_pandas
 from jaxgen.text.tokenizer import continuation, load_tokenizer

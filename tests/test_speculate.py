@@ -16,15 +16,16 @@ from scipy import stats
 from jaxgen import AutoModelForCausalLM, GenerateOutput, JaxgenError, MistralConfig, MistralForCausalLM, demo
 from jaxgen.cache import LayerCache
 from jaxgen.convert.load import AutoModelForCausalLM as Loader
-from jaxgen.generation import loop, speculate
-from jaxgen.generation.config import resolve
-from jaxgen.generation.controls import Controls, Plan, Recipe
+from jaxgen.generation import loop
+from jaxgen.generation.choosing.sample import random_key, row_id_words
 from jaxgen.generation.execute import Program, advance, prefill, program_for
-from jaxgen.generation.options import Extras
+from jaxgen.generation.options.config import resolve
+from jaxgen.generation.options.table import Extras
 from jaxgen.generation.prepare import Request, prepare
-from jaxgen.generation.prompts import Prompts
-from jaxgen.generation.sample import random_key, row_id_words
-from jaxgen.generation.speculate import NO_DRAFT, Pair, check_assistant, look_up
+from jaxgen.generation.programs.controls import Controls, Plan, Recipe
+from jaxgen.generation.prompts.prefill import Prompts
+from jaxgen.generation.searches import speculate
+from jaxgen.generation.searches.speculate import NO_DRAFT, Pair, check_assistant, look_up
 from tests.reference.cases import CASES, left_padded
 from tests.reference.weights import write_checkpoint
 

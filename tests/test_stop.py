@@ -9,7 +9,7 @@ import pytest
 
 from jaxgen import JaxgenError
 from jaxgen.generation import execute
-from jaxgen.generation.output import GenerateOutput
+from jaxgen.generation.results.output import GenerateOutput
 from tests.reference.cases import CASES, NEW_TOKENS, PAD, left_padded
 from tests.reference.read import read
 

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.stop_strings import StopStrings, read_strings
+from jaxgen.generation.choosing.stop_strings import StopStrings, read_strings
 from tests.helpers import SLOTS, decisions
 from tests.tokenizers import (
     TOKENIZERS,

@@ -6,7 +6,7 @@ import pytest
 
 import jaxgen
 from jaxgen import JaxgenError, Strict, UnsupportedError, demo
-from jaxgen.generation import compiled
+from jaxgen.generation.programs import compiled
 from jaxgen.text.tokenizer import load_tokenizer
 
 TEXTS = ["A list of colors: red, blue", "Portugal is", "1, 2, 3, 4", "The cat"]

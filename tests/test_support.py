@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from jaxgen import GenerationConfig
-from jaxgen.generation.options import ARGUMENTS, OPTIONS, Extras
-from jaxgen.generation.refused import METADATA, REFUSED
-from jaxgen.generation.support import STREAMER, table, unknown
+from jaxgen.generation.options.refused import METADATA, REFUSED
+from jaxgen.generation.options.support import STREAMER, table, unknown
+from jaxgen.generation.options.table import ARGUMENTS, OPTIONS, Extras
 from tests.shown_by import SHOWN_BY
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def test_the_test_that_is_named_is_about_the_option(name: str):
 
 
 def test_the_command_prints_the_table():
-    command = [sys.executable, "-m", "jaxgen.generation.support"]
+    command = [sys.executable, "-m", "jaxgen.generation.options.support"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     assert printed == table() + "\n"
     assert "| `top_h` | supported: entropy-bounded truncation |\n" in printed

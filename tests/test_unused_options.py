@@ -8,7 +8,7 @@ import pytest
 
 import jaxgen
 from jaxgen import GenerationConfig, JaxgenError, cli
-from jaxgen.generation import unused
+from jaxgen.generation.options import unused
 from tests.helpers import counted
 
 IDS = [[1, 5, 9]]
@@ -55,7 +55,7 @@ def test_greedy_search_takes_what_only_sampling_cannot_use(model, said, tmp_path
 
 def test_a_stored_value_that_sampling_cannot_use_says_where_it_is_from():
     with pytest.raises(JaxgenError, match=r"temperature=0\.0 must be.*; the model's generation_config says so"):
-        jaxgen.generation.config.resolve({"do_sample": True}, None, GenerationConfig(temperature=0.0))
+        jaxgen.generation.options.config.resolve({"do_sample": True}, None, GenerationConfig(temperature=0.0))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_what_a_strategy_does_not_use_is_named_once(model, said, options):
 def test_nothing_is_said_of_what_is_used_neutral_or_not_asked_for(model, said):
     model.generate(IDS, **GREEDY, temperature=1.0, top_p=1.0, top_k=50, early_stopping=False, do_sample=False)
     model.generate(IDS, **GREEDY, temperature=0.5, do_sample=True, seed=1)
-    jaxgen.generation.config.resolve({}, None, GenerationConfig(temperature=0.6, top_p=0.9))  # a model's own
+    jaxgen.generation.options.config.resolve({}, None, GenerationConfig(temperature=0.6, top_p=0.9))  # a model's own
     generator = jaxgen.pipeline("text-generation", model=model)
     generator("1, 2", do_sample=False, **GREEDY)
     assert said() == []

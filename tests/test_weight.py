@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from jaxgen import AutoModelForCausalLM, JaxgenError, UnsupportedError, demo
-from jaxgen.generation import compiled
-from jaxgen.generation.weights import split
+from jaxgen.generation.programs import compiled
+from jaxgen.generation.programs.weights import split
 from jaxgen.quant import Int4, Lookup4, Quantization, Weight, as_weight, quantize
 from jaxgen.quant.adapted import Adapted
 from jaxgen.records.provenance import facts_of

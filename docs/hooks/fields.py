@@ -13,7 +13,7 @@ _TO_TOOLS = ("pyright:", "type:", "noqa")
 def fields(kind: type) -> list[tuple[str, str, str]]:
     """A dataclass's fields, with those that it inherits: name, annotation, and the comment behind them.
 
-    >>> from jaxgen.generation.output import GenerateOutput
+    >>> from jaxgen.generation.results.output import GenerateOutput
     >>> fields(GenerateOutput)[3]
     ('lengths', "Int[np.ndarray, ' R']", 'new tokens per row')
     """

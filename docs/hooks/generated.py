@@ -66,8 +66,8 @@ def source(command: str, machine: str, versions: dict[str, Any] | None, name: st
 
 
 def support() -> str:
-    """What `python -m jaxgen.generation.support` prints, and the tests that show it."""
-    from jaxgen.generation.support import table
+    """What `python -m jaxgen.generation.options.support` prints, and the tests that show it."""
+    from jaxgen.generation.options.support import table
 
     shown_by = runpy.run_path(str(ROOT / "tests" / "shown_by.py"))["SHOWN_BY"]
     return table(shown_by).replace("| option | | |", "| option | supported? | shown by |")
@@ -83,7 +83,7 @@ LINKS = {"`WatermarkingConfig`": "processors.md", "`GenerateOutput`": "generate.
 
 def options() -> str:
     """The fields of a GenerationConfig, a table for each section."""
-    from jaxgen.generation.options import OPTIONS
+    from jaxgen.generation.options.table import OPTIONS
 
     text = ""
     for section in dict.fromkeys(option.section for option in OPTIONS.values()):

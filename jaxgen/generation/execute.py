@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.generation import compiled
+from jaxgen.generation.choosing.stop import RUNNING, TIME, raise_if_broken
 from jaxgen.generation.loop import DecodeState
 from jaxgen.generation.prepare import Request
 from jaxgen.generation.processors.constraint import host_errors
-from jaxgen.generation.stop import RUNNING, TIME, raise_if_broken
-from jaxgen.generation.weights import split
+from jaxgen.generation.programs import compiled
+from jaxgen.generation.programs.weights import split
 
 _MOST_BETWEEN_LOOKS = 64
 

@@ -17,17 +17,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.arguments import sorted_out
-from jaxgen.generation.checks import integer
-from jaxgen.generation.config import GenerationConfig, ModelDefaults, resolve
+from jaxgen.generation.choosing.stop import BROKEN
 from jaxgen.generation.execute import Chunk, advance, decode, decode_in_chunks, prefill, program_for
-from jaxgen.generation.options import Extras
-from jaxgen.generation.output import collect
+from jaxgen.generation.options.arguments import sorted_out
+from jaxgen.generation.options.checks import integer
+from jaxgen.generation.options.config import GenerationConfig, ModelDefaults, resolve
+from jaxgen.generation.options.table import Extras
 from jaxgen.generation.prepare import Request, prepare
-from jaxgen.generation.prompt import generated
-from jaxgen.generation.score import TextScore, score, transition_scores
-from jaxgen.generation.stop import BROKEN
-from jaxgen.generation.weights import Untracked
+from jaxgen.generation.programs.weights import Untracked
+from jaxgen.generation.prompts.layout import generated
+from jaxgen.generation.results.output import collect
+from jaxgen.generation.results.score import TextScore, score, transition_scores
 from jaxgen.lowering import check_process, own_rules
 
 

@@ -12,16 +12,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgen.cache import KVCache
-from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.controls import Controls, Plan, Recipe
-from jaxgen.generation.guidance import guided, with_negatives
-from jaxgen.generation.options import Extras
-from jaxgen.generation.prompt import generated
-from jaxgen.generation.prompts import CausalLM, Count, Prompts, prefill_prompts
-from jaxgen.generation.rows import Rows
-from jaxgen.generation.sample import draw, row_keys
-from jaxgen.generation.step_outputs import Found, StepOutputs
-from jaxgen.generation.stop import BROKEN, IDLE, RUNNING, meets_any, raise_if_broken, status_after
+from jaxgen.generation.choosing.sample import draw, row_keys
+from jaxgen.generation.choosing.stop import BROKEN, IDLE, RUNNING, meets_any, raise_if_broken, status_after
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.generation.options.table import Extras
+from jaxgen.generation.programs.controls import Controls, Plan, Recipe
+from jaxgen.generation.prompts.guidance import guided, with_negatives
+from jaxgen.generation.prompts.layout import generated
+from jaxgen.generation.prompts.prefill import CausalLM, Count, Prompts, prefill_prompts
+from jaxgen.generation.prompts.rows import Rows
+from jaxgen.generation.results.step_outputs import Found, StepOutputs
 
 
 @jax.tree_util.register_dataclass

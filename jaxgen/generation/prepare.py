@@ -10,19 +10,19 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 from jaxgen.errors import JaxgenError, UnsupportedError, shown
-from jaxgen.generation.activations import check_memory_of_activations
-from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.controls import Controls, Plan, Recipe, controls_of, recipe_of
-from jaxgen.generation.memory import check_memory
-from jaxgen.generation.options import Extras
-from jaxgen.generation.past_key_values import PastKeyValues
-from jaxgen.generation.prompt import SMALLEST_PROMPT, SMALLEST_TOTAL, bucket, pack, pad_to, read_prompt
-from jaxgen.generation.prompts import Negative, Prompts
-from jaxgen.generation.row_limits import row_limits
-from jaxgen.generation.sample import FreshSeed, padded_key, random_key, row_id_words
-from jaxgen.generation.search import Search, search_for
-from jaxgen.generation.strict import Strict
-from jaxgen.generation.unused import once
+from jaxgen.generation.choosing.sample import FreshSeed, padded_key, random_key, row_id_words
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.generation.options.table import Extras
+from jaxgen.generation.options.unused import once
+from jaxgen.generation.programs.controls import Controls, Plan, Recipe, controls_of, recipe_of
+from jaxgen.generation.programs.strict import Strict
+from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, SMALLEST_TOTAL, bucket, pack, pad_to, read_prompt
+from jaxgen.generation.prompts.memory import check_memory
+from jaxgen.generation.prompts.past_key_values import PastKeyValues
+from jaxgen.generation.prompts.prefill import Negative, Prompts
+from jaxgen.generation.prompts.row_limits import row_limits
+from jaxgen.generation.results.activations import check_memory_of_activations
+from jaxgen.generation.searches.search import Search, search_for
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxgen.attention import Rotation
 from jaxgen.cache import KVCache, Reading, empty_layer_cache, layer_cache_from_prompt
 from jaxgen.familiar import FamiliarMethods, answer
-from jaxgen.generation.config import GenerationConfig
 from jaxgen.generation.generate import GenerationMixin
-from jaxgen.generation.weights import split
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.generation.programs.weights import split
 from jaxgen.lowering import device_runs_kernels, own_rules, target
 from jaxgen.models.config import DecoderConfig
 from jaxgen.models.decoder import Decoder, rotation

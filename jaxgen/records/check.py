@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.sample import random_key
+from jaxgen.generation.choosing.sample import random_key
 
 # What Python's parser makes of JSON: a bool is no int here, and 1.0 is none either.
 _TYPES: dict[str, tuple[type, ...]] = {

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgen.generation.score import token_logprobs
+from jaxgen.generation.results.score import token_logprobs
 from jaxgen.records.check import cut, logprobs_sha256
 
 # When it was, and what replay leaves out: an assistant and an earlier call's cache, which change no token. The version

@@ -17,8 +17,8 @@ from flax import nnx
 import jaxgen
 from jaxgen.errors import JaxgenError
 from jaxgen.files import read_bytes, read_json
-from jaxgen.generation import compiled
-from jaxgen.generation.weights import references, same_arrays, split
+from jaxgen.generation.programs import compiled
+from jaxgen.generation.programs.weights import references, same_arrays, split
 from jaxgen.quant.weight import as_weight
 
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "safetensors", "numpy")

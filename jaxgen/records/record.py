@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxgen.errors import JaxgenError
 from jaxgen.files import read_bytes
-from jaxgen.generation.options import DEFAULT_NEW_TOKENS
-from jaxgen.generation.sample import SAMPLER_VERSION
+from jaxgen.generation.choosing.sample import SAMPLER_VERSION
+from jaxgen.generation.options.table import DEFAULT_NEW_TOKENS
 from jaxgen.paths import as_path
 from jaxgen.records.check import check, cut, logprobs_sha256
 from jaxgen.records.provenance import compiler_options, environment, model_of, tokenizer_of

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from jaxgen.errors import JaxgenError, UnsupportedError
-from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.sample import SAMPLER_VERSION
-from jaxgen.generation.strict import Strict
+from jaxgen.generation.choosing.sample import SAMPLER_VERSION
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.generation.programs.strict import Strict
 from jaxgen.records.check import cut
 from jaxgen.records.compare import (
     logprobs_difference,

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.past_key_values import PastKeyValues
-from jaxgen.generation.sample import random_key
+from jaxgen.generation.choosing.sample import random_key
+from jaxgen.generation.prompts.past_key_values import PastKeyValues
 from jaxgen.text.inputs import Messages, encode
 from jaxgen.text.stream import TextStream
 from jaxgen.text.utf8 import decode_utf8

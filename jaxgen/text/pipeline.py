@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from jaxgen.errors import JaxgenError, UnsupportedError
-from jaxgen.generation.config import GenerationConfig, check_names
-from jaxgen.generation.options import Extras
-from jaxgen.generation.sample import random_key, row_id_words
+from jaxgen.generation.choosing.sample import random_key, row_id_words
+from jaxgen.generation.options.config import GenerationConfig, check_names
+from jaxgen.generation.options.table import Extras
 from jaxgen.records.record import Recording
 from jaxgen.text.inputs import Messages, continues_final_message, encode, is_message, read_text, read_texts
 from jaxgen.text.tokenizer import continuation, left_pad, tokenizer_for

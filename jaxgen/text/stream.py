@@ -9,7 +9,7 @@ import jax
 
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.execute import decode_in_chunks, prefill, program_for
-from jaxgen.generation.past_key_values import PastKeyValues
+from jaxgen.generation.prompts.past_key_values import PastKeyValues
 from jaxgen.text.detokenize import Detokenizer, Words
 from jaxgen.text.inputs import encode, read_texts
 from jaxgen.text.tokenizer import left_pad, tokenizer_for

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from jaxgen.convert.load import AutoModelForCausalLM
-from jaxgen.generation.config import GenerationConfig
+from jaxgen.generation.options.config import GenerationConfig
 from tests.hf_files import CONFIG, hf_tensors, parameters, same_bits, write_hf
 
 pytestmark = pytest.mark.oracle

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from jaxgen.generation.score import token_logprobs
+from jaxgen.generation.results.score import token_logprobs
 from tests.reference import live
 from tests.reference.cases import CASES, PAD, left_padded, with_holes
 

@@ -13,7 +13,7 @@ from transformers.generation.utils import GenerationMixin
 
 from jaxgen.generation.processors import watermark
 from jaxgen.generation.processors.watermark import WatermarkDetector, WatermarkingConfig
-from jaxgen.generation.rows import Rows
+from jaxgen.generation.prompts.rows import Rows
 from tests.helpers import assert_same, floats, processed, rows_of
 from tests.reference import filters
 

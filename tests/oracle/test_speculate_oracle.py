@@ -10,11 +10,11 @@ import torch
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, PromptLookupCandidateGenerator
 
 from jaxgen.convert.load import AutoModelForCausalLM
-from jaxgen.generation import speculate
-from jaxgen.generation.config import resolve
 from jaxgen.generation.execute import prefill, program_for
-from jaxgen.generation.options import Extras
+from jaxgen.generation.options.config import resolve
+from jaxgen.generation.options.table import Extras
 from jaxgen.generation.prepare import prepare
+from jaxgen.generation.searches import speculate
 from tests.reference import live
 from tests.reference.cases import CASES, left_padded
 from tests.reference.weights import write_checkpoint

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import StopStringCriteria
 
-from jaxgen.generation.stop_strings import StopStrings
+from jaxgen.generation.choosing.stop_strings import StopStrings
 from tests.helpers import SLOTS, decisions
 from tests.tokenizers import TOKENIZERS, VOCAB, byte_level, ids_of
 

@@ -1,6 +1,6 @@
 """Make the golden tokens of the demo, or check them: `python -m tests.reference.golden [--check]`.
 
-Writes `golden.json` next to this file: what the sampling stream of `jaxgen.generation.sample.SAMPLER_VERSION` is, from
+Writes `golden.json` next to this file: what the sampling stream of `SAMPLER_VERSION` (choosing/sample.py) is, from
 the keys to the tokens. `noise` holds keys, random bits, gumbel numbers and draws from given logits, without any model;
 `runs` holds prompts (ids), options and the demo's new tokens. `tests/test_golden.py` compares on every JAX in CI.
 
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import demo
-from jaxgen.generation.sample import SAMPLER_VERSION, draw, random_key, row_id_words, row_keys
+from jaxgen.generation.choosing.sample import SAMPLER_VERSION, draw, random_key, row_id_words, row_keys
 from jaxgen.text.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden.json"

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.options import ARGUMENTS, OPTIONS
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.generation.options.table import ARGUMENTS, OPTIONS
 from jaxgen.generation.processors.processor import Call, Processor, several
 
 
@@ -21,7 +21,7 @@ def chain_of(
 
     `user` is a sequence of jittable `f(tokens [R, S], lengths [R], logits) -> logits`. `beams` says that rows are
     beams. `prefix_allowed_tokens_fn` is HF's function, or an `AllowedTokens`. Each stands where HF has it: see the
-    order of `jaxgen.generation.options`.
+    order of `jaxgen.generation.options.table`.
 
     Raises `JaxgenError` for a token id outside the vocabulary, and for options that contradict each other.
     Source: transformers `GenerationMixin._get_logits_processor`.

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool
 
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.processors.processor import Call, Logits, Processor, static
-from jaxgen.generation.rows import Rows
+from jaxgen.generation.prompts.rows import Rows
 
 
 @no_type_check  # its own check says what is wrong

@@ -22,7 +22,7 @@ from jaxgen.generation.processors.processor import (
     static,
 )
 from jaxgen.generation.processors.select import best_of, count, largest, ordered_keys, top_tokens
-from jaxgen.generation.rows import Rows
+from jaxgen.generation.prompts.rows import Rows
 
 TOP_H_TOKENS = 100  # all that top_h considers
 USUAL_NUCLEUS = 256  # where top_p looks first, on CPU

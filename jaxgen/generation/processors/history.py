@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.processors.processor import Call, Count, Logits, Number, Processor, as_count, as_number
-from jaxgen.generation.prompt import bucket, pad_to
-from jaxgen.generation.rows import Rows
+from jaxgen.generation.prompts.layout import bucket, pad_to
+from jaxgen.generation.prompts.rows import Rows
 
 Sequences = tuple[tuple[int, ...], ...]
 

@@ -24,7 +24,7 @@ from jaxgen.generation.processors.processor import (
     as_number,
     several,
 )
-from jaxgen.generation.rows import Rows
+from jaxgen.generation.prompts.rows import Rows
 
 
 class MinLength(Processor):

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxgen.generation.prompt import bucket, pad_to
-from jaxgen.generation.rows import Rows
+from jaxgen.generation.prompts.layout import bucket, pad_to
+from jaxgen.generation.prompts.rows import Rows
 
 Logits = Float[Array, "R V"]
 Number = Float[Array | np.ndarray, ""]
@@ -44,7 +44,7 @@ def static() -> Any:
 class Processor:
     """A pure function of float32 logits [R, V] and the rows that they belong to.
 
-    To add one takes a subclass here and a row in the table of options (`jaxgen.generation.options`). A subclass is a
+    To add one takes a subclass here and a row in the table of options (`generation/options/table.py`). A subclass is a
     frozen dataclass and a pytree without further ado.
     """
 

@@ -27,8 +27,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 from jaxgen.errors import JaxgenError, UnsupportedError, shown
 from jaxgen.generation.processors.processor import Call, Count, Logits, Number, Processor, as_count, as_number
 from jaxgen.generation.processors.select import best_of
-from jaxgen.generation.prompt import bucket, pad_to
-from jaxgen.generation.rows import Rows
+from jaxgen.generation.prompts.layout import bucket, pad_to
+from jaxgen.generation.prompts.rows import Rows
 from jaxgen.lowering import own_rules
 
 Words = UInt32[Array | np.ndarray, " 2"]

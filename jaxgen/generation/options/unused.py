@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxgen.errors import shown
-from jaxgen.generation.options import OPTIONS, out_of_range
-from jaxgen.generation.refused import METADATA, REFUSED
+from jaxgen.generation.options.refused import METADATA, REFUSED
+from jaxgen.generation.options.table import OPTIONS, out_of_range
 
 logger = logging.getLogger("jaxgen")
 _said: set[str] = set()

@@ -17,16 +17,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgen.cache import KVCache
 from jaxgen.errors import UnsupportedError
-from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.controls import Controls, Plan, Recipe
-from jaxgen.generation.guidance import guided, with_negatives
+from jaxgen.generation.choosing.stop import BROKEN, LENGTH, RUNNING, TIME, meets_any, raise_if_broken, status_after
 from jaxgen.generation.loop import DecodeState, begin, process, unfinished
-from jaxgen.generation.options import Extras
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.generation.options.table import Extras
 from jaxgen.generation.processors.select import best_of
-from jaxgen.generation.prompts import CausalLM, Count, Prompts
-from jaxgen.generation.rows import Rows
-from jaxgen.generation.step_outputs import Found
-from jaxgen.generation.stop import BROKEN, LENGTH, RUNNING, TIME, meets_any, raise_if_broken, status_after
+from jaxgen.generation.programs.controls import Controls, Plan, Recipe
+from jaxgen.generation.prompts.guidance import guided, with_negatives
+from jaxgen.generation.prompts.prefill import CausalLM, Count, Prompts
+from jaxgen.generation.prompts.rows import Rows
+from jaxgen.generation.results.step_outputs import Found
 
 # Added to the score of what must not be chosen while there is anything else. Finite, as in HF: if nothing else is
 # left, such beams are still in order.

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.memory import free_bytes
-from jaxgen.generation.prompt import SMALLEST_PROMPT, bucket, pack, pad_to
+from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, bucket, pack, pad_to
+from jaxgen.generation.prompts.memory import free_bytes
 from jaxgen.lowering import own_rules
 
 Steps = tuple[tuple[np.ndarray, ...], ...]

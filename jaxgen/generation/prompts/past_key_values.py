@@ -10,10 +10,10 @@ from jaxtyping import Int
 
 from jaxgen.cache import Int8Slots, KVCache
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.controls import Plan
-from jaxgen.generation.prompt import bucket, pad_to
-from jaxgen.generation.prompts import Past, Prompts
-from jaxgen.generation.weights import split
+from jaxgen.generation.programs.controls import Plan
+from jaxgen.generation.programs.weights import split
+from jaxgen.generation.prompts.layout import bucket, pad_to
+from jaxgen.generation.prompts.prefill import Past, Prompts
 
 # What is new is read this many tokens at a time: scores take memory, and a ring needs room for one piece.
 CHUNK = 256

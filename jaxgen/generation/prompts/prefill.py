@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxgen.cache import KVCache
-from jaxgen.generation.controls import Plan
+from jaxgen.generation.programs.controls import Plan
 
 Count = Int[Array | np.ndarray, ""]
 

@@ -4,8 +4,8 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.options import DEFAULT_NEW_TOKENS
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.generation.options.table import DEFAULT_NEW_TOKENS
 
 
 def row_limits(config: GenerationConfig, lengths: Int[np.ndarray, " B"], context: int) -> Int[np.ndarray, " B"]:

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.errors import JaxgenError, NonFiniteLogitsError
-from jaxgen.generation.checks import integer
-from jaxgen.generation.prompt import SMALLEST_PROMPT, bucket, pack, pad_to, read_prompt
-from jaxgen.generation.weights import split
+from jaxgen.generation.options.checks import integer
+from jaxgen.generation.programs.weights import split
+from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, bucket, pack, pad_to, read_prompt
 from jaxgen.lowering import own_rules
 
 # Logits are computed for this many columns at a time: B*BLOCK*V floats, and not B*T*V.

@@ -10,13 +10,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxgen.errors import JaxgenError, UnsupportedError, shown
-from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.options import OPTIONS, Extras
+from jaxgen.generation.choosing.stop_strings import StopStrings
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.generation.options.table import OPTIONS, Extras
 from jaxgen.generation.processors.chain import chain_of
 from jaxgen.generation.processors.constraint import as_pytree
 from jaxgen.generation.processors.processor import Processor, as_count, as_number
-from jaxgen.generation.prompt import bucket, pad_to
-from jaxgen.generation.stop_strings import StopStrings
+from jaxgen.generation.prompts.layout import bucket, pad_to
 
 
 @dataclasses.dataclass(frozen=True)

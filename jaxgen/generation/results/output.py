@@ -8,12 +8,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.activations import with_activations
-from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.past_key_values import PastKeyValues
+from jaxgen.generation.choosing.stop import FINISH_REASON
+from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.prepare import Request
-from jaxgen.generation.stop import FINISH_REASON
-from jaxgen.generation.weights import references, same_arrays, split
+from jaxgen.generation.programs.weights import references, same_arrays, split
+from jaxgen.generation.prompts.past_key_values import PastKeyValues
+from jaxgen.generation.results.activations import with_activations
 
 
 @dataclasses.dataclass(frozen=True)

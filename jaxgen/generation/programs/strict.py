@@ -9,9 +9,9 @@ import dataclasses
 from typing import Any
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.checks import integer
-from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.prompt import bucket
+from jaxgen.generation.options.checks import integer
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.generation.prompts.layout import bucket
 
 # For executables on a GPU: no atomic sums, no kernels chosen by a race, no sums split into a rounded few.
 DETERMINISTIC_OPTIONS = {

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxgen.errors import JaxgenError, shown
-from jaxgen.generation.prompt import bucket
+from jaxgen.generation.prompts.layout import bucket
 
 SMALLEST_TABLE = 1 << 14  # entries; most sets of stop strings need fewer, so they share one compiled loop
 BUILDS_KEPT = 8

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgen.generation.controls import Recipe
 from jaxgen.generation.processors.select import best_of
+from jaxgen.generation.programs.controls import Recipe
 
 
 @jax.tree_util.register_dataclass

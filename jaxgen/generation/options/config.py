@@ -10,10 +10,10 @@ from typing import Any
 
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.files import read_json
-from jaxgen.generation.checks import plain
-from jaxgen.generation.options import OPTIONS, Options, checked, out_of_range
-from jaxgen.generation.refused import METADATA, REFUSED
-from jaxgen.generation.unused import say_unused, usable
+from jaxgen.generation.options.checks import plain
+from jaxgen.generation.options.refused import METADATA, REFUSED
+from jaxgen.generation.options.table import OPTIONS, Options, checked, out_of_range
+from jaxgen.generation.options.unused import say_unused, usable
 from jaxgen.models.config import DecoderConfig
 from jaxgen.paths import as_path
 
@@ -25,7 +25,7 @@ class GenerationConfig(Options):
     Values are checked here: counts are positive, `top_p` in (0, 1], and so on, when it is made and when a field is
     set; the range of what only sampling uses is checked where something samples. Raises `JaxgenError` for a bad value
     or a misspelt name, and `UnsupportedError` for a field of transformers that jaxgen refuses. The fields are the rows
-    of `jaxgen.generation.options`. Source: transformers `GenerationConfig`.
+    of `jaxgen.generation.options.table`. Source: transformers `GenerationConfig`.
 
     A config that has been hashed (as a static argument of `jax.jit`, for instance) does not change any more: what was
     compiled for it would not know. `copy.copy(config)` does.

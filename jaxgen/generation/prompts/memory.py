@@ -4,8 +4,8 @@ from typing import Any
 
 from jaxgen.attention import query_block
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.controls import Plan
-from jaxgen.generation.prompt import largest_bucket
+from jaxgen.generation.programs.controls import Plan
+from jaxgen.generation.prompts.layout import largest_bucket
 from jaxgen.models.config import DecoderConfig
 
 _SHOWN = 1_000_000_000

@@ -22,7 +22,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from jaxgen.errors import JaxgenError, shown
-from jaxgen.generation.seed import next_seed
+from jaxgen.generation.choosing.seed import next_seed
 
 # Which tokens a key gives, as defined above. A change that alters them raises this and is named in the changelog;
 # tests/test_golden.py holds what version 1 gives.

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.search import Search
-from jaxgen.generation.speculate import Pair
-from jaxgen.generation.strict import DETERMINISTIC_OPTIONS
+from jaxgen.generation.programs.strict import DETERMINISTIC_OPTIONS
+from jaxgen.generation.searches.search import Search
+from jaxgen.generation.searches.speculate import Pair
 from jaxgen.lowering import Target, own_rules, tracing_for
 from jaxgen.paths import as_path
 from jaxgen.quant.matmul import FUSION_OPTIONS
@@ -188,7 +188,7 @@ _kernels_on_gpu, _kernels_int4_on_gpu, _strict_kernels_on_gpu = (
 def stages_for(model: Any, weights: list[Any], strict: bool = False) -> tuple[Stage, Stage]:
     """Prefill and decode as they run fastest where these weights are, or so that their sums have one order.
 
-    `weights` are the model's, as `jaxgen.generation.weights.split` lists them.
+    `weights` are the model's, as `jaxgen.generation.programs.weights.split` lists them.
     """
     kernels = getattr(model, "decodes_with_kernels", False)
     device = next(iter(jax.tree.leaves(weights)[0].devices()))

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.checks import (
+from jaxgen.generation.choosing.stop_strings import read_strings
+from jaxgen.generation.options.checks import (
     LARGEST,
     Check,
     biases,
@@ -27,7 +28,6 @@ from jaxgen.generation.checks import (
 from jaxgen.generation.processors import constraint, filters, history, lengths
 from jaxgen.generation.processors.processor import Filter, Processor
 from jaxgen.generation.processors.watermark import Watermark, WatermarkingConfig
-from jaxgen.generation.stop_strings import read_strings
 
 DEFAULT_NEW_TOKENS = 20  # where nobody sets a length
 

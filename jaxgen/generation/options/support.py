@@ -1,10 +1,10 @@
-"""What of transformers' `generate` is supported, as a table: `python -m jaxgen.generation.support`."""
+"""What of transformers' `generate` is supported, as a table: `python -m jaxgen.generation.options.support`."""
 
 import sys
 from collections.abc import Mapping
 
-from jaxgen.generation.options import ARGUMENTS, OPTIONS
-from jaxgen.generation.refused import METADATA, REFUSED
+from jaxgen.generation.options.refused import METADATA, REFUSED
+from jaxgen.generation.options.table import ARGUMENTS, OPTIONS
 
 STREAMER = {"streamer": "an object that is given texts as they come"}  # of `generate` itself
 

@@ -7,14 +7,14 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Key
 
-from jaxgen.generation.beam import BeamSearch
-from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.controls import Controls, Plan, Recipe
 from jaxgen.generation.loop import DecodeState, PlainSearch
-from jaxgen.generation.options import Extras
-from jaxgen.generation.prompts import Count, Prompts
-from jaxgen.generation.speculate import Speculation
-from jaxgen.generation.step_outputs import Found
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.generation.options.table import Extras
+from jaxgen.generation.programs.controls import Controls, Plan, Recipe
+from jaxgen.generation.prompts.prefill import Count, Prompts
+from jaxgen.generation.results.step_outputs import Found
+from jaxgen.generation.searches.beam import BeamSearch
+from jaxgen.generation.searches.speculate import Speculation
 
 
 @runtime_checkable

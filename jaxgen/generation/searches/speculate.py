@@ -28,15 +28,15 @@ from jaxtyping import Array, Bool, Int, Key
 from jaxgen.cache import KVCache
 from jaxgen.errors import JaxgenError
 from jaxgen.generation import loop
-from jaxgen.generation.config import GenerationConfig
-from jaxgen.generation.controls import Controls, Plan, Recipe
-from jaxgen.generation.guidance import with_negatives
+from jaxgen.generation.choosing.sample import draw
 from jaxgen.generation.loop import DecodeState, PlainSearch
-from jaxgen.generation.memory import assistant_slots
-from jaxgen.generation.options import Extras
-from jaxgen.generation.prompts import CausalLM, Count, Prompts, prefill_prompts
-from jaxgen.generation.sample import draw
-from jaxgen.generation.step_outputs import Found
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.generation.options.table import Extras
+from jaxgen.generation.programs.controls import Controls, Plan, Recipe
+from jaxgen.generation.prompts.guidance import with_negatives
+from jaxgen.generation.prompts.memory import assistant_slots
+from jaxgen.generation.prompts.prefill import CausalLM, Count, Prompts, prefill_prompts
+from jaxgen.generation.results.step_outputs import Found
 
 NO_DRAFT = -1  # no token is -1, so it is never accepted
 

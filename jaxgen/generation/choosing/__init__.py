@@ -1,0 +1,1 @@
+"""One token: the draw, its key, and whether the row ends with it."""

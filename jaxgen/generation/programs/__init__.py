@@ -1,0 +1,1 @@
+"""What is compiled: the two executables, their static half and their numbers, and a model as they take it."""

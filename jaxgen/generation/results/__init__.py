@@ -1,0 +1,1 @@
+"""What is told: the layout of the result, scores, attentions."""

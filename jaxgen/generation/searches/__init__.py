@@ -1,0 +1,1 @@
+"""How a row's tokens are chosen: one after the other, among beams, or with drafts."""
