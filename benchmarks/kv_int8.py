@@ -62,7 +62,7 @@ def main() -> None:
     for text in texts:
         for name, values in compare(weights, jnp.asarray(text)).items():
             found.setdefault(name, []).append(np.asarray(values, np.float64))
-    exact = np.asarray(model(jnp.asarray(texts[:1]))[0])
+    exact = np.asarray(model(jnp.asarray(texts[:1])).logits[0])
     result = {
         "tokens": int(texts.size),
         "kl": float(np.mean(found["kl"])),

@@ -71,7 +71,7 @@ class Reference:
     """The text's log-probabilities in float32, and how far others are from them."""
 
     def __init__(self, graph: nnx.GraphDef, exact: Weights, text: np.ndarray):
-        self._log_probabilities = jax.jit(lambda weights, ids: jax.nn.log_softmax(_merge(graph, weights)(ids)))
+        self._log_probabilities = jax.jit(lambda weights, ids: jax.nn.log_softmax(_merge(graph, weights)(ids).logits))
         self._compare = jax.jit(
             lambda weights, ids, exact: _distances(exact, self._log_probabilities(weights, ids), ids)
         )

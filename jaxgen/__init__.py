@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxgen import demo as demo
     from jaxgen import plot as plot
+    from jaxgen.causal_output import CausalLMOutput as CausalLMOutput
     from jaxgen.convert.load import AutoModelForCausalLM as AutoModelForCausalLM
     from jaxgen.errors import CheckpointError as CheckpointError
     from jaxgen.errors import JaxgenError as JaxgenError
@@ -53,6 +54,7 @@ _HOME = {
     "AutoModelForCausalLM": "jaxgen.convert.load",
     "AutoTokenizer": "jaxgen.text.auto",
     "BitsAndBytesConfig": "jaxgen.quant.bitsandbytes",
+    "CausalLMOutput": "jaxgen.causal_output",
     "CheckpointError": "jaxgen.errors",
     "GenerateOutput": "jaxgen.generation.results.output",
     "GenerationConfig": "jaxgen.generation.options.config",

@@ -1,6 +1,5 @@
 """HF's ordinary methods of a model, which scripts call in passing: they answer, or say what to write here."""
 
-import dataclasses
 import sys
 from typing import Any, no_type_check
 
@@ -9,35 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxgen.errors import JaxgenError
+from jaxgen.causal_output import CausalLMOutput
+from jaxgen.errors import JaxgenError, shown
 
 IGNORED = -100  # HF's label of a token that does not count
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LossAndLogits:
-    """What a model returns for `labels`."""
-
-    loss: Any  # float32 []
-    logits: Any  # float32 [B, T, V]
+# Of transformers' `forward`: what makes it return more than logits and loss, and what else it may be told.
+_MORE_RETURNED = ("output_attentions", "output_hidden_states")
+_MORE_TOLD = ("cache", "cache_position", "inputs_embeds", "past_key_values", "position_ids", "use_cache")
 
 
-def answer(logits: Any, labels: Any = None, token_type_ids: Any = None, use_cache: Any = None, **unknown: Any) -> Any:
-    """The logits as they are; with `labels` [B, T], a `LossAndLogits`.
+def answer(logits: Any, labels: Any = None, token_type_ids: Any = None, **options: Any) -> CausalLMOutput:
+    """The logits; with `labels` [B, T], the loss too.
 
     The loss is the mean cross-entropy (nats) of each next label, without those that are -100, as in HF; padding is not
-    left out by itself. `token_type_ids` and `use_cache=False` change nothing. Raises `JaxgenError` for other options.
+    left out by itself. `token_type_ids`, `use_cache=False`, `return_dict=True` and options that are None change
+    nothing. Raises `JaxgenError` for others.
     """
-    for name in unknown:
-        raise JaxgenError(
-            f"model(...): there is no option {name!r:.60}; model(input_ids, attention_mask) is the array of logits, "
-            "with labels= there is .loss and .logits"
-        )
-    if use_cache:
-        raise JaxgenError("model(..., use_cache=True): it returns logits; model.prefill and model.step have a cache")
+    for name, value in options.items():
+        _check_option(name, value)
     if labels is None:
-        return logits
+        return CausalLMOutput(logits)
     if np.shape(labels) != logits.shape[:2]:
         raise JaxgenError(f"labels has shape {np.shape(labels)}; expected that of input_ids, {logits.shape[:2]}")
     following, before = jnp.asarray(labels, jnp.int32)[:, 1:], logits[:, :-1]
@@ -45,7 +36,25 @@ def answer(logits: Any, labels: Any = None, token_type_ids: Any = None, use_cach
     logprobs = jax.nn.log_softmax(before, axis=-1)
     chosen = jnp.take_along_axis(logprobs, jnp.where(counts, following, 0)[..., None], axis=-1)[..., 0]
     loss = -jnp.sum(jnp.where(counts, chosen, 0.0)) / jnp.sum(counts)
-    return LossAndLogits(loss, logits)
+    return CausalLMOutput(logits, loss)
+
+
+def _check_option(name: str, value: Any) -> None:
+    """Raise for an option of HF's `forward`, unless its value is what is done anyway."""
+    if name in (*_MORE_RETURNED, *_MORE_TOLD, "return_dict"):
+        what_is_done_anyway = name == "return_dict"
+        if value is None or value is what_is_done_anyway:
+            return
+    if name == "use_cache":
+        raise JaxgenError("model(..., use_cache=True): it returns logits; model.prefill and model.step have a cache")
+    if name == "return_dict":
+        raise JaxgenError(f"model(..., return_dict={shown(value)}): write model(...).to_tuple() for a tuple")
+    if name in _MORE_RETURNED:
+        raise JaxgenError(
+            f"model(..., {name}={shown(value)}): it returns logits; write "
+            f"generate(..., {name}=True, return_dict_in_generate=True)"
+        )
+    raise JaxgenError(f"model(...): there is no option {name!r:.60}; it has input_ids, attention_mask and labels")
 
 
 class FamiliarMethods:

@@ -112,7 +112,7 @@ key = jax.random.key(7)
 for word in (0x6A617867, 0, 0, 0):  # jaxgen's domain; the row's id, in two words; the sample's index
     key = jax.random.fold_in(key, word)
 noise = jax.random.gumbel(jax.random.fold_in(key, position), (model.config.vocab_size,))
-logits = np.asarray(nnx.jit(lambda model, ids: model(ids))(model, inputs.input_ids))[0, -1]
+logits = np.asarray(nnx.jit(lambda model, ids: model(ids).logits)(model, inputs.input_ids))[0, -1]
 logits = np.where(logits < np.sort(logits)[-50], -np.inf, logits)  # top_k=50
 again = (logits / 1.3 + np.asarray(noise)).argmax()
 print("ids:", [int(first), int(again)])

@@ -215,7 +215,7 @@ rows = tokenizer(texts, padding=True, truncation=True, max_length=48, return_ten
 
 @nnx.jit
 def log_probabilities(model, ids, mask):
-    return jax.nn.log_softmax(model(ids, mask))
+    return jax.nn.log_softmax(model(ids, mask).logits)
 
 
 def predictions(model):

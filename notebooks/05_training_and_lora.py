@@ -15,7 +15,7 @@
 # %% [markdown]
 # # 05. Training and LoRA, then generating
 #
-# A jaxgen model is an ordinary Flax NNX module: `model(input_ids)` gives logits, gradients go through it, and optax
+# A jaxgen model is an ordinary Flax NNX module: `model(input_ids).logits` are logits, gradients go through them, and optax
 # trains it. The object that you train is the object that generates. Nothing is exported in between, and
 # `model.generate` sees each update at once.
 #
@@ -100,7 +100,7 @@ def table(examples, width=48):
 
 def loss_of(model, ids, learn):
     """Mean cross-entropy, in nats per token of the answers."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(model(ids[:, :-1]), ids[:, 1:])
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(ids[:, :-1]).logits, ids[:, 1:])
     return (losses * learn[:, 1:]).sum() / learn[:, 1:].sum()
 
 

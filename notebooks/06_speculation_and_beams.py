@@ -179,11 +179,11 @@ table.round(3)
 # ### A tree, by hand
 #
 # What happens inside is short enough to write down. Each step extends all beams by all tokens, adds the
-# log-probabilities, and keeps the best four. The function below uses nothing but `model(ids)`, padded on the right to
+# log-probabilities, and keeps the best four. The function below uses nothing but `model(ids).logits`, padded on the right to
 # one width so that it compiles once.
 
 # %%
-forward = nnx.jit(lambda model, ids: jax.nn.log_softmax(model(ids)))
+forward = nnx.jit(lambda model, ids: jax.nn.log_softmax(model(ids).logits))
 
 
 def beam_search(ids, beams, steps):

@@ -172,7 +172,7 @@ looking = np.stack(out.attentions[0])[:, :, :, tens, tens - 3].mean((1, 3))
 # %%
 @nnx.jit
 def losses(model, ids):
-    logprobs = jax.nn.log_softmax(model(ids[:, :-1]))
+    logprobs = jax.nn.log_softmax(model(ids[:, :-1]).logits)
     return -jnp.take_along_axis(logprobs, ids[:, 1:, None], axis=2)[..., 0]
 
 

@@ -74,7 +74,7 @@ Models = Callable[[str], MistralForCausalLM]
 
 @nnx.jit
 def forward(model: MistralForCausalLM, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    return model(ids, mask)
+    return model(ids, mask).logits
 
 
 def real_logits(model: MistralForCausalLM, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
@@ -86,7 +86,7 @@ def real_logits(model: MistralForCausalLM, ids: np.ndarray, mask: np.ndarray) ->
 @functools.partial(jax.jit, static_argnums=0)
 def _loss_and_gradients(structure: nnx.GraphDef, weights: nnx.State, ids: jax.Array, mask: jax.Array):
     def loss(weights: nnx.State) -> jax.Array:
-        log_probs = jax.nn.log_softmax(nnx.merge(structure, weights)(ids, mask))
+        log_probs = jax.nn.log_softmax(nnx.merge(structure, weights)(ids, mask).logits)
         chosen = jnp.take_along_axis(log_probs[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
         pairs = mask[:, :-1] * mask[:, 1:]  # of neighbouring real tokens
         return -(chosen * pairs).sum() / pairs.sum()

@@ -148,7 +148,7 @@ def test_merged_before_it_is_quantised(tmp_path, options):
         assert isinstance(mine, Int4)
         # float32 against float64 sums: a weight half-way between two codes may go either way
         assert (np.asarray(mine.packed) == np.asarray(theirs.packed)).mean() > 0.999
-    np.testing.assert_allclose(ours(IDS), expected(IDS), atol=0.02)
+    np.testing.assert_allclose(ours(IDS).logits, expected(IDS).logits, atol=0.02)
 
 
 # Beside weights that the checkpoint holds quantised.
@@ -179,7 +179,7 @@ def test_kept_beside_quantised_weights(tmp_path, monkeypatch, wanted):
             assert len(weight.down) == sum(1 if part in ("v_proj", "up_proj") else 2 for part in touched)
             assert weight.shape == plain.shape and weight.nbytes > base.nbytes
         np.testing.assert_allclose(weight.dequantize(), plain, atol=1e-5)
-    np.testing.assert_allclose(ours(IDS), expected(IDS), atol=1e-4)
+    np.testing.assert_allclose(ours(IDS).logits, expected(IDS).logits, atol=1e-4)
 
 
 def test_generation_reads_what_is_beside(tmp_path, monkeypatch):

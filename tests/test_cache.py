@@ -48,13 +48,13 @@ def test_each_layer_has_its_own_window_and_its_own_number_of_slots(model):
     for layer, window in zip(model.model.layers, windows, strict=True):
         layer.self_attn.window = window
     try:
-        expected = model(IDS)[:, READ:]
+        expected = model(IDS).logits[:, READ:]
         found = logits_of(model, [empty(LENGTH, None), empty(4 + READ, 4), empty(11, 4)])
     finally:
         for layer in model.model.layers:
             layer.self_attn.window = 4
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert np.abs(found - np.asarray(model(IDS)[:, READ:])).max() > 1e-3  # the windows mattered
+    assert np.abs(found - np.asarray(model(IDS).logits[:, READ:])).max() > 1e-3  # the windows mattered
 
 
 def test_caches_of_a_model_have_its_windows(model):

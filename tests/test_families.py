@@ -59,8 +59,7 @@ def load(place: Path, **options: Any) -> Any:
 
 
 def logits(model: Any, ids: Any) -> np.ndarray:
-    output = model(jnp.asarray(ids))
-    return np.asarray(getattr(output, "logits", output))
+    return np.asarray(model(jnp.asarray(ids)).logits)
 
 
 @pytest.fixture(scope="module", params=BOTH)

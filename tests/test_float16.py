@@ -29,7 +29,7 @@ COMMON: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": None}
 TEXTS = ["A list of colors: red, blue", "A sequence of numbers: 1, 2, 3", "Portugal is"]
 
 
-logits = nnx.jit(lambda model, ids, mask: model(ids, mask))
+logits = nnx.jit(lambda model, ids, mask: model(ids, mask).logits)
 
 
 @pytest.fixture(scope="module")

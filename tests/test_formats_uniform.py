@@ -49,7 +49,7 @@ def test_weights_are_exactly_those_of_the_library(case):
 def test_logits_are_those_of_torch(case, caplog):
     model = load(UNIFORM / case)
     expected = np.load(UNIFORM / case / "expected.npz")["logits"]
-    np.testing.assert_allclose(model(jnp.asarray(IDS))[0], expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(model(jnp.asarray(IDS)).logits[0], expected, atol=1e-4, rtol=0)
     assert isinstance(model.model.layers[0].mlp.down_proj.weight[...], Int4)
     # Queries, keys and values of one parameter, of different permutations or partly in floats.
     fused = isinstance(model.model.layers[0].self_attn.qkv_proj.weight[...], Int4)
@@ -103,7 +103,9 @@ def test_gptq_g_idx_may_be_absent_where_it_says_nothing(tmp_path):
     assert read(UNIFORM / case, DOWN).permutation is None
     directory = changed(tmp_path, case, drop("g_idx"))
     assert same(read(directory, DOWN), read(UNIFORM / case, DOWN))
-    np.testing.assert_array_equal(load(directory)(jnp.asarray(IDS)), load(UNIFORM / case)(jnp.asarray(IDS)))
+    np.testing.assert_array_equal(
+        load(directory)(jnp.asarray(IDS)).logits, load(UNIFORM / case)(jnp.asarray(IDS)).logits
+    )
 
 
 def test_gptq_activation_order_is_a_permutation_of_columns():
@@ -157,7 +159,9 @@ def test_autoround_scales_may_be_negative():
 def test_autoround_exceptions_may_be_regular_expressions(tmp_path):
     exceptions = {".*o_proj.*": {"bits": 16, "data_type": "float"}, "v_proj$": {"group_size": 32}}
     directory = changed(tmp_path, "autoround-gptq", extra_config=exceptions)
-    np.testing.assert_array_equal(load(directory)(jnp.asarray(IDS)), load(UNIFORM / "autoround-gptq")(jnp.asarray(IDS)))
+    np.testing.assert_array_equal(
+        load(directory)(jnp.asarray(IDS)).logits, load(UNIFORM / "autoround-gptq")(jnp.asarray(IDS)).logits
+    )
 
 
 @pytest.mark.parametrize("case, backend", [
@@ -231,7 +235,9 @@ def test_damaged_files_are_refused_by_tensor(tmp_path, damage):
 
 def test_a_bias_of_zeros_is_ignored(tmp_path):
     directory = changed(tmp_path, "awq", add(f"{DOWN}.bias", np.zeros(32, np.float16)))
-    np.testing.assert_array_equal(load(directory)(jnp.asarray(IDS)), load(UNIFORM / "awq")(jnp.asarray(IDS)))
+    np.testing.assert_array_equal(
+        load(directory)(jnp.asarray(IDS)).logits, load(UNIFORM / "awq")(jnp.asarray(IDS)).logits
+    )
 
 
 def test_a_quantised_head_beside_tied_embeddings_is_refused(tmp_path):

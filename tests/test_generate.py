@@ -26,7 +26,7 @@ def greedy_by_hand(model: MistralForCausalLM, prompt: list[int], count: int) -> 
     for _ in range(count):
         padded = np.array([tokens + [0] * (40 - len(tokens))])
         mask = (np.arange(40) < len(tokens)).astype(int)[None]
-        tokens.append(int(np.asarray(model(padded, mask))[0, len(tokens) - 1].argmax()))
+        tokens.append(int(np.asarray(model(padded, mask).logits)[0, len(tokens) - 1].argmax()))
     return tokens[len(prompt) :]
 
 

@@ -334,14 +334,16 @@ class TestLoading:
 
 
 class TestCall:
-    def test_without_labels_it_is_the_array(self, model: Any, tokenizer: Any):
+    def test_logits_and_no_loss(self, model: Any, tokenizer: Any):
         inputs = tokenizer(["1, 2, 3"], return_tensors="np")
         types = np.zeros_like(inputs["input_ids"])
-        logits = model(**inputs, token_type_ids=types)
-        assert isinstance(logits, jax.Array)
-        assert (logits == model(inputs["input_ids"])).all()
+        out = model(**inputs, token_type_ids=types, use_cache=False, return_dict=True, position_ids=None)
+        assert isinstance(out, jaxgen.CausalLMOutput)
+        assert (out.logits == model(inputs["input_ids"]).logits).all()
+        assert out.loss is None and out["logits"] is out[0] is out[-1] is out.logits
+        assert (len(out), list(out.keys()), out.to_tuple()) == (1, ["logits"], (out.logits,))
+        assert "logits" in out and "loss" not in out
 
-    @pytest.mark.slow
     def test_labels(self, model: Any):
         ids = np.array([[1, 5, 9, 4], [1, 7, 7, 8]], np.int32)
         labels = np.where(ids == 7, -100, ids)
@@ -349,21 +351,99 @@ class TestCall:
         logprobs = jax.nn.log_softmax(out.logits)
         wanted = [logprobs[0, 0, 5], logprobs[0, 1, 9], logprobs[0, 2, 4], logprobs[1, 2, 8]]
         np.testing.assert_allclose(out.loss, -np.mean(wanted), rtol=1e-5)
+        assert out[0] is out["loss"] is out.loss and out[1] is out.logits
+        assert list({**out}) == ["loss", "logits"]
 
-        @nnx.jit
-        def gradient(model: Any) -> Any:
-            return nnx.grad(lambda model: model(ids, labels=labels).loss)(model)
+    def test_it_goes_through_jaxs_transformations(self):
+        config = jaxgen.MistralConfig(
+            vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1,
+        )  # fmt: skip
+        structure, weights = nnx.split(jaxgen.MistralForCausalLM(config, rngs=nnx.Rngs(0)))
+        ids = np.array([[1, 5, 8]], np.int32)
 
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(model)))
+        def loss(weights: Any, ids: Any) -> Any:
+            out = nnx.merge(structure, weights)(ids, labels=ids)
+            return out.loss, out
+
+        # vmap's output, jit's output, and what is beside a gradient, in one program
+        @jax.jit
+        def all_of_them(weights: Any, ids: Any) -> Any:
+            return jax.vmap(jax.grad(loss, has_aux=True), (None, 0))(weights, ids)
+
+        gradient, out = all_of_them(weights, ids[None])
+        assert isinstance(out, jaxgen.CausalLMOutput)
+        assert out.logits.shape == (1, 1, 3, 9) and out.loss.shape == (1,)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+        assert isinstance(nnx.jit(lambda model: model(ids))(nnx.merge(structure, weights)), jaxgen.CausalLMOutput)
 
     @pytest.mark.parametrize(
         ("options", "says"),
         [
-            ({"return_dict": True}, "is the array of logits, with labels= there is .loss"),
+            ({"return_dict": False}, r"to_tuple\(\)"),
             ({"use_cache": True}, "model.prefill"),
+            ({"output_hidden_states": True}, r"generate\(\.\.\., output_hidden_states=True"),
+            ({"position_ids": IDS}, "there is no option 'position_ids'"),
             ({"labels": np.array([[1]])}, "expected that of input_ids"),
         ],
     )
     def test_what_to_write_instead(self, model: Any, options: Any, says: str):
         with pytest.raises(JaxgenError, match=says):
             model(IDS, **options)
+
+
+OUT: Any = jaxgen.CausalLMOutput(jax.numpy.ones((2, 3, 4)))
+
+
+class TestWhatIsNoArray:
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda: OUT.shape,
+            lambda: OUT.argmax(-1),
+            lambda: OUT.at[0],
+            lambda: OUT[:, -1],
+            lambda: OUT[:1],
+            lambda: OUT[..., 0],
+            lambda: OUT[None],
+            lambda: list(OUT),
+            lambda: OUT + 1,
+            lambda: 1 - OUT,
+            lambda: OUT.logits * OUT,
+            lambda: np.ones(4) * OUT,
+            lambda: OUT @ np.ones(4),
+            lambda: -OUT,
+            lambda: OUT == OUT,
+            lambda: bool(OUT),
+            lambda: jax.numpy.sum(OUT),
+            lambda: jax.numpy.argmax(OUT, -1),
+            lambda: jax.numpy.asarray(OUT),
+            lambda: jax.nn.log_softmax(OUT),
+            lambda: np.asarray(OUT),
+            lambda: np.exp(OUT),
+            lambda: np.testing.assert_allclose(OUT, 1),
+        ],
+    )
+    def test_it_says_where_the_array_is(self, use: Any):
+        with pytest.raises(JaxgenError, match=r"write model\(\.\.\.\)\.logits"):
+            use()
+
+    @pytest.mark.parametrize(
+        ("use", "says"),
+        [
+            (lambda: OUT.past_key_values, "return_dict_in_generate"),
+            (lambda: OUT.logit, "it has .logits"),
+            (lambda: OUT["loss"], "no 'loss'; it has logits"),
+            (lambda: OUT[1], "no 1; it has logits"),
+        ],
+    )
+    def test_what_it_has_not(self, use: Any, says: str):
+        with pytest.raises(JaxgenError, match=says):
+            use()
+
+    def test_what_libraries_ask_any_object(self):
+        assert not hasattr(OUT, "shape") and not hasattr(OUT, "__array_interface__")
+        assert hash(OUT) and "logits" in repr(OUT)
+        for other in (copy.copy(OUT), copy.deepcopy(OUT), pickle.loads(pickle.dumps(OUT))):
+            assert (other.logits == OUT.logits).all()
+        assert jax.block_until_ready(OUT).loss is None

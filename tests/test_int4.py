@@ -308,7 +308,7 @@ def test_the_decode_step_for_gpus_computes_what_the_other_does(rows):
     model = jaxgen.MistralForCausalLM(config, rngs=nnx.Rngs(0))
     model.model.norm.weight[...] = jnp.linspace(0.5, 2, 64)
     tokens = RANDOM.integers(0, 50, (rows, 6))
-    expected = model(tokens)[:, -1]
+    expected = model(tokens).logits[:, -1]
     _, cache = model.prefill(jnp.asarray(tokens[:, :5]), jnp.full(rows, 5), 8)
     with tracing_for(Target(gpu_decode=True)):
         logits, _ = model.step(jnp.asarray(tokens[:, 5]), jnp.full(rows, 5), cache)

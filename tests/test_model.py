@@ -43,7 +43,7 @@ def test_no_mask_means_all_real(reference_model: Models):
     ids = np.array([case.prompts()[row]])
     expected = read().logits[f"one_layer/{row}"]
     for mask in (None, np.ones(ids.shape, bool), np.ones(ids.shape, np.int64)):
-        np.testing.assert_allclose(model(ids, mask)[0], expected, atol=ATOL)
+        np.testing.assert_allclose(model(ids, mask).logits[0], expected, atol=ATOL)
 
 
 GRAPH_MODES = [True, False] if hasattr(nnx, "set_graph_mode") else [None]
@@ -61,7 +61,7 @@ def test_graph_modes(mode: bool | None, checkpoint: Callable):
         assert_reference(name, real_logits(model, *left_padded(prompts)))
         structure, weights = nnx.split(model)
         ids, mask = left_padded(prompts)
-        merged = jax.jit(lambda w: nnx.merge(structure, w)(ids, mask))(weights)
+        merged = jax.jit(lambda w: nnx.merge(structure, w)(ids, mask).logits)(weights)
         np.testing.assert_allclose(merged[0, mask[0] == 1], read().logits[f"{name}/0"], atol=ATOL)
 
 
@@ -124,10 +124,10 @@ def test_query_blocks_change_nothing(window: int | None, monkeypatch: pytest.Mon
     model = one_layer(window)
     ids = np.arange(24).reshape(2, 12)
     mask = np.array([[0, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 12])
-    whole = model(ids, mask)
+    whole = model(ids, mask).logits
     monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
-    np.testing.assert_allclose(model(ids, mask)[mask == 1], whole[mask == 1], atol=1e-5)
-    assert "scan" in str(jax.make_jaxpr(lambda ids: model(ids, mask))(ids))  # the blocks did run
+    np.testing.assert_allclose(model(ids, mask).logits[mask == 1], whole[mask == 1], atol=1e-5)
+    assert "scan" in str(jax.make_jaxpr(lambda ids: model(ids, mask).logits)(ids))  # the blocks did run
 
 
 def test_low_precision_is_close_to_float32(checkpoint: Callable):

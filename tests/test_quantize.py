@@ -137,7 +137,7 @@ def test_layers_compute_what_the_model_does(small):
     layers, hidden = Layers(checkpoint, config), embedded(checkpoint)
     for layer in range(config.num_hidden_layers):
         advance(config, layers.read(layer), hidden)
-    expected = model(ids())
+    expected = model(ids()).logits
     np.testing.assert_allclose(model.lm_head(model.model.norm(jnp.asarray(hidden))), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -296,7 +296,7 @@ def test_order_of_quality(monkeypatch):
     calibration = next(batches(tokenizer, seed=2, batch=64, length=63))
     text = next(batches(tokenizer, seed=3, batch=64, length=63))
     monkeypatch.setitem(blocks._METHODS, "autoround", functools.partial(AutoRound, iterations=60, batch=8))
-    compute = nnx.jit(lambda model: jax.nn.log_softmax(model(jnp.asarray(text))))
+    compute = nnx.jit(lambda model: jax.nn.log_softmax(model(jnp.asarray(text)).logits))
     model = AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
     exact = compute(model)
     weights = [Layers(checkpoint, config).read(layer) for layer in range(config.num_hidden_layers)]

@@ -111,7 +111,7 @@ def test_says_what_differs(model, inputs):
     result = replay(changed(record, output_ids=ids), model)
     assert (result.status, result.exit_code) == ("different", 1)
     before = [*entry["prompt_ids"][1], *ids[1][:2]]
-    log_probs = np.asarray(model(jnp.array([before])))[0, -1].astype(np.float64)
+    log_probs = np.asarray(model(jnp.array([before])).logits)[0, -1].astype(np.float64)
     probabilities = np.exp(log_probs - log_probs.max())
     probabilities /= probabilities.sum()
     assert result.message.startswith("first difference at row 1, token 2: recorded 77 (probability now ")

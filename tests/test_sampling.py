@@ -56,7 +56,7 @@ def test_whole_generation_follows_the_distribution(reference_model):
         [[5, 6, 7]], do_sample=True, temperature=1.5, top_k=12, max_new_tokens=1, num_return_sequences=12_000, seed=0,
         eos_token_id=None,
     )  # fmt: skip
-    logits = np.asarray(model(np.array([[5, 6, 7]])), np.float64)[0, -1] / 1.5
+    logits = np.asarray(model(np.array([[5, 6, 7]])).logits, np.float64)[0, -1] / 1.5
     top = np.argsort(logits)[-12:]
     probabilities = np.exp(logits[top]) / np.exp(logits[top]).sum()
     counts = np.bincount(np.asarray(output)[:, -1], minlength=len(logits))
@@ -84,7 +84,7 @@ def test_the_documented_recipe_gives_the_tokens(reference_model):
         sequence = [int(t) for t, real in zip(prompts[row], mask[row], strict=True) if real]
         for _ in range(5):
             noise = jax.random.gumbel(jax.random.fold_in(row_key, len(sequence)), (model.config.vocab_size,))
-            logits = np.asarray(model(np.array([sequence])))[0, -1]
+            logits = np.asarray(model(np.array([sequence])).logits)[0, -1]
             sequence.append(int(np.argmax(logits + np.asarray(noise))))
         assert np.asarray(result)[2 * row + sample, 3:].tolist() == sequence[-5:]
 
@@ -95,7 +95,7 @@ def test_a_filter_only_masks_the_same_noise(reference_model):
     options = {"do_sample": True, "seed": 5, "max_new_tokens": 1, "eos_token_id": None, "num_return_sequences": 400}
     free = np.asarray(model.generate([[5, 6, 7]], top_k=0, **options))[:, -1]
     filtered = np.asarray(model.generate([[5, 6, 7]], top_k=3, **options))[:, -1]
-    top = np.argsort(np.asarray(model(np.array([[5, 6, 7]])))[0, -1])[-3:]
+    top = np.argsort(np.asarray(model(np.array([[5, 6, 7]])).logits)[0, -1])[-3:]
     survives = np.isin(free, top)
     assert 0 < survives.sum() < 400
     np.testing.assert_array_equal(free[survives], filtered[survives])

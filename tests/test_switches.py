@@ -56,7 +56,7 @@ CALLS: dict[str, Callable[[MistralForCausalLM], Any]] = {
     )(jnp.asarray(PROMPT), jnp.asarray(MASK), jax.random.key(1)),
     "a text": lambda model: list(model.stream("A list of colors: red, blue", max_new_tokens=5, stop_strings=["green"])),
     "a score": lambda model: model.score(["Portugal is a country"])[0].logprobs,
-    "logits": lambda model: model(jnp.asarray(PROMPT), jnp.asarray(MASK)),
+    "logits": lambda model: model(jnp.asarray(PROMPT), jnp.asarray(MASK)).logits,
     "int4": lambda model: quantize(WEIGHT, 32),
     "int4 without a search": lambda model: quantize(WEIGHT, 32, search=False),
     "int4 in a jit": lambda model: jax.jit(lambda weight: quantize(weight, 32))(WEIGHT),

@@ -109,7 +109,7 @@ def batches(tokenizer: "Tokenizer", seed: int, batch: int, length: int) -> Itera
 def next_token_loss(model: MistralForCausalLM, ids: jax.Array) -> jax.Array:
     """Mean cross-entropy of `ids[:, 1:]`; BOS counts nothing, as nobody can foresee that a new document begins."""
     targets = ids[:, 1:]
-    losses = optax.softmax_cross_entropy_with_integer_labels(model(ids[:, :-1]), targets)
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(ids[:, :-1]).logits, targets)
     counts = targets != BOS_ID
     return jnp.sum(losses * counts) / jnp.sum(counts)
 
@@ -160,7 +160,7 @@ def margins(model: MistralForCausalLM, prompt: list[int], expected: list[int]) -
 
 @nnx.jit
 def _logits(model: MistralForCausalLM, ids: jax.Array) -> jax.Array:
-    return model(ids)
+    return model(ids).logits
 
 
 def report(model: MistralForCausalLM, tokenizer: "Tokenizer") -> bool:

@@ -1,6 +1,6 @@
 """A causal language model as a Flax NNX module: embed, blocks, norm, head.
 
-An ordinary Flax module: `model(input_ids)` gives logits, and `jax.grad` goes through it. The blocks are in
+An ordinary Flax module: `model(input_ids).logits` are logits, and `jax.grad` goes through it. The blocks are in
 `decoder.py`; what distinguishes the families is in their files.
 """
 
@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.attention import Rotation
 from jaxgen.cache import KVCache, Reading, empty_layer_cache, layer_cache_from_prompt
+from jaxgen.causal_output import CausalLMOutput
 from jaxgen.familiar import FamiliarMethods, answer
 from jaxgen.generation.generate import GenerationMixin
 from jaxgen.generation.options.config import GenerationConfig
@@ -79,14 +80,13 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
         input_ids: Int[Array | np.ndarray, "B T"],
         attention_mask: "Int[Array | np.ndarray, 'B T'] | Bool[Array | np.ndarray, 'B T'] | None" = None,
         **options: Any,
-    ) -> Any:
-        """Logits [B, T, V] (float32) for the token after each column; `options` as for `jaxgen.familiar.answer`.
+    ) -> CausalLMOutput:
+        """`.logits` [B, T, V] (float32) for the token after each column; with `labels` [B, T], their `.loss` too.
 
         `attention_mask` is 1 on real tokens, in any arrangement; positions count real tokens only, and the logits
         of masked columns mean nothing.
         """
-        logits = self.logits(self.hidden(input_ids, attention_mask))
-        return answer(logits, **options) if options else logits
+        return answer(self.logits(self.hidden(input_ids, attention_mask)), **options)
 
     @own_rules()
     def hidden(
@@ -94,7 +94,7 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
         input_ids: Int[Array | np.ndarray, "B T"],
         attention_mask: "Int[Array | np.ndarray, 'B T'] | Bool[Array | np.ndarray, 'B T'] | None" = None,
     ) -> Float[Array, "B T D"]:
-        """The hidden states from which `logits` computes what `__call__` returns."""
+        """The hidden states from which `logits` computes those that `__call__` returns."""
         return self._prompt(*_read_mask(input_ids, attention_mask))[0]
 
     def activations(

@@ -56,7 +56,7 @@ class LlamaForCausalLM(DecoderForCausalLM):
     >>> from flax import nnx
     >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
     ...                      num_attention_heads=2)
-    >>> LlamaForCausalLM(config, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).shape
+    >>> LlamaForCausalLM(config, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).logits.shape
     (1, 3, 50)
     """
 

@@ -42,7 +42,7 @@ class MistralForCausalLM(DecoderForCausalLM):
     >>> from flax import nnx
     >>> config = MistralConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
     ...                        num_attention_heads=2, num_key_value_heads=1)
-    >>> MistralForCausalLM(config, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).shape
+    >>> MistralForCausalLM(config, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).logits.shape
     (1, 3, 50)
     """
 

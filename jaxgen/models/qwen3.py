@@ -58,7 +58,7 @@ class Qwen3ForCausalLM(DecoderForCausalLM):
     >>> from flax import nnx
     >>> config = Qwen3Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
     ...                      num_attention_heads=2, num_key_value_heads=1, head_dim=8)
-    >>> Qwen3ForCausalLM(config, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).shape
+    >>> Qwen3ForCausalLM(config, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).logits.shape
     (1, 3, 50)
     """
 

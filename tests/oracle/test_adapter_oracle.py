@@ -83,7 +83,7 @@ def test_logits_are_those_of_peft(tmp_path, monkeypatch, variant, kept):
     ours = load(tmp_path / "base", adapter=tmp_path / "lora", dtype="float32")
     assert isinstance(linear(ours, "self_attn.qkv_proj"), Adapted) == (kept and variant != "layers of a pattern")
     expected = torch_logits(theirs)
-    np.testing.assert_allclose(ours(jnp.asarray(IDS)), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(ours(jnp.asarray(IDS)).logits, expected, atol=1e-4, rtol=0)
     with theirs.disable_adapter():
         assert abs(torch_logits(theirs) - expected).max() > 0.1
 
@@ -92,7 +92,7 @@ def test_the_head_can_be_adapted(tmp_path):
     write_hf(tmp_path / "base", CONFIG, hf_tensors(CONFIG))
     theirs = write(tmp_path / "lora", tmp_path / "base", lora(target_modules=["lm_head"]), save_embedding_layers=False)
     ours = load(tmp_path / "base", adapter=tmp_path / "lora", dtype="float32")
-    np.testing.assert_allclose(ours(jnp.asarray(IDS)), torch_logits(theirs), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(ours(jnp.asarray(IDS)).logits, torch_logits(theirs), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("code", ["F32", "BF16"])
@@ -106,7 +106,7 @@ def test_an_adapted_head_is_saved_with_a_copy_of_the_base(tmp_path, code, saved)
     )
     ours = load(tmp_path / "base", adapter=tmp_path / "lora", dtype="float32")
     atol = 1e-4 if saved == torch.float32 else 0.6  # bfloat16 of numbers up to 24
-    np.testing.assert_allclose(ours(jnp.asarray(IDS)), torch_logits(theirs), atol=atol, rtol=0)
+    np.testing.assert_allclose(ours(jnp.asarray(IDS)).logits, torch_logits(theirs), atol=atol, rtol=0)
     with torch.no_grad():
         theirs.base_model.model.lm_head.base_layer.weight[3, 4] *= 1.5
     theirs.save_pretrained(tmp_path / "lora")
@@ -153,7 +153,7 @@ def check_against_peft(base: Path, adapter: Path) -> bool:
         return False
     expected = peft_loads(base, adapter)
     assert expected is not None, "peft complains"
-    np.testing.assert_allclose(ours(jnp.asarray(IDS)), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(ours(jnp.asarray(IDS)).logits, expected, atol=1e-4, rtol=0)
     return True
 
 
@@ -192,7 +192,7 @@ def test_merging_with_peft_as_the_refusals_advise(tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     peft.PeftModel.from_pretrained(base, tmp_path / "dora").merge_and_unload().save_pretrained(tmp_path / "merged")
     ours = load(tmp_path / "merged", dtype="float32")
-    np.testing.assert_allclose(ours(jnp.asarray(IDS)), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(ours(jnp.asarray(IDS)).logits, expected, atol=1e-4, rtol=0)
 
 
 def other(kind: str, **fields: Any) -> Any:
@@ -255,4 +255,4 @@ def test_beside_nf4_as_in_qlora(tmp_path):
     for path in FUSED:
         weight = linear(ours, path)
         assert isinstance(weight, Adapted) and isinstance(weight.base, Lookup4)
-    np.testing.assert_allclose(ours(jnp.asarray(IDS)), torch_logits(theirs), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(ours(jnp.asarray(IDS)).logits, torch_logits(theirs), atol=1e-4, rtol=0)

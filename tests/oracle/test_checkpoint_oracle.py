@@ -47,7 +47,7 @@ def test_hand_built_tensors_have_the_same_logits_in_both(tmp_path, variant):
     config = CONFIG | VARIANTS[variant]
     write_hf(tmp_path, config, hf_tensors(config))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    np.testing.assert_allclose(ours(tmp_path)(jnp.asarray(IDS)), torch_logits(theirs), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(ours(tmp_path)(jnp.asarray(IDS)).logits, torch_logits(theirs), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -58,7 +58,7 @@ def test_transformers_checkpoints_load_and_come_back_bit_for_bit(tmp_path, varia
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=max_shard_size)
     model = ours(tmp_path / "theirs", dtype)
     if dtype == "float32":
-        np.testing.assert_allclose(model(jnp.asarray(IDS)), torch_logits(theirs), atol=1e-4, rtol=0)
+        np.testing.assert_allclose(model(jnp.asarray(IDS)).logits, torch_logits(theirs), atol=1e-4, rtol=0)
     model.save_pretrained(tmp_path / "ours", max_shard_size=max_shard_size)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -108,5 +108,5 @@ def test_pickled_checkpoints_convert_as_the_error_says(tmp_path):
     converted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pickled")
     converted.save_pretrained(tmp_path / "converted", safe_serialization=True)
     np.testing.assert_allclose(
-        ours(tmp_path / "converted")(jnp.asarray(IDS)), torch_logits(converted.eval()), atol=1e-4, rtol=0
+        ours(tmp_path / "converted")(jnp.asarray(IDS)).logits, torch_logits(converted.eval()), atol=1e-4, rtol=0
     )

@@ -39,7 +39,7 @@ def torch_logits(directory: Path, ids: np.ndarray) -> np.ndarray:
 
 def logits(directory: Path, ids: np.ndarray, **options: Any) -> np.ndarray:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="float32", device_map="cpu", **options)
-    return np.asarray(model(jnp.asarray(ids)))
+    return np.asarray(model(jnp.asarray(ids)).logits)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

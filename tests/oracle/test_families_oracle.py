@@ -58,7 +58,7 @@ def ours(directory: Path, **options: Any) -> Any:
 
 def logits_of(model: Any, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
     """Each row's at its real tokens."""
-    logits = np.asarray(model(ids, mask))
+    logits = np.asarray(model(ids, mask).logits)
     return [row[real == 1] for row, real in zip(logits, mask, strict=True)]
 
 
@@ -196,6 +196,6 @@ def test_jax_sees_the_logits_of_a_batch_under_jit(tmp_path: Path):
     model, (ids, mask) = ours(tmp_path), left_padded(prompts())
     from flax import nnx
 
-    logits = nnx.jit(lambda m, i, a: m(i, a))(model, jnp.asarray(ids), jnp.asarray(mask))
+    logits = nnx.jit(lambda m, i, a: m(i, a).logits)(model, jnp.asarray(ids), jnp.asarray(mask))
     expected = live.prefill_logits(theirs, prompts())
     assert_close([row[real == 1] for row, real in zip(np.asarray(logits), mask, strict=True)], expected)
