@@ -7,6 +7,7 @@ Names are imported when first used, so `import jaxgen` costs next to nothing.
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -86,6 +87,15 @@ _HOME = {
 _MODULES = ("demo", "plot")
 _OF_TRANSFORMERS = ("AsyncTextIteratorStreamer", "TextIteratorStreamer", "TextStreamer")  # as they are
 __all__ = [*_HOME, *_MODULES]  # noqa: PLE0604
+
+
+def _says_something_else(record: logging.LogRecord) -> bool:
+    """Whether a message is not transformers' that without PyTorch there are no models: here there are."""
+    return not record.getMessage().startswith("PyTorch was not found")
+
+
+# For good, since transformers runs its first lines more than once, and scripts import it themselves.
+logging.getLogger("transformers").addFilter(_says_something_else)
 
 
 def __getattr__(name: str) -> Any:

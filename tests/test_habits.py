@@ -11,6 +11,7 @@ from flax import nnx
 
 import jaxgen
 from jaxgen import GenerationConfig, JaxgenError
+from jaxgen.convert.options import as_quantization
 
 IDS = np.array([[1, 5, 9]])
 
@@ -317,6 +318,36 @@ class TestLoading:
         for config in ({"load_in_4bit": True}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, ours):
             for found, leaf in zip(jax.tree.leaves(nnx.state(made(config))), wanted, strict=True):
                 assert (found == leaf).all()
+
+    @pytest.mark.parametrize("given", [dict, jaxgen.BitsAndBytesConfig])
+    def test_what_four_bits_of_bitsandbytes_change_nothing_is_said_once(
+        self, given: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("jaxgen.generation.options.unused._said", set())
+        set_here = {
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+        }
+        config = as_quantization(False, given(load_in_4bit=True, **set_here))
+        again = as_quantization(False, given(load_in_4bit=True, **set_here))
+        assert config == again == jaxgen.Int4Config()
+        [said] = caplog.messages
+        assert all(f"{name}={value!r}" in said for name, value in set_here.items())
+        assert "changes nothing" in said and "Int4Config" in said and "dtype" in said
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"load_in_4bit": True},
+            # what transformers writes down for it
+            {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "uint8"},
+            {"load_in_4bit": False, "bnb_4bit_quant_type": "nf4"},
+        ],
+    )
+    def test_nothing_is_said_of_what_nobody_set(self, fields: Any, caplog: pytest.LogCaptureFixture):
+        as_quantization(False, fields)
+        assert caplog.messages == []
 
     def test_from_config(self, monkeypatch: pytest.MonkeyPatch):
         import transformers

@@ -178,32 +178,6 @@ def test_hub_ids_are_downloaded_and_its_errors_explained(tmp_path, monkeypatch):
             AutoModelForCausalLM.from_pretrained("owner/name")
 
 
-def test_progress_bar_counts_bytes_waits_a_second_and_can_be_switched_off(tmp_path, monkeypatch):
-    import tqdm.auto
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-
-    bars = []
-
-    class Recorder(tqdm.auto.tqdm):
-        def __init__(self, **options):
-            super().__init__(**options)
-            bars.append((self, options))
-
-    monkeypatch.setattr(tqdm.auto, "tqdm", Recorder)
-    hf = hf_tensors(CONFIG, "BF16")
-    write_hf(tmp_path, CONFIG, hf)
-    load(tmp_path)
-    disable_progress_bars()
-    try:
-        load(tmp_path)
-    finally:
-        enable_progress_bars()
-    (bar, options), (_, silenced) = bars
-    assert options["delay"] == 1 and options["unit"] == "B"
-    assert (options["disable"], silenced["disable"]) == (False, True)
-    assert bar.n == options["total"] == sum(tensor.nbytes for tensor in hf.values())
-
-
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize("what", ["dangling link", "loop", "directory", "fifo", "endless", "long"])
 def test_a_json_file_that_is_no_regular_file_of_usual_length_is_an_error(tmp_path, name, what):

@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from typing import Any, no_type_check
 
 from jaxgen.errors import JaxgenError, UnsupportedError, shown
+from jaxgen.generation.options.unused import once
 from jaxgen.quant.config import Int4Config
 
+_READ = ("load_in_8bit", "load_in_4bit", "llm_int8_skip_modules")
+_WRITTEN = {"bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "uint8"}  # for None
 _UNREAD = ("quant_method", "_load_in_4bit", "_load_in_8bit")  # which transformers writes beside the fields
 
 
@@ -17,8 +20,9 @@ class BitsAndBytesConfig:
 
     How bitsandbytes rounds (`bnb_4bit_quant_type`, `bnb_4bit_use_double_quant`, `bnb_4bit_quant_storage`) has no
     meaning for int4 weights, and what is computed in (`bnb_4bit_compute_dtype`) is `from_pretrained`'s `dtype`: these
-    change nothing, as do the numbers of eight bits. Raises `UnsupportedError` for `load_in_8bit`, and for modules to
-    be left out other than the head, which is left out anyway. Source: transformers `BitsAndBytesConfig`.
+    change nothing, as do the numbers of eight bits; the logger `jaxgen` names once what was set. Raises
+    `UnsupportedError` for `load_in_8bit`, and for modules to be left out other than the head, which is left out anyway.
+    Source: transformers `BitsAndBytesConfig`.
 
     >>> BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4").as_int4()
     Int4Config(group_size=128, lm_head=False, method='rtn', low_cpu_memory=False)
@@ -62,4 +66,26 @@ class BitsAndBytesConfig:
             raise UnsupportedError(
                 f"llm_int8_skip_modules={shown(skipped)}: jaxgen quantises all linear layers but the head; leave it out"
             )
-        return Int4Config() if self.load_in_4bit else None
+        if not self.load_in_4bit:
+            return None
+        self._say_inert()
+        return Int4Config()
+
+    def _say_inert(self) -> None:
+        """Name, once, what was set and changes nothing."""
+        inert = [
+            f"{field.name}={shown(value)}"
+            for field in dataclasses.fields(self)
+            if field.name not in _READ
+            and not _is_default(field.name, value := getattr(self, field.name), field.default)
+        ]
+        if inert:
+            said = f"BitsAndBytesConfig: {', '.join(inert)}"
+            once(
+                said, f"{said}: changes nothing; Int4Config says how int4 is rounded, from_pretrained's dtype the rest"
+            )
+
+
+def _is_default(name: str, value: Any, default: Any) -> bool:
+    """Whether a field holds its default, as it is here or as transformers writes it down."""
+    return value is None or value == default or str(value).removeprefix("torch.") == _WRITTEN.get(name)

@@ -30,9 +30,9 @@ class AutoTokenizer:
     ) -> Any:
         """transformers' tokenizer of a directory or hub id; `options` (such as `padding_side`) are transformers'.
 
-        It also has `return_tensors="jax"`, and what it returns has `.to(device)`, which changes nothing: `generate`
-        reads its inputs on the host. Raises `JaxgenError` for files that transformers cannot read, and
-        `UnsupportedError` for a repository that wants to run code of its own.
+        It also has `return_tensors="jax"`, which tokenizers that transformers loaded have not, and what it returns has
+        `.to(device)`, which changes nothing: `generate` reads its inputs on the host. Raises `JaxgenError` for files
+        that transformers cannot read, and `UnsupportedError` for a repository that wants to run code of its own.
 
         >>> from jaxgen import demo
         >>> tokenizer = AutoTokenizer.from_pretrained(demo.path(), padding_side="left")
@@ -57,6 +57,9 @@ class _WithJax:
 
     def __call__(self, *texts: Any, return_tensors: Any = None, **options: Any) -> Any:
         return _as_jax(super().__call__, return_tensors, *texts, **options)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def encode(self, *texts: Any, return_tensors: Any = None, **options: Any) -> Any:
+        return _as_jax(super().encode, return_tensors, *texts, **options)  # pyright: ignore[reportAttributeAccessIssue]
 
     def apply_chat_template(self, *chats: Any, return_tensors: Any = None, **options: Any) -> Any:
         return _as_jax(super().apply_chat_template, return_tensors, *chats, **options)  # pyright: ignore[reportAttributeAccessIssue]
@@ -90,15 +93,20 @@ def _encoding() -> Any:
         def to(self, device: Any = None, **options: Any) -> Any:
             return self
 
+        def convert_to_tensors(self, tensor_type: Any = None, prepend_batch_axis: bool = False) -> Any:
+            return _as_jax(
+                super().convert_to_tensors, tensor_type, prepend_batch_axis=prepend_batch_axis, by="tensor_type"
+            )
+
     return BatchEncoding
 
 
-def _as_jax(method: Any, return_tensors: Any, *args: Any, **options: Any) -> Any:
+def _as_jax(method: Any, kind: Any, *args: Any, by: str = "return_tensors", **options: Any) -> Any:
     """What a method of the tokenizer returns, in jax arrays if asked for, and with `.to(device)`."""
-    wanted = getattr(return_tensors, "value", return_tensors)  # transformers has an enum
+    wanted = getattr(kind, "value", kind)  # transformers has an enum
     if wanted == "pt" and importlib.util.find_spec("torch") is None:
-        raise JaxgenError("return_tensors='pt' needs torch; write return_tensors='np' (or 'jax')")
-    result = method(*args, return_tensors="np" if wanted == "jax" else return_tensors, **options)
+        raise JaxgenError(f"{by}='pt' needs torch; write {by}='np' (or 'jax')")
+    result = method(*args, **{by: "np" if wanted == "jax" else kind}, **options)
     if isinstance(result, transformers().BatchEncoding):
         result.__class__ = _encoding()
         if wanted == "jax":
@@ -111,4 +119,8 @@ def _array(value: Any) -> Any:
     import jax.numpy as jnp
     import numpy as np
 
-    return jnp.asarray(value, np.int32) if isinstance(value, np.ndarray) else value
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.dtype == object:
+        raise JaxgenError("the rows have different lengths, and an array has one: pass padding=True")
+    return jnp.asarray(value, np.int32)

@@ -43,7 +43,8 @@ def pipeline(
     `model`: a jaxgen model, a checkpoint directory or a hub id. `tokenizer`: an object, directory or hub id; by
     default the checkpoint's. `device` ("cpu", "cuda:1", an index, -1 for the CPU), `device_map`, `dtype` (or
     `torch_dtype`), `revision`, `token` and `model_kwargs` go to `from_pretrained`. `defaults` are options of the calls.
-    Raises `UnsupportedError` for another task, and `JaxgenError` for what cannot be loaded.
+    Raises `UnsupportedError` for another task, and `JaxgenError` for what cannot be loaded. `transformers.pipeline`
+    runs torch models: given one of jaxgen's, it says to write this; without torch, it ends before it looks at any.
 
     >>> from jaxgen import demo
     >>> generator = pipeline("text-generation", model=demo.path())

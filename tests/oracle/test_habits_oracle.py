@@ -9,6 +9,7 @@ import transformers
 
 import jaxgen
 from jaxgen import JaxgenError
+from jaxgen.convert.options import as_quantization
 
 pytestmark = pytest.mark.oracle
 
@@ -49,6 +50,28 @@ def test_a_logits_processor_of_transformers(model: Any):
 
     with pytest.raises(JaxgenError, match="takes two arguments"):
         model.generate(IDS, logits_processor=transformers.LogitsProcessorList([Mine()]))
+
+
+def test_a_stopping_criterion_of_transformers(model: Any):
+    class Mine(transformers.StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
+            return False
+
+    with pytest.raises(JaxgenError, match="takes two arguments"):
+        model.generate(IDS, stopping_criteria=transformers.StoppingCriteriaList([Mine()]))
+    with pytest.raises(JaxgenError, match="MaxTimeCriteria of transformers"):
+        model.generate(IDS, stopping_criteria=[transformers.MaxTimeCriteria(1.0)])
+
+
+def test_what_bitsandbytes_config_sets_and_changes_nothing_is_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("jaxgen.generation.options.unused._said", set())
+    as_quantization(False, transformers.BitsAndBytesConfig(load_in_4bit=True))
+    assert caplog.messages == []
+    as_quantization(False, transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16))
+    [said] = caplog.messages
+    assert "bnb_4bit_compute_dtype='bfloat16'" in said and "quant_type" not in said
 
 
 def test_bitsandbytes_config():

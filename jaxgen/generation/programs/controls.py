@@ -132,17 +132,25 @@ def _functions(name: str, value: Any) -> tuple[Any, ...]:
     if not isinstance(functions, Sequence) or not all(callable(function) for function in functions):
         raise JaxgenError(f"{name}={value!r} must be a function, or a list of functions, of (tokens, lengths, logits)")
     for function in functions:
-        if type(function).__module__.split(".")[0] == "transformers":
+        kind = function if inspect.isclass(function) else type(function)
+        if kind.__module__.split(".")[0] == "transformers":
             raise UnsupportedError(
-                f"{name}: {type(function).__name__} of transformers works on torch tensors; pass a jittable "
+                f"{name}: {kind.__name__} of transformers works on torch tensors; pass a jittable "
                 "f(tokens, lengths, logits), or the option of generate that it stands for"
             )
-        if _takes_two(function):
+        if inspect.isclass(function):
+            raise JaxgenError(f"{name}: {function.__name__} is a class; pass an instance of it, or a jittable function")
+        if _takes_two(function) or _is_of_transformers(function):
             raise JaxgenError(
                 f"{name}: {shown(function)} takes two arguments, as in transformers; here it is a jittable "
                 "f(tokens [R, S], lengths [R], logits [R, V]), where a row's first lengths[row] tokens are real"
             )
     return tuple(functions)
+
+
+def _is_of_transformers(function: Any) -> bool:
+    """Whether it is an instance of one of transformers' classes, whatever arguments its own class takes."""
+    return any(base.__module__.split(".")[0] == "transformers" for base in type(function).__mro__)
 
 
 def _takes_two(function: Any) -> bool:
