@@ -87,6 +87,7 @@ class DecoderConfig:
     qk_norm: ClassVar[Any] = False
 
     is_encoder_decoder = False
+    _commit_hash = None  # which transformers' pipelines ask for before they say what they cannot run
     use_cache = True  # scripts that train set it; jaxgen generates with a cache, and trains without
 
     def __post_init__(self):

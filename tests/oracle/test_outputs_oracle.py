@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from jaxgen.generation.results.score import token_logprobs
+from tests.oracle.versions import OLD
 from tests.reference import live
 from tests.reference.cases import CASES, PAD, left_padded, with_holes
 
@@ -29,7 +30,8 @@ def theirs(model: Any, ids: np.ndarray, mask: np.ndarray, **options: Any) -> Any
 @pytest.mark.parametrize("name", ["gqa_4", "gqa_8", "narrow_heads"])
 def test_scores_logits_attentions_and_hidden_states(name: str, reference_model, hf):
     ids, mask = left_padded(CASES[name].prompts())
-    options = {**KEEP, **EVERYTHING, "repetition_penalty": 1.3}
+    penalty = {"encoder_no_repeat_ngram_size": 2} if OLD else {"repetition_penalty": 1.3}  # 5.15 penalises padding
+    options = {**KEEP, **EVERYTHING, **penalty}
     ours, expected = reference_model(name).generate(ids, mask, **options), theirs(hf(name), ids, mask, **options)
     np.testing.assert_array_equal(ours.sequences, expected.sequences)
     for field in ("scores", "logits"):

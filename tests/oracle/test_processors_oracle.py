@@ -15,6 +15,7 @@ from jaxgen.generation.processors import watermark
 from jaxgen.generation.processors.watermark import WatermarkDetector, WatermarkingConfig
 from jaxgen.generation.prompts.rows import Rows
 from tests.helpers import assert_same, floats, processed, rows_of
+from tests.oracle.versions import comparable, since_5_24
 from tests.reference import filters
 
 pytestmark = pytest.mark.oracle
@@ -127,6 +128,8 @@ def compare(options: dict[str, Any], seed: int, beams: bool = False) -> int:
 @pytest.mark.filterwarnings("ignore:.*generation flags")
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 def test_each_processor_equals_hf(options: dict[str, Any]):
+    if comparable(options) != options:
+        pytest.skip("transformers computes it since 5.24 (tests/oracle/versions.py)")
     assert sum(compare(options, seed) for seed in (1, 2, 3)) > 0.85 * 3 * ROWS
 
 
@@ -173,7 +176,7 @@ def random_options(rng: np.random.Generator) -> dict[str, Any]:
 
 def test_random_chains_equal_hf():
     rng = np.random.default_rng(0)
-    compared = sum(compare(random_options(rng), seed) for seed in range(8))
+    compared = sum(compare(comparable(random_options(rng)), seed) for seed in range(8))
     assert compared > 0.7 * 8 * ROWS
 
 
@@ -199,6 +202,7 @@ def test_constraint_and_user_processor_stand_where_hf_has_them(options: dict[str
     assert_same(np.float32(actual), expected, ties=False)
 
 
+@since_5_24
 def test_prefix_allowed_tokens_of_beams_equals_hf():
     rng = np.random.default_rng(5)
     histories = rng.integers(0, 4, (6, 5)).tolist()
@@ -256,6 +260,7 @@ def test_watermark_equals_hf_on_the_same_greenlists(config: WatermarkingConfig, 
     assert (expected != logits).any()
 
 
+@since_5_24
 @pytest.mark.parametrize("ignore_repeated_ngrams", [False, True])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_detector_equals_hf_on_the_same_greenlists(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from packaging.version import Version
 from transformers.generation import logits_process
 
 from tests.reference.cases import Run, left_padded
@@ -46,6 +47,8 @@ def prefill_logits(model: transformers.PreTrainedModel, prompts: list[list[int]]
 @torch.no_grad()
 def generate(model: transformers.PreTrainedModel, prompts: list[list[int]], run: Run) -> tuple[np.ndarray, np.ndarray]:
     """New tokens `[B, steps]` and processed scores `[B, steps, V]` of HF's greedy `generate`."""
+    if len(prompts) > 1 and "repetition_penalty" in run.options and Version(transformers.__version__) < Version("5.24"):
+        return _each_alone(model, prompts, run)  # it penalises the padding of a batch
     ids, mask = (torch.from_numpy(x).long() for x in left_padded(prompts))
     # With a window of 1, HF's cache keeps the last `-1 + 1 = -0` tokens, which is all of them (transformers 5.23,
     # DynamicSlidingWindowLayer.update); without a cache the window is right.
@@ -55,6 +58,20 @@ def generate(model: transformers.PreTrainedModel, prompts: list[list[int]], run:
     )
     new = result.sequences[:, ids.shape[1] :].numpy()
     return new, torch.stack(result.scores, dim=1).numpy()
+
+
+def _each_alone(
+    model: transformers.PreTrainedModel, prompts: list[list[int]], run: Run
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `generate`; a row that ended early is filled as a batch would be."""
+    rows = [generate(model, [prompt], run) for prompt in prompts]
+    steps = max(new.shape[1] for new, _ in rows)
+    filler = run.arguments()["pad_token_id"]
+    new = np.full((len(rows), steps), filler, rows[0][0].dtype)
+    scores = np.zeros((len(rows), steps, rows[0][1].shape[2]), np.float32)
+    for row, (own, its) in enumerate(rows):
+        new[row, : own.shape[1]], scores[row, : its.shape[1]] = own[0], its[0]
+    return new, scores
 
 
 def smallest_lead(scores: np.ndarray, new: np.ndarray, eos: list[int]) -> float:
