@@ -21,7 +21,7 @@ from jaxgen.models.families import config_from_hf, families, family_of
 from jaxgen.models.rope import Llama3, plain_frequencies
 from jaxgen.models.tensors import logical_axes, parameter_parts
 from jaxgen.quant import Int4
-from tests.families import CONFIGS, LLAMA3
+from tests.families import CONFIGS, HUB, LLAMA3, YARN
 from tests.gguf_files import gguf_file
 from tests.helpers import some_slow
 from tests.hf_files import write_hf
@@ -262,6 +262,11 @@ def test_every_parameter_has_axes_and_a_place(name: str):
     ({"model_type": "llama", "rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor=1.0 must"),
     ({"model_type": "llama", "rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"factor": 2.0}}, "contradicting"),
     ({"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "must be a positive number"),
+    ({"model_type": "llama", "rope_scaling": {"rope_type": "default"}, "rope_parameters": YARN}, "contradicting"),
+    ({"model_type": "llama", "rope_scaling": YARN, "rope_parameters": {"rope_theta": 10000.0}}, "contradicting"),
+    ({"model_type": "llama", "rope_scaling": YARN, "rope_parameters": YARN | {"rope_theta": 5.0}}, "RoPE bases"),
+    ({"model_type": "llama", "rope_scaling": YARN | {"truncate": None}}, "truncate=None must be true or false"),
+    ({"model_type": "llama", "rope_theta": 1, "rope_scaling": YARN}, "rope_theta=1 must not be 1 with"),
     ({"model_type": "llama", "rope_scaling": 7}, "rope_scaling=7 must be an object or null"),
     ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window=True is not supported"),
     ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
@@ -272,6 +277,14 @@ def test_every_parameter_has_axes_and_a_place(name: str):
 def test_what_is_refused(fields: dict[str, Any], message: str):
     with pytest.raises(JaxgenError, match=message):
         config_from_hf(fields)
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_configs_of_the_hub_are_read(name: str, caplog: pytest.LogCaptureFixture):
+    config = config_from_hf(HUB[name])
+    assert config_from_hf(config.to_hf()) == config
+    assert family_of(config).__name__ == HUB[name]["architectures"][0]
+    assert ("attn_factor" in caplog.text) == (name == "DeepSeek-R1-0528-Qwen3-8B")
 
 
 def test_what_a_constructor_refuses():

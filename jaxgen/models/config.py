@@ -107,6 +107,10 @@ class DecoderConfig:
             )
         if not problems and self.head_size % 2:
             problems.append(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        if not problems and isinstance(self.rope_scaling, rope.Yarn) and self.rope_theta == 1:
+            problems.append(
+                f"rope_theta={self.rope_theta} must not be 1 with rope_type='yarn', which divides by its log"
+            )
         if problems:
             raise JaxgenError(f"{type(self).__name__}: " + "; ".join(problems))
         object.__setattr__(self, "head_dim", self.head_size)

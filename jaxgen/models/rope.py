@@ -5,12 +5,15 @@ head is rotated by. All is computed in float32 and in transformers' order of ope
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
+
+logger = logging.getLogger("jaxgen")
 
 Frequencies = Float[np.ndarray, " half"]
 _F32 = np.float32
@@ -141,7 +144,7 @@ def read(fields: Mapping[str, Any], types: tuple[str, ...], context: Any) -> tup
     refused, problems = [], []
     for name in ("rope_scaling", "rope_parameters"):
         given = fields.get(name)
-        if given is None:
+        if given is None or given == {}:
             continue
         if not isinstance(given, Mapping):
             problems.append(f"{name}={given!r:.80} must be an object or null")
@@ -154,10 +157,13 @@ def read(fields: Mapping[str, Any], types: tuple[str, ...], context: Any) -> tup
             given = {key: value for key, value in given.items() if key not in ("rope_type", "type")}
             scalings[name] = _scaling(kind, given, fields, context, name, refused, problems)
             continue
+        scalings[name] = None
         for key, value in given.items():
             if not (key in ("rope_type", "type") and value in ("default", None)):
                 known = " or ".join(f"rope_type={kind!r}" for kind in types)
                 refused.append(f"{name}.{key:.80}={value!r:.80} is not supported; jaxgen implements {known}")
+    if len(scalings) == 2 and "rope_theta" not in bases:  # transformers takes rope_scaling then, and its default
+        bases.setdefault("rope_scaling.rope_theta", 10000.0)
     theta = next(iter(bases.values()), 10000.0)
     if any(value != theta for value in bases.values()):
         problems.append(f"contradicting RoPE bases: {bases!r:.200}")
@@ -177,7 +183,12 @@ def _scaling(
     problems: list[str],
 ) -> Any:
     known = {field.name: field for field in dataclasses.fields(SCALINGS[kind])}
-    given = {key: value for key, value in given.items() if value is not None}
+    # To transformers a null is an absent field, but for this one: there it is false.
+    given = {key: value for key, value in given.items() if value is not None or key == "truncate"}
+    if kind == "yarn" and (value := given.pop("attn_factor", None)) is not None:
+        logger.warning(
+            "config: %s.attn_factor=%.60r has no effect, as in transformers, which reads attention_factor", name, value
+        )
     if given.get("partial_rotary_factor") == 1.0:
         del given["partial_rotary_factor"]
     if "original_max_position_embeddings" in known:

@@ -14,7 +14,7 @@ import transformers
 
 import jaxgen
 from jaxgen.models.families import config_from_hf
-from tests.families import CONFIGS, ORIGINAL_CONTEXT
+from tests.families import CONFIGS, HUB, ORIGINAL_CONTEXT
 from tests.oracle.beams import Watched, compare
 from tests.oracle.test_generate_oracle import agreed
 from tests.reference import live
@@ -72,16 +72,19 @@ def names_of(config: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(config) if field.name not in ("rope_theta", "rope_scaling")]
 
 
-@every
-def test_configs_mean_the_same_to_transformers(name: str):
-    ours = config_from_hf(CONFIGS[name])
-    for source in (CONFIGS[name], ours.to_hf()):
+@pytest.mark.parametrize("given", [*CONFIGS.values(), *HUB.values()], ids=[*CONFIGS, *HUB])
+def test_configs_mean_the_same_to_transformers(given: dict[str, Any]):
+    ours = config_from_hf(given)
+    for source in (given, ours.to_hf()):
         fields = {key: value for key, value in json.loads(json.dumps(source)).items() if key != "model_type"}
         theirs = transformers.AutoConfig.for_model(ours.model_type, **fields)
         names = names_of(ours)
-        assert {key: getattr(ours, key) for key in names} == {key: getattr(theirs, key) for key in names}
-        given = {key: value for key, value in theirs.rope_parameters.items() if key != "type" and value is not None}
-        assert {"truncate": True, **ours.rope_parameters} == {"truncate": True, **given}
+        told = {key: getattr(theirs, key) for key in names}
+        told = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+        assert {key: getattr(ours, key) for key in names} == told
+        # What transformers ignores, it keeps.
+        rope = {k: v for k, v in theirs.rope_parameters.items() if k not in ("type", "attn_factor") and v is not None}
+        assert {"truncate": True, **ours.rope_parameters} == {"truncate": True, **rope}
     assert config_from_hf(ours.to_hf()) == ours
 
 
