@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxgen import AutoConfig, AutoModelForCausalLM, Int4Config, LlamaConfig, Qwen3Config
 from jaxgen.convert import convert_checkpoint
+from jaxgen.convert.load import open_checkpoint
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.kernels import step
 from jaxgen.models.families import config_from_hf, families, family_of
@@ -186,6 +187,32 @@ def test_gguf_of_llama_3(tmp_path: Path):
     (tmp_path / "other.gguf").write_bytes(gguf_file(gguf_metadata(config, "llama"), stored))
     with pytest.raises(UnsupportedError, match="scaled otherwise than Llama 3"):
         load(tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize("factors, base, message", [
+    (np.ones(5), 1e4, "each pair of head_dim"),
+    (np.ones((2, 32)), 1e4, "each pair of head_dim"),
+    (np.zeros(8), 1e4, "at least 1"),
+    (np.full(8, np.nan), 1e4, "at least 1"),
+    (np.full(8, np.inf), 1e4, "scaled otherwise"),
+    (np.ones(8), 0.0, "rope_theta=0.0 must be a positive number"),
+])  # fmt: skip
+def test_gguf_with_damaged_factors(factors: np.ndarray, base: float, message: str, tmp_path: Path):
+    config = config_from_hf(CONFIGS["llama, as Llama 3.2"])
+    stored = tensors_of(config) | {"rope_freqs.weight": factors.astype(np.float32)}
+    metadata = gguf_metadata(config, "llama") | {"llama.rope.freq_base": base}
+    (tmp_path / "m.gguf").write_bytes(gguf_file(metadata, stored))
+    with pytest.raises(JaxgenError, match=message):
+        load(tmp_path / "m.gguf")
+
+
+def test_gguf_that_does_not_say_the_size_of_heads(tmp_path: Path):
+    """It is what llama.cpp takes, and not the default of the family."""
+    config = config_from_hf(CONFIGS["qwen3"] | {"head_dim": 12})
+    said = gguf_metadata(config, "qwen3").items()
+    metadata = {key: value for key, value in said if not key.endswith((".key_length", ".value_length"))}
+    (tmp_path / "m.gguf").write_bytes(gguf_file(metadata, tensors_of(config)))
+    assert open_checkpoint(tmp_path / "m.gguf")[0].head_size == 12
 
 
 @pytest.mark.parametrize(

@@ -149,15 +149,16 @@ class GgufCheckpoint(Checkpoint):
     def _config(self) -> DecoderConfig:
         kind, divisors = self.family.config_class, None
         if _ROPE_FACTORS in self.tensors and "llama3" in kind.rope_types:
+            if self.kinds[_ROPE_FACTORS] != "F32":
+                raise UnsupportedError(f"tensor {_ROPE_FACTORS!r} is of type {self.kinds[_ROPE_FACTORS]}, not F32")
             divisors = np.empty(self.tensors[_ROPE_FACTORS].shape, np.float32)
             self.read_into(_ROPE_FACTORS, divisors)
             del self.tensors[_ROPE_FACTORS]  # the config says it
         fields = _fields(self.family.gguf.architecture, self.metadata, self.tensors)
-        if divisors is not None:
-            fields["rope_scaling"] = _llama3_of(divisors, fields["rope_theta"])
         if _has_window(self.family):
             fields.setdefault("sliding_window", None)
-        return kind(**fields)
+        config = kind(**fields)
+        return config if divisors is None else dataclasses.replace(config, rope_scaling=_llama3_of(divisors, config))
 
 
 class Gguf:
@@ -208,7 +209,8 @@ def _has_window(kind: Any) -> bool:
 def _fields(architecture: str, metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Any]:
     """The config that metadata and tensors describe."""
     own = _own_metadata(architecture, metadata, tensors)
-    fields: dict[str, Any] = {"num_key_value_heads": own["attention.head_count"]}
+    # As llama.cpp has it where the file does not say; a family's own defaults are not in question.
+    fields: dict[str, Any] = {"num_key_value_heads": own["attention.head_count"], "head_dim": None}
     for name, field in {**_REQUIRED, **_OPTIONAL}.items():
         if name in own:
             fields[field] = own[name]
@@ -227,15 +229,17 @@ def _fields(architecture: str, metadata: dict[str, Any], tensors: dict[str, Tens
     }
 
 
-def _llama3_of(divisors: np.ndarray, theta: float) -> Llama3:
+def _llama3_of(divisors: np.ndarray, config: DecoderConfig) -> Llama3:
     """The scaling of which llama.cpp keeps only what it divides the frequencies by; all released models share this one.
 
     Source: llama.cpp's `convert_hf_to_gguf.py`, `LlamaModel.generate_extra_tensors`.
     """
-    factor = float(divisors.max(initial=1.0))
+    if divisors.shape != (config.head_size // 2,) or not (divisors >= 1).all():
+        raise UnsupportedError(f"tensor {_ROPE_FACTORS!r}: not a number of at least 1 for each pair of head_dim")
+    theta, factor = config.rope_theta, float(divisors.max())
     scaling = Llama3(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
     plain = plain_frequencies(2 * len(divisors), theta)
-    if divisors.ndim != 1 or not np.allclose(plain / divisors, scaling.frequencies(plain, theta), rtol=1e-4, atol=0):
+    if not np.allclose(plain / divisors, scaling.frequencies(plain, theta), rtol=1e-4, atol=0):
         raise UnsupportedError(f"tensor {_ROPE_FACTORS!r}: rotary positions scaled otherwise than Llama 3.1's")
     return scaling
 
