@@ -294,6 +294,7 @@ def test_every_parameter_has_axes_and_a_place(name: str):
     ({"model_type": "llama", "rope_scaling": YARN, "rope_parameters": YARN | {"rope_theta": 5.0}}, "RoPE bases"),
     ({"model_type": "llama", "rope_scaling": YARN | {"truncate": None}}, "truncate=None must be true or false"),
     ({"model_type": "llama", "rope_theta": 1, "rope_scaling": YARN}, "rope_theta=1 must not be 1 with"),
+    ({"model_type": "llama", "hidden_size": 8, "num_attention_heads": 16}, "heads=16 is more than hidden"),
     ({"model_type": "llama", "rope_scaling": 7}, "rope_scaling=7 must be an object or null"),
     ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window=True is not supported"),
     ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),

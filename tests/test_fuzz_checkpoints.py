@@ -15,8 +15,11 @@ import pytest
 
 from jaxgen.convert.load import check_tensors, open_checkpoint
 from jaxgen.errors import JaxgenError
+from jaxgen.models.families import config_from_hf
 from jaxgen.models.mistral import MistralConfig
+from jaxgen.models.rope import plain_frequencies
 from jaxgen.models.tensors import parameter_parts
+from tests.families import CONFIGS as FAMILIES
 from tests.formats.files import UNIFORM
 from tests.formats.tables import BNB, MLX, bnb_tensors, is_linear, mlx_tensors, write_both
 from tests.gguf_files import METADATA, gguf_bytes
@@ -112,9 +115,31 @@ def test_config_json(tmp_path, spelling):
     for place in range(len(text)):  # one bit of every byte
         changed = text[:place] + bytes([text[place] ^ 1 << draw.randrange(8)]) + text[place + 1 :]
         judge_config(tally, tmp_path, changed, whole)
-    for _ in range(250):
+    for _ in range(190):
         judge_config(tally, tmp_path, mutate_json(draw, fields), whole)
     assert tally.errors > 400 and tally.other > 20, vars(tally)
+
+
+@pytest.mark.parametrize("name", some_slow([*FAMILIES], lambda name: name in ("llama, yarn", "qwen3")))
+def test_config_json_of_other_families(name):
+    """An error of one line, or a config that its own spelling gives again, with positions that are numbers."""
+    whole, tally, draw = config_from_hf(FAMILIES[name]), Tally(), random.Random(name)
+    for _ in range(60):
+        text = mutate_json(draw, FAMILIES[name])
+        try:
+            config = config_from_hf(json.loads(text))
+        except JaxgenError as error:
+            assert len(str(error)) < 6000 and "\n" not in str(error)
+            tally.errors += 1
+            continue
+        assert config_from_hf(config.to_hf()) == config, text
+        plain = plain_frequencies(config.head_size, config.rope_theta)
+        if config.rope_scaling is not None:
+            plain = config.rope_scaling.frequencies(plain, config.rope_theta)
+        assert np.isfinite(plain).all(), text
+        tally.same += config == whole
+        tally.other += config != whole
+    assert tally.errors > 20 and tally.other > 0, vars(tally)
 
 
 @pytest.mark.slow

@@ -105,6 +105,11 @@ class DecoderConfig:
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+        if not problems and not self.head_size:
+            problems.append(
+                f"num_attention_heads={self.num_attention_heads} is more than hidden_size={self.hidden_size}, and "
+                "there is no head_dim"
+            )
         if not problems and self.head_size % 2:
             problems.append(f"head_dim={self.head_dim} must be even for rotary embeddings")
         if not problems and isinstance(self.rope_scaling, rope.Yarn) and self.rope_theta == 1:
