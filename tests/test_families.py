@@ -318,6 +318,8 @@ def test_configs_of_the_hub_are_read(name: str, caplog: pytest.LogCaptureFixture
 def test_what_a_constructor_refuses():
     with pytest.raises(JaxgenError, match=r"LlamaConfig: .*factor is missing"):
         LlamaConfig(rope_scaling={"rope_type": "llama3"})
+    with pytest.raises(JaxgenError, match="contradicting RoPE bases"):
+        LlamaConfig(rope_scaling=LLAMA3 | {"rope_theta": 5e5})
     with pytest.raises(JaxgenError, match="head_dim=7 must be even"):
         Qwen3Config(head_dim=7)
     assert hash(LlamaConfig(rope_scaling=LLAMA3)) == hash(LlamaConfig(rope_scaling=dict(LLAMA3)))

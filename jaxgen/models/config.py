@@ -255,7 +255,7 @@ class DecoderConfig:
         return rope.to_hf(self.rope_scaling) | {"rope_theta": self.rope_theta}
 
     def _scaling(self, given: Mapping[str, Any]) -> Any:
-        fields, context = {"rope_scaling": given}, self.max_position_embeddings
+        fields, context = {"rope_scaling": given, "rope_theta": self.rope_theta}, self.max_position_embeddings
         _, scaling, refused, problems = rope.read(fields, self.rope_types, context)
         if refused or problems:
             raise JaxgenError(f"{type(self).__name__}: {listed([*refused, *problems])}")
