@@ -50,7 +50,7 @@ class Qwen2ForCausalLM(DecoderForCausalLM):
     >>> config = Qwen2Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
     ...                      num_attention_heads=2, num_key_value_heads=1)
     >>> Qwen2ForCausalLM(config, rngs=nnx.Rngs(0)).num_parameters()
-    3968
+    3984
     """
 
     config_class = Qwen2Config
