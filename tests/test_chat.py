@@ -94,6 +94,7 @@ def test_tools_reach_the_prompt(model, tokenizer):
 # A session.
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_generate_though_nothing_is_read_twice(session, model, tokenizer, monkeypatch):
     read = []
     continue_with = PastKeyValues.continue_with

@@ -10,6 +10,7 @@ from flax import nnx
 
 import jaxgen
 from jaxgen import GenerateOutput, GenerationConfig, MistralConfig, MistralForCausalLM
+from tests.helpers import some_slow
 
 PROMPTS = np.array([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12], [0, 3, 4, 5, 6]])
 MASK = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
@@ -154,6 +155,7 @@ def test_logprobs_are_those_of_the_model(model: MistralForCausalLM):
             np.testing.assert_allclose(output.logprobs[row, step], drawn_from, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_num_return_sequences_prefills_once(model: MistralForCausalLM):
     options = {"do_sample": True, "max_new_tokens": 6, "seed": 4, "eos_token_id": None}
     several = model.generate(PROMPTS, MASK, num_return_sequences=4, **options)
@@ -252,7 +254,7 @@ def test_both_modes_of_nnx(graph: bool, model: MistralForCausalLM):
     np.testing.assert_array_equal(result, expected)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", some_slow(["bfloat16", "float16"], "bfloat16".__eq__))
 def test_half_precision(dtype: str):
     """Computed in 16 bits the demo says the same: its margins are wide."""
     half = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), dtype=dtype)

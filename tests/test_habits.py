@@ -375,6 +375,7 @@ class TestCall:
         assert (len(out), list(out.keys()), out.to_tuple()) == (1, ["logits"], (out.logits,))
         assert "logits" in out and "loss" not in out
 
+    @pytest.mark.slow
     def test_labels(self, model: Any):
         ids = np.array([[1, 5, 9, 4], [1, 7, 7, 8]], np.int32)
         labels = np.where(ids == 7, -100, ids)

@@ -183,6 +183,7 @@ def test_kl_of_a_model_with_itself_is_zero(model):
     np.testing.assert_array_equal(plot.kl(model, model, PROMPTS[0]).lines[0].get_ydata(), 0)
 
 
+@pytest.mark.slow
 def test_kl_of_int4(model, int4, tokenizer):
     """Of texts that are read in several blocks."""
     texts = [", ".join(map(str, range(first, 59))) for first in (1, 5)]

@@ -23,6 +23,7 @@ from jaxgen.models.tensors import parameter_parts
 from jaxgen.quant import Int4, quantize
 from jaxgen.quant.nibbles import unpack
 from jaxgen.text.tokenizer import load_tokenizer
+from tests.helpers import some_slow
 from tests.hf_files import CONFIG, hf_tensors, write_hf
 
 SMALL = CONFIG | {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8, "vocab_size": 40}
@@ -52,7 +53,9 @@ def codes_by_the_paper(weight: np.ndarray, gram: np.ndarray, scale: np.ndarray, 
     return codes
 
 
-@pytest.mark.parametrize(("columns", "group"), [(32, 8), (64, -1), (160, 32), (160, -1), (256, 128)])
+@pytest.mark.parametrize(
+    ("columns", "group"), some_slow([(32, 8), (64, -1), (160, 32), (160, -1), (256, 128)], lambda case: case[0] != 160)
+)
 def test_gptq_is_the_papers(columns, group):
     inputs = correlated(columns)
     gram = inputs.T @ inputs
@@ -286,6 +289,7 @@ def test_autoround_keeps_its_start_if_nothing_is_better(small, iterations):
 # Quality, on the demo.
 
 
+@pytest.mark.slow
 def test_order_of_quality(monkeypatch):
     """With a fraction of the calibration that is the default: benchmarks/quality.py has the full figures.
 

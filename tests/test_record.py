@@ -25,6 +25,7 @@ from jaxgen import JaxgenError, Record, Strict, cli, demo, replay
 from jaxgen.records import record as record_module
 from jaxgen.records.check import logprobs_sha256
 from jaxgen.text.tokenizer import load_tokenizer
+from tests.helpers import some_slow
 
 SCHEMA = json.loads((Path(record_module.__file__).parent / "record.schema.json").read_text())
 OLD = Path(__file__).parent / "reference" / "record_v1.json"
@@ -87,7 +88,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", some_slow(OPTIONS, ("beams", "drafted", "watermark", "guided").__contains__))
 def test_replays_identically(model, inputs, name):
     """From the JSON alone, whatever the options."""
     out = model.generate(**inputs, **{"max_new_tokens": 10, "return_dict_in_generate": True, **OPTIONS[name]})

@@ -129,6 +129,7 @@ def spec(prompts) -> dict[str, Any]:
     return {"prompts": short, "long": [], "new_tokens": 16, "modes": modes, "seeds": [3], "weights": ["float32"]}
 
 
+@pytest.mark.slow
 def test_eight_devices_and_another_process(model, spec, tmp_path):
     """Rows over a mesh of eight simulated devices, in another process: the tokens that this process gives."""
     result = job({**spec, "job": "mesh"}, tmp_path)

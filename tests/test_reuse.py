@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxgen import GenerateOutput, JaxgenError
 from jaxgen.cache import Int8Slots, to_int8
-from tests.helpers import counted
+from tests.helpers import counted, some_slow
 from tests.reference.cases import CASES, NEW_TOKENS, PAD, left_padded, right_padded, with_holes
 from tests.reference.read import read
 
@@ -23,7 +23,7 @@ def grown(name: str, count: int) -> list[list[int]]:
     return [[*prompt, *more] for prompt, more in zip(CASES[name].prompts(), new, strict=True)]
 
 
-@pytest.mark.parametrize("size", [1, 3, 16, 100])
+@pytest.mark.parametrize("size", some_slow([1, 3, 16, 100], lambda size: size != 3))
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_may_be_read_in_chunks(name: str, size: int, reference_model):
     for ids, mask in (left_padded(CASES[name].prompts()), with_holes(CASES[name].prompts(), junk=4)):
@@ -31,7 +31,7 @@ def test_a_prompt_may_be_read_in_chunks(name: str, size: int, reference_model):
         np.testing.assert_array_equal(new[:, ids.shape[1] :], read().tokens[name])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some_slow(NAMES, lambda name: name != "window_8"))
 def test_a_call_goes_on_from_an_earlier_one(name: str, reference_model):
     """In four calls, each with the past of the one before: the tokens of one call."""
     model, past, count = reference_model(name), None, 0
@@ -102,7 +102,7 @@ def test_a_shared_beginning_is_read_once(reference_model):
     assert set(reads) == {("extend", (3, 16))}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some_slow(NAMES, lambda name: name != "window_8"))
 def test_a_past_that_differs_costs_time_and_not_correctness(name: str, reference_model):
     """What the prompts share with it is used, wherever they part; beside a window perhaps nothing."""
     model = reference_model(name)
@@ -142,7 +142,7 @@ def test_int8_by_hand():
 
 
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some_slow(NAMES, lambda name: name != "gqa_4"))
 def test_int8_cache_changes_logits_a_little(name: str, options: dict, reference_model):
     """Against the spread of the logits, as long as a row has read the same tokens; and never not at all."""
     model = reference_model(name)
@@ -183,6 +183,7 @@ def forgets_nothing_it_needs(model, past, sequence: list[int]) -> None:
         np.testing.assert_allclose(reused.logits[0], fresh.logits[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_ring_that_a_row_went_on_writing_to_after_its_end(reference_model):
     """An ended row reads its newest token as long as its neighbour runs, over the oldest one of the ring."""
     model = reference_model("window_8")
@@ -197,7 +198,10 @@ def test_a_ring_that_a_row_went_on_writing_to_after_its_end(reference_model):
     forgets_nothing_it_needs(model, out.past_key_values, out.sequences[0, :27].tolist())
 
 
-@pytest.mark.parametrize("drafter", ["prompt_lookup_num_tokens", "assistant_model"])
+DRAFTERS = ["prompt_lookup_num_tokens", "assistant_model"]
+
+
+@pytest.mark.parametrize("drafter", some_slow(DRAFTERS, DRAFTERS[0].__eq__))
 def test_a_ring_with_rejected_drafts(drafter: str, reference_model):
     model = reference_model("window_8")
     stranger = nnx.merge(*nnx.split(type(model)(model.config, rngs=nnx.Rngs(3))))

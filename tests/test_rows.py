@@ -19,7 +19,7 @@ from jaxgen.generation.options.table import Extras
 from jaxgen.generation.prepare import prepare
 from jaxgen.generation.processors.constraint import AllowedTokens
 from jaxgen.generation.results.output import GenerateOutput, collect
-from tests.helpers import padded
+from tests.helpers import padded, some_slow
 from tests.tokenizers import characters
 
 
@@ -67,7 +67,7 @@ SETS: dict[str, dict[str, Any]] = {
     "beam_sample": {**BEAMS, "do_sample": True, "early_stopping": True},
     "lookup": {**EVERYTHING, "prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1},
 }
-every_set = pytest.mark.parametrize("name", SETS)
+every_set = pytest.mark.parametrize("name", some_slow(SETS, lambda name: name != "few"))
 BATCH = 4  # a bucket, so that every batch of 4 shares its shape
 # Few different tokens, now and then: then there is something to look up.
 prompts = st.lists(st.integers(0, 96), min_size=1, max_size=14) | st.lists(st.integers(14, 16), min_size=1, max_size=14)

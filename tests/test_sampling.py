@@ -49,6 +49,7 @@ def test_removed_tokens_are_never_drawn_and_the_others_keep_their_proportions():
     assert stats.chisquare(counts[:3], expected * draws.size).pvalue > 1e-3  # 100,000 draws
 
 
+@pytest.mark.slow
 def test_whole_generation_follows_the_distribution(reference_model):
     """The first token of 12,000 sampled rows against the model's own probabilities after top_k and temperature."""
     model = reference_model("window_8")
@@ -67,6 +68,7 @@ def test_whole_generation_follows_the_distribution(reference_model):
     assert stats.chisquare(observed[expected > 0], expected[expected > 0]).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_the_documented_recipe_gives_the_tokens(reference_model):
     """Draw again by hand, with nothing but jax.random and the model's logits."""
     model, key = reference_model("window_8"), jax.random.key(11)

@@ -26,6 +26,7 @@ from jaxgen.generation.programs.controls import Controls, Plan, Recipe
 from jaxgen.generation.prompts.prefill import Prompts
 from jaxgen.generation.searches import speculate
 from jaxgen.generation.searches.speculate import NO_DRAFT, Pair, check_assistant, look_up
+from tests.helpers import some_slow
 from tests.reference.cases import CASES, left_padded
 from tests.reference.weights import write_checkpoint
 
@@ -114,7 +115,7 @@ def counters(state: Any, rows: int) -> list[list[int]]:
 
 
 class TestSameTokens:
-    @pytest.mark.parametrize("drafter", DRAFTERS)
+    @pytest.mark.parametrize("drafter", some_slow(DRAFTERS, lambda drafter: drafter != "prompt_lookup"))
     @few
     @given(batches, numbers)
     def test_greedy(self, model, drafting, drafter, rows, changed):
@@ -122,7 +123,7 @@ class TestSameTokens:
         expected = output_of(model, ids, mask, **GREEDY | changed)
         assert_same(output_of(model, ids, mask, **GREEDY | changed, **drafting(drafter)), expected)
 
-    @pytest.mark.parametrize("drafter", DRAFTERS)
+    @pytest.mark.parametrize("drafter", some_slow(DRAFTERS, lambda drafter: drafter != "prompt_lookup"))
     @few
     @given(batches, numbers, st.integers(0, 2**32), st.floats(0.3, 3))
     def test_sampled(self, model, drafting, drafter, rows, changed, seed, temperature):
@@ -131,7 +132,7 @@ class TestSameTokens:
         expected = output_of(model, ids, mask, **options)
         assert_same(output_of(model, ids, mask, **options, **drafting(drafter)), expected)
 
-    @pytest.mark.parametrize("drafter", DRAFTERS)
+    @pytest.mark.parametrize("drafter", some_slow(DRAFTERS, lambda drafter: drafter != "prompt_lookup"))
     def test_more_drafts_than_the_window_holds(self, model, drafting, drafter):
         """Each round may write 21 tokens into rings of 8 + 21 slots, and take most of them back."""
         ids, mask = left_padded([*CASES["window_8"].prompts(), [5, 6, 5, 6, 5]])
@@ -140,6 +141,7 @@ class TestSameTokens:
         actual = output_of(model, ids, mask, **options, **drafting(drafter, drafts=20, confidence=0.0))
         assert_same(actual, expected)
 
+    @pytest.mark.slow
     def test_several_samples_of_a_prompt(self, model, drafting):
         ids, mask = left_padded([[5, 6, 7], [8, 9]])
         options: Any = SAMPLED | {"num_return_sequences": 3, "seed": 5}
@@ -147,6 +149,7 @@ class TestSameTokens:
         assert len({tuple(row) for row in expected.sequences[:3].tolist()}) > 1
         assert_same(output_of(model, ids, mask, **options, **drafting("itself")), expected)
 
+    @pytest.mark.slow
     def test_guidance(self, model, drafting):
         ids, mask = left_padded([[5, 6, 7], [8, 9, 10, 11, 12, 13, 14]])
         options: Any = {
@@ -158,6 +161,7 @@ class TestSameTokens:
         assert (expected.sequences != plain).any()
         assert_same(output_of(model, ids, mask, **options, **drafting("itself")), expected)
 
+    @pytest.mark.slow
     def test_what_is_recorded(self, model, drafting):
         ids, mask = left_padded([[5, 6, 7], [8, 9]])
         options: Any = GREEDY | {"output_scores": True, "output_logits": True, "top_logprobs": 3, "max_new_tokens": 9}
@@ -167,7 +171,7 @@ class TestSameTokens:
             np.testing.assert_allclose(np.array(actual[name]), np.array(expected[name]), atol=1e-4)
         np.testing.assert_array_equal(actual.top_ids, expected.top_ids)
 
-    @pytest.mark.parametrize("drafter", ["itself", "prompt_lookup"])
+    @pytest.mark.parametrize("drafter", some_slow(["itself", "prompt_lookup"], "itself".__eq__))
     def test_a_call_that_goes_on_from_a_speculative_one(self, model, drafting, drafter):
         ids = np.array([[5, 6, 7, 8, 9, 10, 11, 12, 13]])
         options: Any = {"max_new_tokens": 12, "eos_token_id": None}
@@ -178,6 +182,7 @@ class TestSameTokens:
         second = model.generate(longer, past_key_values=first.past_key_values, **options, **speculation)
         np.testing.assert_array_equal(second, expected)
 
+    @pytest.mark.slow
     def test_an_8_bit_cache(self, model, drafting):
         """Rounded to 8 bits, close decisions may fall the other way: one row whose decisions are not close."""
         options: Any = {"max_new_tokens": 12, "eos_token_id": None, "cache_implementation": "quantized"}
@@ -257,7 +262,7 @@ class TestStates:
             broken.generate(ids, max_new_tokens=6, eos_token_id=None, **drafting("itself", drafts=1, confidence=0.0))
 
 
-@pytest.mark.parametrize("drafter", ["fewer layers", "prompt_lookup"])
+@pytest.mark.parametrize("drafter", some_slow(["fewer layers", "prompt_lookup"], "fewer layers".__eq__))
 def test_text_with_stop_strings(drafter):
     """The demo counts; half of its layers and the text itself guess well what comes next."""
     model = AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")

@@ -19,6 +19,7 @@ from jaxgen import GenerationConfig, MistralForCausalLM, demo
 from jaxgen.convert.quantize.gptq import gptq
 from jaxgen.quant import quantize
 from tests.formats.digests import digests
+from tests.helpers import some_slow
 
 PROMPT = np.array([[0, 0, 1, 7, 19, 7, 19, 7], [1, 5, 9, 30, 31, 30, 31, 30]])
 MASK = (PROMPT > 0).astype(int)
@@ -95,7 +96,10 @@ def leaves(result: Any) -> list[np.ndarray]:
     ]
 
 
-@pytest.mark.parametrize("name", CALLS)
+DEFAULT = ("greedy", "a text", "logits", "int4", "int4 in a jit")
+
+
+@pytest.mark.parametrize("name", some_slow(CALLS, lambda name: name not in DEFAULT))
 def test_what_is_computed_does_not_depend_on_them(name: str, model: MistralForCausalLM):
     expected = leaves(CALLS[name](model))
     assert expected
