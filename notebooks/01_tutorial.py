@@ -313,7 +313,7 @@ for text, reason in zip(
 # ## Where to go on
 #
 # - [02 Seeds and common random numbers](02_seeds.ipynb): experiments that reproduce, with error bars.
-# - [03 Four bits](03_int4.ipynb): a quarter of the memory, and what it costs.
+# - [03 Quantisation (int4)](03_int4.ipynb): a quarter of the memory, and what it costs.
 # - [04 Your own loop](04_your_own_loop.ipynb): processors, criteria, `jit`, `vmap`, and decoding by hand.
 # - [05 Training and LoRA](05_training_and_lora.ipynb), [06 Speculation and beams](06_speculation_and_beams.ipynb),
 #   [07 Looking inside](07_looking_inside.ipynb).

@@ -13,7 +13,7 @@
 # ---
 
 # %% [markdown]
-# # 03. Four bits
+# # 03. Quantisation (int4)
 #
 # A model of 7 billion parameters takes 14.5 GB in bfloat16. With four bits per weight it takes about 4 GB, and fits on a
 # small GPU with room for long texts. This notebook shows what `load_in_4bit=True` does, what it saves, what it costs in

@@ -166,7 +166,7 @@ def speculate() -> str:
     )
     table = rows_of(("model", "drafts from", "batch", "accepted", "speed"), rows)
     command = source("python benchmarks/speculate.py", XEON, _versions(results), "speculate")
-    return part("Speculation", prose, table, command)
+    return part("Speculative decoding", prose, table, command)
 
 
 def _versions(results: dict[str, Any]) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def convert() -> str:
     )
     command = f"python benchmarks/convert.py --layers {r['layers']} --shards {r['source_files']}"
     table = rows_of(("bfloat16", "int4", "time", "most anonymous memory"), [row])
-    return part("Converting", prose, table, source(command, XEON, _versions(r), "convert"))
+    return part("Conversion", prose, table, source(command, XEON, _versions(r), "convert"))
 
 
 def gpu_aot() -> str:
@@ -284,7 +284,7 @@ def gpu_aot() -> str:
     )
     header = ("weights", "batch", "kernels per layer", "per token", "temporary memory")
     table = rows_of((*header, "unpacked weights in the loop", "linear layers fused"), rows)
-    return part("The program for a GPU", prose, table, source("python benchmarks/gpu_aot.py", NO_GPU, AOT, "gpu_aot"))
+    return part("Compiled for a GPU", prose, table, source("python benchmarks/gpu_aot.py", NO_GPU, AOT, "gpu_aot"))
 
 
 def gpu() -> str:
@@ -316,7 +316,7 @@ def gpu() -> str:
     command = source(
         "python benchmarks/gpu.py --parts check step prefill", about, _versions(results), "gpu-nvidia-h200"
     )
-    return part("Times on a GPU", prose, "\n\n".join((steps, prompts, products)), command)
+    return part("Decoding on a GPU", prose, "\n\n".join((steps, prompts, products)), command)
 
 
 def changes() -> str:
