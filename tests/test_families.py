@@ -24,9 +24,9 @@ from jaxgen.models.tensors import logical_axes, parameter_parts
 from jaxgen.quant import Int4
 from tests.families import CONFIGS, HUB, LLAMA3, YARN
 from tests.gguf_files import gguf_file
-from tests.helpers import some_slow
+from tests.helpers import padded, some_slow
 from tests.hf_files import write_hf
-from tests.test_rows import BATCH, padded, rows_of, same
+from tests.rows import BATCH, rows_of, same
 
 BOTH = ["llama, as Llama 3.2", "qwen3, biases, yarn"]
 both = pytest.mark.parametrize("name", BOTH)

@@ -143,7 +143,7 @@ def test_logprobs_are_those_of_the_model(model: MistralForCausalLM):
     )  # fmt: skip
     assert isinstance(output, GenerateOutput)
     mask = np.concatenate([MASK, np.ones((3, 8), int)], axis=1)
-    logits = np.asarray(model(output.sequences, mask), np.float64)[:, 4:-1]
+    logits = np.asarray(model(output.sequences, mask).logits, np.float64)[:, 4:-1]
     for row in range(3):
         for step, token in enumerate(output.sequences[row, 5:]):
             own = logits[row, step]

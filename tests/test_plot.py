@@ -189,7 +189,7 @@ def test_kl_of_int4(model, int4, tokenizer):
     texts = [", ".join(map(str, range(first, 59))) for first in (1, 5)]
     ax = plot.kl(model, int4, texts)
     rows = tokenizer(texts, padding=True, padding_side="right", return_tensors="np")
-    ours, theirs = (softmax(one(**rows)) for one in (model, int4))
+    ours, theirs = (softmax(one(**rows).logits) for one in (model, int4))
     for line, p, q, real in zip(ax.lines, ours, theirs, rows["attention_mask"], strict=True):
         count = real.sum() - 1
         assert 192 < count < 256

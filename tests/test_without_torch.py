@@ -1,6 +1,7 @@
 """An ordinary script for transformers where there is no torch: it runs, or one line says what to write instead."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -84,9 +85,12 @@ SAYS = {
 
 
 def run(code: str, given: str = "") -> subprocess.CompletedProcess:
+    # Commands of jaxgen that other tests ran in this process have told transformers to be quiet.
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
     return subprocess.run(
-        [sys.executable, "-c", code], check=False, input=given, capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, "-c", code],
+        check=False, input=given, capture_output=True, text=True, timeout=300, env=environment,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

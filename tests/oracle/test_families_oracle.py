@@ -16,7 +16,7 @@ import jaxgen
 from jaxgen.models.families import config_from_hf
 from tests.families import CONFIGS, HUB, ORIGINAL_CONTEXT
 from tests.oracle.beams import Watched, compare
-from tests.oracle.test_generate_oracle import agreed
+from tests.oracle.clear import agreed
 from tests.reference import live
 from tests.reference.cases import Run, left_padded, with_holes
 
