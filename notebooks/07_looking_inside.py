@@ -254,7 +254,7 @@ def lens(model, hidden):
 
 
 said = np.asarray(lens(model, jnp.asarray(hidden, model.dtype)))
-model_itself = jax.nn.softmax(model(read[None]))[0]
+model_itself = jax.nn.softmax(model(read[None]).logits)[0]
 assert np.allclose(said[-1], model_itself, atol=1e-3)  # what the last layer says, the model says
 
 # %%
