@@ -19,6 +19,7 @@ from jaxgen.convert.load import open_checkpoint
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.kernels import step
 from jaxgen.models.families import config_from_hf, families, family_of
+from jaxgen.models.protocol import CausalLM
 from jaxgen.models.rope import Llama3, plain_frequencies
 from jaxgen.models.tensors import logical_axes, parameter_parts
 from jaxgen.quant import Int4
@@ -333,6 +334,11 @@ def test_auto_config_is_of_the_family(tmp_path: Path):
     assert type(model).__name__ == "Qwen3ForCausalLM"
     with pytest.raises(JaxgenError, match="Qwen3Config has no field 'hiden_size'"):
         AutoConfig.from_pretrained(tmp_path, hiden_size=3)
+
+
+def test_models_are_what_generation_asks_for(model: Any):
+    assert isinstance(model, CausalLM)
+    assert not isinstance(object(), CausalLM)
 
 
 def test_families_say_what_the_readers_need():

@@ -19,9 +19,10 @@ from jaxgen.generation.options.table import Extras
 from jaxgen.generation.programs.controls import Controls, Plan, Recipe
 from jaxgen.generation.prompts.guidance import guided, with_negatives
 from jaxgen.generation.prompts.layout import generated
-from jaxgen.generation.prompts.prefill import CausalLM, Count, Prompts, prefill_prompts
+from jaxgen.generation.prompts.prefill import Count, Prompts, prefill_prompts
 from jaxgen.generation.prompts.rows import Rows
 from jaxgen.generation.results.step_outputs import Found, StepOutputs
+from jaxgen.models.protocol import DecodingModel
 
 
 @jax.tree_util.register_dataclass
@@ -58,14 +59,16 @@ class DecodeState:
 State = TypeVar("State", bound=DecodeState)  # of this search, or of one that builds on it
 
 
-def prefill(model: CausalLM, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan) -> DecodeState:
+def prefill(
+    model: DecodingModel, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
+) -> DecodeState:
     """Read the prompts once, spread each over `plan.samples` rows, and draw every row's first token."""
     state, logits = begin(model, prompts, key, controls, plan)
     return append_token(state, logits, controls, plan.recipe)
 
 
 def begin(
-    model: CausalLM, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
+    model: DecodingModel, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
 ) -> tuple[DecodeState, Float[Array, "logit_rows V"]]:
     """The state before the first token, and the logits it will be drawn from."""
     logits, cache = prefill_prompts(model, prompts, plan)
@@ -94,7 +97,7 @@ def begin(
     return state, spread(logits)
 
 
-def decode(model: CausalLM, state: DecodeState, until: Count, controls: Controls, recipe: Recipe) -> DecodeState:
+def decode(model: DecodingModel, state: DecodeState, until: Count, controls: Controls, recipe: Recipe) -> DecodeState:
     """Decode until every row has ended or has `until` new tokens; calling again goes on from there."""
 
     def step(state: DecodeState) -> DecodeState:
@@ -109,7 +112,7 @@ def unfinished(state: DecodeState, until: Count) -> Bool[Array, ""]:
     return (state.running & wanted).any()
 
 
-def decode_step(model: CausalLM, state: State, controls: Controls, recipe: Recipe) -> State:
+def decode_step(model: DecodingModel, state: State, controls: Controls, recipe: Recipe) -> State:
     """Read each row's newest token and draw the next one.
 
     Rows that have ended read their last token again: it lands in the slot that already holds it.

@@ -177,7 +177,9 @@ class DecoderConfig:
             raise UnsupportedError(f"config: model_type is missing; jaxgen reads model_type={cls.model_type!r}")
         if refusal := cls._refusal("model_type", fields["model_type"]):  # whose other fields say nothing to us
             raise UnsupportedError(f"config: {refusal}")
-        fields = cls.simplified(fields)
+        kinds = fields.get("layer_types")
+        if cls.sliding_window is None and isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
+            del fields["layer_types"]  # transformers 5 writes it also where all layers are alike
         refused = [refusal for name, value in fields.items() if (refusal := cls._refusal(name, value))]
         known = cls._checks()
         kept: dict[str, Any] = {
@@ -197,33 +199,18 @@ class DecoderConfig:
         return config
 
     @classmethod
-    def simplified(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a config.json without those that only repeat others; for a family to say."""
-        return fields
+    def from_pretrained(cls, pretrained_model_name_or_path: "str | os.PathLike[str]", **options: Any) -> Self:
+        """Read the config.json of a directory or hub id.
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: "str | os.PathLike[str]",
-        *,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        cache_dir: "str | os.PathLike[str] | None" = None,
-        token: str | bool | None = None,
-        trust_remote_code: bool = False,
-        **fields: Any,
-    ) -> Self:
-        """Read the config.json of a directory or hub id; `fields` replace what it says.
-
-        How the weights are quantised, if they are, is not part of it. Raises as `from_hf`.
+        `options` are `revision`, `local_files_only`, `cache_dir` and `token`, as in `huggingface_hub.snapshot_download`;
+        and fields, which replace what the file says. How the weights are quantised, if they are, is not part of it.
+        Raises as `from_hf`.
 
         >>> from jaxgen import MistralConfig, demo
         >>> MistralConfig.from_pretrained(demo.path(), num_hidden_layers=2).num_hidden_layers
         2
         """
-        placed: dict[str, Any] = {"local_files_only": local_files_only, "cache_dir": cache_dir, "token": token}
-        read = config_of(pretrained_model_name_or_path, trust_remote_code, revision=revision, **placed)
-        return cls.from_hf(cls.replaced(read, fields))
+        return cls.from_hf(cls.replaced(*config_of(pretrained_model_name_or_path, **options)))
 
     @classmethod
     def replaced(cls, read: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
@@ -296,21 +283,23 @@ class DecoderConfig:
         return f"{name}={value!r:.80} is not supported; jaxgen implements {supported}"
 
 
-def without_uniform_layers(fields: dict[str, Any]) -> dict[str, Any]:
-    """A config.json without `layer_types`, which transformers 5 writes also where all layers have full attention."""
-    kinds = fields.get("layer_types")
-    if isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
-        return {name: value for name, value in fields.items() if name != "layer_types"}
-    return fields
-
-
-def config_of(name_or_path: Any, trust_remote_code: bool = False, **placed: Any) -> dict[str, Any]:
-    """The fields of the config.json of a directory or hub id; `placed` as for `jaxgen.convert.hub.locate`."""
+def config_of(
+    name_or_path: Any,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    cache_dir: "str | os.PathLike[str] | None" = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    **fields: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the config.json of a directory or hub id says, and the options that are not about where it is."""
     from jaxgen.convert.hub import locate
 
     if trust_remote_code:
         raise UnsupportedError(NO_REMOTE_CODE)
-    return read_config(locate(name_or_path, files=("config.json",), **placed))
+    placed: dict[str, Any] = {"local_files_only": local_files_only, "cache_dir": cache_dir, "token": token}
+    return read_config(locate(name_or_path, files=("config.json",), revision=revision, **placed)), fields
 
 
 def known_default(kind: type, name: str) -> Any:

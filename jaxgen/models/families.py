@@ -53,26 +53,13 @@ class AutoConfig:
         raise JaxgenError("AutoConfig is not instantiated: call AutoConfig.from_pretrained(...)")
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: "str | os.PathLike[str]",
-        *,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        cache_dir: "str | os.PathLike[str] | None" = None,
-        token: str | bool | None = None,
-        trust_remote_code: bool = False,
-        **fields: Any,
-    ) -> DecoderConfig:
-        """Read the config.json of a directory or hub id; `fields` replace what it says.
-
-        How the weights are quantised, if they are, is not part of it. Raises as `config_from_hf`.
+    def from_pretrained(cls, pretrained_model_name_or_path: "str | os.PathLike[str]", **options: Any) -> DecoderConfig:
+        """As the `from_pretrained` of the family that the config.json names; raises as `config_from_hf`.
 
         >>> from jaxgen import AutoConfig, demo
         >>> type(AutoConfig.from_pretrained(demo.path(), num_hidden_layers=2)).__name__
         'MistralConfig'
         """
-        placed: dict[str, Any] = {"local_files_only": local_files_only, "cache_dir": cache_dir, "token": token}
-        read = config_of(pretrained_model_name_or_path, trust_remote_code, revision=revision, **placed)
+        read, fields = config_of(pretrained_model_name_or_path, **options)
         kind = family(read.get("model_type")).config_class
         return kind.from_hf(kind.replaced(read, fields))

@@ -1,6 +1,6 @@
 """All that generation uses of a model: whoever writes one outside of `jaxgen.models` needs no more."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -35,25 +35,9 @@ class ModelConfig(Protocol):
         ...
 
 
-class CausalLM(Protocol):
-    """A model that `jaxgen.generate` can drive; a Flax NNX module."""
-
-    config: Any  # a `ModelConfig`
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The dtype of activations and cache."""
-        ...
-
-    @property
-    def device(self) -> Any:
-        """Where the weights are."""
-        ...
-
-    @property
-    def decodes_with_kernels(self) -> bool:
-        """Whether `step` has a form made of `jaxgen.kernels`, where the model is."""
-        ...
+@runtime_checkable
+class DecodingModel(Protocol):
+    """What the compiled loop calls, and all that an assistant needs."""
 
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], slots: int, int8: bool = False
@@ -73,18 +57,40 @@ class CausalLM(Protocol):
         """Read up to T tokens per row from `starts` on: hidden states, which `logits` turns into logits."""
         ...
 
-    def hidden(self, input_ids: Any, attention_mask: Any = None) -> Float[Array, "B T D"]:
-        """The hidden states of whole texts."""
-        ...
-
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """What the head makes of hidden states, in float32."""
         ...
 
-    def activations(self, tokens: Any, real: Any, with_attentions: bool) -> Any:
-        """An iterator over each layer's hidden states and attentions, for `output_hidden_states`."""
-        ...
-
     def empty_cache(self, rows: int, slots: int, int8: bool = False) -> KVCache:
         """A cache that holds nothing yet."""
+        ...
+
+
+@runtime_checkable
+class CausalLM(DecodingModel, Protocol):
+    """A model that `jaxgen.generate` can drive; a Flax NNX module."""
+
+    config: Any  # a `ModelConfig`
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of activations and cache."""
+        ...
+
+    @property
+    def device(self) -> Any:
+        """Where the weights are."""
+        ...
+
+    @property
+    def decodes_with_kernels(self) -> bool:
+        """Whether `step` has a form made of `jaxgen.kernels`, where the model is."""
+        ...
+
+    def hidden(self, input_ids: Any, attention_mask: Any = None) -> Float[Array, "B T D"]:
+        """The hidden states of whole texts."""
+        ...
+
+    def activations(self, tokens: Any, real: Any, with_attentions: bool) -> Any:
+        """An iterator over each layer's hidden states and attentions, for `output_hidden_states`."""
         ...

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, no_type_check
 
 from jaxgen.models.causal_lm import DecoderForCausalLM
-from jaxgen.models.config import DecoderConfig, without_uniform_layers
+from jaxgen.models.config import DecoderConfig
 from jaxgen.models.gguf import Gguf
 
 
@@ -35,11 +35,6 @@ class Qwen2Config(DecoderConfig):
     fixed_fields = {"use_sliding_window": (False,), "use_mrope": (False,)}  # noqa: RUF012
     ignored_fields = frozenset({"sliding_window", "max_window_layers"})  # without effect, then
     qkv_bias = True
-
-    @classmethod
-    def simplified(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """As `DecoderConfig.simplified`."""
-        return without_uniform_layers(fields)
 
 
 class Qwen2ForCausalLM(DecoderForCausalLM):

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, no_type_check
 
 from jaxgen.models.causal_lm import DecoderForCausalLM
-from jaxgen.models.config import DecoderConfig, without_uniform_layers
+from jaxgen.models.config import DecoderConfig
 from jaxgen.models.gguf import Gguf
 
 
@@ -44,11 +44,6 @@ class Qwen3Config(DecoderConfig):
         return self.attention_bias
 
     o_bias = qkv_bias
-
-    @classmethod
-    def simplified(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """As `DecoderConfig.simplified`."""
-        return without_uniform_layers(fields)
 
 
 class Qwen3ForCausalLM(DecoderForCausalLM):

@@ -1,7 +1,7 @@
 """Prompts on the device, and their prefill: all at once, in chunks, or only what they add to an earlier call."""
 
 import dataclasses
-from typing import Protocol, no_type_check, runtime_checkable
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -10,39 +10,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxgen.cache import KVCache
 from jaxgen.generation.programs.controls import Plan
+from jaxgen.models.protocol import DecodingModel
 
 Count = Int[Array | np.ndarray, ""]
-
-
-@runtime_checkable
-class CausalLM(Protocol):
-    """What generation needs of a model."""
-
-    def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], slots: int, int8: bool = False
-    ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Logits after each row's last token, and the cache."""
-        ...
-
-    def step(
-        self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
-    ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Logits after one more token per row, and the cache that holds it."""
-        ...
-
-    def extend(
-        self, tokens: Int[Array, "B T"], starts: Int[Array, " B"], counts: Int[Array, " B"], cache: KVCache
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Hidden states of up to T more tokens per row, and the cache that holds them."""
-        ...
-
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """What the head makes of hidden states."""
-        ...
-
-    def empty_cache(self, rows: int, slots: int, int8: bool = False) -> KVCache:
-        """A cache that holds nothing yet."""
-        ...
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +51,7 @@ class Prompts:
     past: Past | None = None
 
 
-def prefill_prompts(model: CausalLM, prompts: Prompts, plan: Plan) -> tuple[Float[Array, "model_rows V"], KVCache]:
+def prefill_prompts(model: DecodingModel, prompts: Prompts, plan: Plan) -> tuple[Float[Array, "model_rows V"], KVCache]:
     """Logits after each prompt's last token, and the cache; with guidance, the negative prompts follow as rows."""
     tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
     if prompts.negative is not None:
@@ -105,7 +75,7 @@ def _past_cache(past: Past, slots: int) -> tuple[KVCache, Int[Array, " B"]]:
 
 
 def _extend(
-    model: CausalLM,
+    model: DecodingModel,
     tokens: Int[Array, "B T"],
     starts: Int[Array, " B"],
     counts: Int[Array, " B"],

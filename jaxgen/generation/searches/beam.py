@@ -24,9 +24,10 @@ from jaxgen.generation.options.table import Extras
 from jaxgen.generation.processors.select import best_of
 from jaxgen.generation.programs.controls import Controls, Plan, Recipe
 from jaxgen.generation.prompts.guidance import guided, with_negatives
-from jaxgen.generation.prompts.prefill import CausalLM, Count, Prompts
+from jaxgen.generation.prompts.prefill import Count, Prompts
 from jaxgen.generation.prompts.rows import Rows
 from jaxgen.generation.results.step_outputs import Found
+from jaxgen.models.protocol import DecodingModel
 
 # Added to the score of what must not be chosen while there is anything else. Finite, as in HF: if nothing else is
 # left, such beams are still in order.
@@ -85,7 +86,9 @@ class Candidates(NamedTuple):
     status: Int[Array, "B K"]  # RUNNING, or why it ends with this token
 
 
-def prefill(model: CausalLM, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan) -> BeamState:
+def prefill(
+    model: DecodingModel, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
+) -> BeamState:
     """Read the prompts once, and give every beam its first token: the best ones after the prompt."""
     start, logits = begin(model, prompts, key, controls, plan)
     rows, beams = len(start.lengths), plan.recipe.num_beams
@@ -101,7 +104,7 @@ def prefill(model: CausalLM, prompts: Prompts, key: Key[Array, "*rows"], control
     return state  # the caches of a prompt's beams are alike: there is nothing to move
 
 
-def decode(model: CausalLM, state: BeamState, until: Count, controls: Controls, recipe: Recipe) -> BeamState:
+def decode(model: DecodingModel, state: BeamState, until: Count, controls: Controls, recipe: Recipe) -> BeamState:
     """Decode until every search has ended or its beams have `until` new tokens; calling again goes on from there."""
 
     def step(state: BeamState) -> BeamState:
@@ -110,7 +113,7 @@ def decode(model: CausalLM, state: BeamState, until: Count, controls: Controls, 
     return jax.lax.while_loop(lambda state: unfinished(state, until), step, state)
 
 
-def decode_step(model: CausalLM, state: BeamState, controls: Controls, recipe: Recipe) -> BeamState:
+def decode_step(model: DecodingModel, state: BeamState, controls: Controls, recipe: Recipe) -> BeamState:
     """Read each beam's newest token, choose the beams that go on, and move their caches to where they are now."""
     newest = state.lengths - 1
     tokens = jnp.take_along_axis(state.tokens, newest[:, None], axis=1)[:, 0]

@@ -35,8 +35,9 @@ from jaxgen.generation.options.table import Extras
 from jaxgen.generation.programs.controls import Controls, Plan, Recipe
 from jaxgen.generation.prompts.guidance import with_negatives
 from jaxgen.generation.prompts.memory import assistant_slots
-from jaxgen.generation.prompts.prefill import CausalLM, Count, Prompts, prefill_prompts
+from jaxgen.generation.prompts.prefill import Count, Prompts, prefill_prompts
 from jaxgen.generation.results.step_outputs import Found
+from jaxgen.models.protocol import DecodingModel
 
 NO_DRAFT = -1  # no token is -1, so it is never accepted
 
@@ -62,7 +63,7 @@ class SpeculativeState(DecodeState):
 
 def check_assistant(model: Any, assistant: Any) -> None:
     """Raise `JaxgenError` if `assistant` cannot draft for `model`: it needs the same vocabulary and device."""
-    if not isinstance(assistant, CausalLM):
+    if not isinstance(assistant, DecodingModel):
         raise JaxgenError(
             f"assistant_model is a {type(assistant).__name__}; load it as the model itself was, "
             "with AutoModelForCausalLM.from_pretrained"
@@ -108,7 +109,7 @@ def decode(models: Any, state: SpeculativeState, until: Count, controls: Control
 
 
 def _decode_with_lookup(
-    model: CausalLM,
+    model: DecodingModel,
     state: SpeculativeState,
     unfinished: Callable[[SpeculativeState], Bool[Array, ""]],
     controls: Controls,
@@ -139,7 +140,7 @@ def _decode_with_lookup(
 
 
 def verify(
-    model: CausalLM, state: SpeculativeState, drafts: Int[Array, "R drafts"], controls: Controls, recipe: Recipe
+    model: DecodingModel, state: SpeculativeState, drafts: Int[Array, "R drafts"], controls: Controls, recipe: Recipe
 ) -> SpeculativeState:
     """Read each row's newest token and its drafts, and draw tokens until one is not the draft in its place.
 
@@ -172,7 +173,7 @@ def verify(
 
 
 def ask_assistant(
-    assistant: CausalLM, state: SpeculativeState, controls: Controls, recipe: Recipe
+    assistant: DecodingModel, state: SpeculativeState, controls: Controls, recipe: Recipe
 ) -> tuple[Int[Array, "R drafts"], KVCache]:
     """Up to T tokens per row by an assistant, and its cache; it draws as the model would from the same logits.
 
