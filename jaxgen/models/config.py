@@ -202,9 +202,9 @@ class DecoderConfig:
     def from_pretrained(cls, pretrained_model_name_or_path: "str | os.PathLike[str]", **options: Any) -> Self:
         """Read the config.json of a directory or hub id.
 
-        `options` are `revision`, `local_files_only`, `cache_dir` and `token`, as in `huggingface_hub.snapshot_download`;
-        and fields, which replace what the file says. How the weights are quantised, if they are, is not part of it.
-        Raises as `from_hf`.
+        `options` are `revision`, `local_files_only`, `cache_dir` and `token`, as in
+        `huggingface_hub.snapshot_download`; and fields, which replace what the file says. How the weights are
+        quantised, if they are, is not part of it. Raises as `from_hf`.
 
         >>> from jaxgen import MistralConfig, demo
         >>> MistralConfig.from_pretrained(demo.path(), num_hidden_layers=2).num_hidden_layers
