@@ -115,7 +115,7 @@ def test_config_json(tmp_path, spelling):
     for place in range(len(text)):  # one bit of every byte
         changed = text[:place] + bytes([text[place] ^ 1 << draw.randrange(8)]) + text[place + 1 :]
         judge_config(tally, tmp_path, changed, whole)
-    for _ in range(190):
+    for _ in range(250):
         judge_config(tally, tmp_path, mutate_json(draw, fields), whole)
     assert tally.errors > 400 and tally.other > 20, vars(tally)
 
