@@ -40,7 +40,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
 from jaxgen.generation.options.config import resolve
 from jaxgen.generation.programs import compiled
-from jaxgen.generation.programs.controls import Plan, controls_of, recipe_of
+from jaxgen.generation.programs.inputs import BatchLayout, static_options, traced_options
 from jaxgen.generation.programs.weights import Structure
 from jaxgen.generation.prompts.prefill import Prompts
 from jaxgen.generation.searches.search import search_for
@@ -138,21 +138,21 @@ def lower(
     structure = Structure(graph, variables)
     weights = [abstract(v.get_value() if hasattr(v, "get_value") else v.value) for _, v in variables]
     config = resolve(options.generate, None, GenerationConfig(eos_token_id=2))
-    recipe, prompt = recipe_of(config), options.prompt
+    static, prompt = static_options(config), options.prompt
     total = prompt + NEW
-    ahead = recipe.drafts + 1 if recipe.drafts else 0
+    ahead = static.drafts + 1 if static.drafts else 0
     int8 = config.cache_implementation == "quantized"
-    plan = Plan(recipe, recipe.num_beams, total, model.config.cache_slots(total, ahead), int8)
-    controls = abstract(controls_of(config, model.config.vocab_size))
+    layout = BatchLayout(static, static.num_beams, total, model.config.cache_slots(total, ahead), int8)
+    traced = abstract(traced_options(config, model.config.vocab_size))
     numbers = np.zeros(batch, np.int32)
     rows = (np.zeros((batch, prompt), np.int32), numbers, numbers, np.zeros((batch, 2), np.uint32))
     prompts = abstract(Prompts(*rows, np.zeros(batch, bool)))
     key = abstract(jax.eval_shape(lambda: jax.random.key(0)))
-    search = search_for(recipe)
+    search = search_for(static)
     models = (search, structure, weights, None, None)
-    arguments = (*models, prompts, key, controls, plan)
+    arguments = (*models, prompts, key, traced, layout)
     begun = jax.eval_shape(
-        lambda w, p, k, c: compiled._run_prefill(search, structure, w, None, None, p, k, c, plan),
+        lambda w, p, k, c: compiled._run_prefill(search, structure, w, None, None, p, k, c, layout),
         weights,
         *arguments[5:8],
     )
@@ -167,7 +167,7 @@ def lower(
         strict = compiled._strict_decode_on_gpu if options.xla else compiled._strict_kernels_on_gpu
         chosen = strict if options.strict else chosen
         until = abstract(np.array(NEW, np.int32))
-        arguments = (*models, abstract(begun), until, controls, plan.recipe)
+        arguments = (*models, abstract(begun), until, traced, layout.static)
     # The options go to compile(): lowering for another platform than the process's own drops those of jit.
     with on(gpu):
         return (

@@ -26,7 +26,7 @@ from jaxgen.generation.execute import prefill as first_token
 from jaxgen.generation.options.config import GenerationConfig, resolve
 from jaxgen.generation.options.table import Extras
 from jaxgen.generation.prepare import prepare
-from jaxgen.generation.programs.controls import Plan, controls_of, recipe_of
+from jaxgen.generation.programs.inputs import BatchLayout, static_options, traced_options
 from jaxgen.generation.prompts.prefill import Prompts
 from jaxgen.generation.results.output import GenerateOutput, collect
 from jaxgen.generation.searches import beam
@@ -95,7 +95,7 @@ def search(
     """`best_sequences` of a search with these options, left and entered again at every length in `cut`."""
     config = resolve({"eos_token_id": EOS, "pad_token_id": 0, **options}, None, GenerationConfig())
     vocab = model.logits_of.shape[1]
-    recipe, controls = recipe_of(config), controls_of(config, vocab, Extras(stopping_criteria=criterion))
+    static, traced = static_options(config), traced_options(config, vocab, Extras(stopping_criteria=criterion))
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), WIDEST), np.int32)
     for row, prompt in enumerate(prompts):
@@ -107,13 +107,13 @@ def search(
         row_ids=row_id_words(row_ids, len(prompts)),
         idle=np.zeros(len(prompts), bool),
     )
-    plan = Plan(recipe, recipe.num_beams, TOTAL, TOTAL)
-    state = prefill(model.logits_of, read, jax.random.key(3), controls, plan)
+    layout = BatchLayout(static, static.num_beams, TOTAL, TOTAL)
+    state = prefill(model.logits_of, read, jax.random.key(3), traced, layout)
     for until in (*cut, TOTAL):
-        state = decode(model.logits_of, state, np.int32(until), controls, recipe)
+        state = decode(model.logits_of, state, np.int32(until), traced, static)
     assert not state.running.any()
     returned = config.num_return_sequences or 1
-    return beam.best_sequences(state, len(prompts), recipe.num_beams, returned, float(controls.length_penalty))
+    return beam.best_sequences(state, len(prompts), static.num_beams, returned, float(traced.length_penalty))
 
 
 def found(result: beam.Sequences) -> list[tuple[int, ...]]:

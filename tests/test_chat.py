@@ -99,11 +99,11 @@ def test_answers_are_those_of_generate_though_nothing_is_read_twice(session, mod
     read = []
     continue_with = PastKeyValues.continue_with
 
-    def spy(self, prompts, plan, rows, model):
-        prompts, plan = continue_with(self, prompts, plan, rows, model)
+    def spy(self, prompts, layout, rows, model):
+        prompts, layout = continue_with(self, prompts, layout, rows, model)
         assert prompts.past is not None
         read.append((int(prompts.lengths[0]), int(prompts.past.held[0])))
-        return prompts, plan
+        return prompts, layout
 
     monkeypatch.setattr(PastKeyValues, "continue_with", spy)
     assert talk(session, *QUESTIONS) == list(ANSWERS)

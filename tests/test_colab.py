@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name as canonical
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.programs.controls import Plan, Recipe
+from jaxgen.generation.programs.inputs import BatchLayout, StaticOptions
 from jaxgen.generation.prompts import memory
 from jaxgen.generation.prompts.layout import bucket
 from jaxgen.models.mistral import MistralConfig, MistralForCausalLM
@@ -70,9 +70,11 @@ def check(rows: int, total: int, int8_cache: bool = False, chunk: int = 0) -> No
     length = total // 2
     assert length == bucket(length)
     slots = CONFIG.cache_slots(total, ahead=chunk)
-    plan = Plan(Recipe(do_sample=False), samples=1, total=total, slots=slots, int8_cache=int8_cache, chunk=chunk)
+    layout = BatchLayout(
+        StaticOptions(do_sample=False), samples=1, total=total, slots=slots, int8_cache=int8_cache, chunk=chunk
+    )
     model = SimpleNamespace(config=CONFIG, dtype=np.dtype(np.float16), device=SimpleNamespace(platform="gpu"))
-    memory.check_memory(model, (rows, length), plan)
+    memory.check_memory(model, (rows, length), layout)
 
 
 def test_parameters():

@@ -31,10 +31,10 @@ def test_both_forms_of_generate_are_laid_out_alike(model, fields):
     config = resolve({"num_return_sequences": 2, "do_sample": True, **fields}, None, GenerationConfig())
     key = jax.random.key(1)
     ours = prepare(model, IDS, MASK, config, key)
-    pure = prepare(model, IDS, MASK, config, key, traced=True)
-    assert (ours.plan, ours.search) == (pure.plan, pure.search)
+    pure = prepare(model, IDS, MASK, config, key, inside_jit=True)
+    assert (ours.layout, ours.search) == (pure.layout, pure.search)
     jax.tree.map(np.testing.assert_array_equal, ours.prompts, pure.prompts)
-    jax.tree.map(np.testing.assert_array_equal, ours.controls, pure.controls)
+    jax.tree.map(np.testing.assert_array_equal, ours.traced, pure.traced)
 
 
 @pytest.mark.parametrize(
@@ -50,4 +50,4 @@ def test_both_forms_of_generate_are_laid_out_alike(model, fields):
 def test_options_choose_a_search_that_jit_can_hash(model, options, search):
     request = prepare(model, IDS, None, resolve(options, None, GenerationConfig()))
     assert request.search == search and hash(request.search) == hash(search)
-    assert request.plan.samples == options.get("num_beams", 1)
+    assert request.layout.samples == options.get("num_beams", 1)

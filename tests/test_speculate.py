@@ -22,7 +22,7 @@ from jaxgen.generation.execute import Program, advance, prefill, program_for
 from jaxgen.generation.options.config import resolve
 from jaxgen.generation.options.table import Extras
 from jaxgen.generation.prepare import Request, prepare
-from jaxgen.generation.programs.controls import Controls, Plan, Recipe
+from jaxgen.generation.programs.inputs import BatchLayout, StaticOptions, TracedOptions
 from jaxgen.generation.prompts.prefill import Prompts
 from jaxgen.generation.searches import speculate
 from jaxgen.generation.searches.speculate import NO_DRAFT, Pair, check_assistant, look_up
@@ -321,7 +321,7 @@ class TestPromptLookup:
     def test_accepted_where_a_text_repeats_itself(self, model):
         """A model that says its prompt again: 4 drafts and one more per round, from the first one on."""
         toy = Toy(np.where(np.arange(4)[None, None] == (np.arange(4)[None, :, None] + 1) % 4, 9.0, 0.0))
-        state = toy_run(toy, 1, [0, 1, 2, 3, 0], new=11, recipe=Recipe(False, drafts=4, prompt_lookup=True))
+        state = toy_run(toy, 1, [0, 1, 2, 3, 0], new=11, static=StaticOptions(False, drafts=4, prompt_lookup=True))
         assert state.tokens[0, :16].tolist() == [0, 1, 2, 3] * 4
         # After 0 1 2 3 0 1: "0 1" was followed by 2 3 0 1, and so on in fives.
         assert counters(state, 1) == [[8, 8, 2]]
@@ -357,10 +357,10 @@ class Toy:
         return [LayerCache(jnp.zeros((rows, 1, slots, 1)), jnp.zeros((rows, 1, slots, 1)))]
 
 
-def toy_run(models: Any, rows: int, prompt: list[int], new: int, recipe: Recipe, search: Any = speculate) -> Any:
+def toy_run(models: Any, rows: int, prompt: list[int], new: int, static: StaticOptions, search: Any = speculate) -> Any:
     """Generation with a toy, or a pair of them: `rows` rows of one prompt, with row ids 0, 1, 2, ..."""
     length = len(prompt)
-    controls = Controls(
+    traced = TracedOptions(
         processors=(), criteria=(), eos_ids=jnp.array([-1]), stop_strings=None, guidance_scale=None,
         length_penalty=jnp.ones(()), confidence=jnp.zeros(()), ngram=jnp.array(2),
     )  # fmt: skip
@@ -374,8 +374,8 @@ def toy_run(models: Any, rows: int, prompt: list[int], new: int, recipe: Recipe,
 
     @jax.jit
     def run(key: Any) -> Any:
-        state = search.prefill(models, batch, key, controls, Plan(recipe, 1, length + new, length + new))
-        return search.decode(models, state, jnp.int32(99), controls, recipe)
+        state = search.prefill(models, batch, key, traced, BatchLayout(static, 1, length + new, length + new))
+        return search.decode(models, state, jnp.int32(99), traced, static)
 
     return run(random_key(None, 8)[0])
 
@@ -391,8 +391,8 @@ class TestDistribution:
 
     def test_every_sequence_is_as_likely_as_the_model_says(self):
         rows, p = 30_000, self.probabilities(self.TARGET)
-        recipe = Recipe(do_sample=True, drafts=2)
-        state = toy_run(Pair(self.TARGET, self.DRAFTER), rows, [1, 2], new=4, recipe=recipe)
+        static = StaticOptions(do_sample=True, drafts=2)
+        state = toy_run(Pair(self.TARGET, self.DRAFTER), rows, [1, 2], new=4, static=static)
         sequences = list(itertools.product(range(4), repeat=4))
         expected = [p[1, 2, a] * p[2, a, b] * p[a, b, c] * p[b, c, d] for a, b, c, d in sequences]
         observed = np.bincount(np.asarray(state.tokens)[:, 2:] @ (64, 16, 4, 1), minlength=256)
@@ -402,14 +402,14 @@ class TestDistribution:
         expected = np.append(np.array(expected)[often], np.array(expected)[~often].sum()) * rows
         assert len(observed) > 100
         assert stats.chisquare(observed, expected).pvalue > 1e-3
-        plain = toy_run(self.TARGET, rows, [1, 2], new=4, recipe=dataclasses.replace(recipe, drafts=0), search=loop)
+        plain = toy_run(self.TARGET, rows, [1, 2], new=4, static=dataclasses.replace(static, drafts=0), search=loop)
         np.testing.assert_array_equal(state.tokens, plain.tokens)
 
     def test_drafts_are_accepted_as_often_as_shared_noise_allows(self):
         """Two Gumbel-argmax draws with one noise agree with probability sum_i 1 / sum_j max(p_j/p_i, q_j/q_i)."""
         rows, p, q = 30_000, self.probabilities(self.TARGET), self.probabilities(self.DRAFTER)
-        recipe = Recipe(do_sample=True, drafts=1)
-        state = toy_run(Pair(self.TARGET, self.DRAFTER), rows, [1, 2], new=3, recipe=recipe)
+        static = StaticOptions(do_sample=True, drafts=1)
+        state = toy_run(Pair(self.TARGET, self.DRAFTER), rows, [1, 2], new=3, static=static)
         # The prefill draws `first`; the next token is drafted, and is the only one with room for a draft ...
         ratios = np.maximum(p[2, :, None, :] / p[2, :, :, None], q[2, :, None, :] / q[2, :, :, None])
         agree = (1 / ratios.sum(axis=-1)).sum(axis=-1)

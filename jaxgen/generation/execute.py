@@ -50,13 +50,13 @@ def program_for(model: Any, request: Request) -> Program:
 
 def prefill(program: Program, request: Request) -> DecodeState:
     """Run the prompts through the model, and draw every row's first token."""
-    return _run(program, program.prefill, request, request.prompts, request.key, request.controls, request.plan)
+    return _run(program, program.prefill, request, request.prompts, request.key, request.traced, request.layout)
 
 
 def advance(program: Program, request: Request, state: DecodeState, until: int | None = None) -> DecodeState:
     """Decode until every row has ended, or has `until` new tokens; the state that was given is used up."""
     stop = np.array(np.iinfo(np.int32).max if until is None else until, np.int32)
-    return _run(program, program.decode, request, state, stop, request.controls, request.plan.recipe)
+    return _run(program, program.decode, request, state, stop, request.traced, request.layout.static)
 
 
 def _run(program: Program, stage: compiled.Stage, request: Request, *args: Any) -> DecodeState:
@@ -102,7 +102,7 @@ def decode_in_chunks(
 
     Raises `NonFiniteLogitsError` as soon as a row meets them.
     """
-    rows, limit = len(request.input_ids) * request.plan.samples, request.config.max_time
+    rows, limit = len(request.input_ids) * request.layout.samples, request.config.max_time
     shown, until, ended = None, 1, False
     while not ended:
         state = advance(program, request, state, until)

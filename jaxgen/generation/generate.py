@@ -164,7 +164,7 @@ class GenerationMixin:
             raise JaxgenError("streamer: beam search has no text to show before it ends; use num_beams=1")
         now, program = time.monotonic(), program_for(self, request)
         state = prefill(program, request)
-        prompt = np.repeat(request.input_ids, request.plan.samples, axis=0)
+        prompt = np.repeat(request.input_ids, request.layout.samples, axis=0)
 
         def chunks() -> Iterator[Chunk]:
             nonlocal state
@@ -261,15 +261,15 @@ def generate(
     given, unknown = Extras.take(extras)
     if unknown:
         raise JaxgenError(f"{next(iter(unknown))!r} is no argument of jaxgen.generate; options belong in config=")
-    request = prepare(model, input_ids, attention_mask, effective, key, None, row_ids, given, traced=True)
-    search, plan, controls = request.search, request.plan, jax.tree.map(jnp.asarray, request.controls)
-    state = search.prefill(model, request.prompts, request.key, controls, plan)
-    state = search.decode(model, state, jnp.int32(plan.total), controls, plan.recipe)
+    request = prepare(model, input_ids, attention_mask, effective, key, None, row_ids, given, inside_jit=True)
+    search, layout, traced = request.search, request.layout, jax.tree.map(jnp.asarray, request.traced)
+    state = search.prefill(model, request.prompts, request.key, traced, layout)
+    state = search.decode(model, state, jnp.int32(layout.total), traced, layout.static)
 
     def new(table: Float[Array, "R S"] | Int[Array, "R S"], fill: float) -> Array:
         return generated(table, state.prompt_lengths, state.lengths, request.new_tokens, fill, jnp)
 
-    prompt = jnp.repeat(request.input_ids, plan.samples, axis=0)
+    prompt = jnp.repeat(request.input_ids, layout.samples, axis=0)
     sequences = jnp.concatenate([prompt, new(state.tokens, effective.filler_id)], axis=1)
     if not effective.return_dict_in_generate:
         return sequences

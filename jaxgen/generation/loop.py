@@ -1,6 +1,6 @@
 """The two computations of generation: `prefill` reads the prompts, `decode` is one while_loop of `decode_step`.
 
-Both are pure functions of a model, arrays and a static recipe. Everything the loop carries is one `DecodeState`.
+Both are pure functions of a model, arrays and static options. Everything the loop carries is one `DecodeState`.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jaxgen.generation.choosing.sample import draw, row_keys
 from jaxgen.generation.choosing.stop import BROKEN, IDLE, RUNNING, meets_any, raise_if_broken, status_after
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import Extras
-from jaxgen.generation.programs.controls import Controls, Plan, Recipe
+from jaxgen.generation.programs.inputs import BatchLayout, StaticOptions, TracedOptions
 from jaxgen.generation.prompts.guidance import guided, with_negatives
 from jaxgen.generation.prompts.layout import generated
 from jaxgen.generation.prompts.prefill import Count, Prompts, prefill_prompts
@@ -60,25 +60,25 @@ State = TypeVar("State", bound=DecodeState)  # of this search, or of one that bu
 
 
 def prefill(
-    model: DecodingModel, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
+    model: DecodingModel, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout
 ) -> DecodeState:
-    """Read the prompts once, spread each over `plan.samples` rows, and draw every row's first token."""
-    state, logits = begin(model, prompts, key, controls, plan)
-    return append_token(state, logits, controls, plan.recipe)
+    """Read the prompts once, spread each over `layout.samples` rows, and draw every row's first token."""
+    state, logits = begin(model, prompts, key, traced, layout)
+    return append_token(state, logits, traced, layout.static)
 
 
 def begin(
-    model: DecodingModel, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
+    model: DecodingModel, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout
 ) -> tuple[DecodeState, Float[Array, "logit_rows V"]]:
     """The state before the first token, and the logits it will be drawn from."""
-    logits, cache = prefill_prompts(model, prompts, plan)
+    logits, cache = prefill_prompts(model, prompts, layout)
 
     def spread(x: Any) -> Array:
-        return jnp.repeat(jnp.asarray(x), plan.samples, axis=0) if plan.samples > 1 else jnp.asarray(x)
+        return jnp.repeat(jnp.asarray(x), layout.samples, axis=0) if layout.samples > 1 else jnp.asarray(x)
 
     tokens, lengths, idle = spread(prompts.tokens), spread(prompts.lengths), spread(prompts.idle)
-    rows, stop_strings = len(tokens), controls.stop_strings
-    tokens = jnp.pad(tokens, ((0, 0), (0, plan.total - tokens.shape[1])))
+    rows, stop_strings = len(tokens), traced.stop_strings
+    tokens = jnp.pad(tokens, ((0, 0), (0, layout.total - tokens.shape[1])))
     state = DecodeState(
         tokens=tokens,
         lengths=lengths,
@@ -86,22 +86,24 @@ def begin(
         prompts=spread(jnp.arange(len(prompts.tokens))),
         limits=spread(prompts.limits),
         status=jnp.where(idle, jnp.int8(IDLE), jnp.int8(RUNNING)),
-        logprobs=jnp.zeros((rows, plan.total), jnp.float32),
-        model_logprobs=jnp.zeros((rows, plan.total), jnp.float32),
-        row_keys=row_keys(key, jnp.asarray(prompts.row_ids), plan.samples),
+        logprobs=jnp.zeros((rows, layout.total), jnp.float32),
+        model_logprobs=jnp.zeros((rows, layout.total), jnp.float32),
+        row_keys=row_keys(key, jnp.asarray(prompts.row_ids), layout.samples),
         cache=jax.tree.map(spread, cache),
         matched=None if stop_strings is None else stop_strings.start(tokens, lengths),
         negative_shift=None if prompts.negative is None else spread(prompts.negative.lengths) - lengths,
-        step_outputs=StepOutputs.empty(plan.recipe, rows, logits.shape[1]),
+        step_outputs=StepOutputs.empty(layout.static, rows, logits.shape[1]),
     )
     return state, spread(logits)
 
 
-def decode(model: DecodingModel, state: DecodeState, until: Count, controls: Controls, recipe: Recipe) -> DecodeState:
+def decode(
+    model: DecodingModel, state: DecodeState, until: Count, traced: TracedOptions, static: StaticOptions
+) -> DecodeState:
     """Decode until every row has ended or has `until` new tokens; calling again goes on from there."""
 
     def step(state: DecodeState) -> DecodeState:
-        return decode_step(model, state, controls, recipe)
+        return decode_step(model, state, traced, static)
 
     return jax.lax.while_loop(lambda state: unfinished(state, until), step, state)
 
@@ -112,7 +114,7 @@ def unfinished(state: DecodeState, until: Count) -> Bool[Array, ""]:
     return (state.running & wanted).any()
 
 
-def decode_step(model: DecodingModel, state: State, controls: Controls, recipe: Recipe) -> State:
+def decode_step(model: DecodingModel, state: State, traced: TracedOptions, static: StaticOptions) -> State:
     """Read each row's newest token and draw the next one.
 
     Rows that have ended read their last token again: it lands in the slot that already holds it.
@@ -120,14 +122,14 @@ def decode_step(model: DecodingModel, state: State, controls: Controls, recipe: 
     newest = state.lengths - 1
     tokens = jnp.take_along_axis(state.tokens, newest[:, None], axis=1)[:, 0]
     logits, cache = model.step(*with_negatives(tokens, newest, state.negative_shift), state.cache)
-    return append_token(dataclasses.replace(state, cache=cache), logits, controls, recipe)
+    return append_token(dataclasses.replace(state, cache=cache), logits, traced, static)
 
 
 def append_token(
     state: State,
     logits: Float[Array, "logit_rows V"],
-    controls: Controls,
-    recipe: Recipe,
+    traced: TracedOptions,
+    static: StaticOptions,
     active: Bool[Array, " R"] | None = None,
 ) -> State:
     """Choose each running row's next token from its logits, write it down, and see who ends.
@@ -137,14 +139,14 @@ def append_token(
     """
     with jax.named_scope("sample"):
         rows = state.rows(active)
-        scores = process(guided(logits, controls.guidance_scale), rows, controls)
+        scores = process(guided(logits, traced.guidance_scale), rows, traced)
         logits = logits[: len(state.lengths)]  # the rows' own
-        chosen = draw(scores, state.row_keys, state.lengths) if recipe.do_sample else greedy(scores)
+        chosen = draw(scores, state.row_keys, state.lengths) if static.do_sample else greedy(scores)
 
     with jax.named_scope("record"):
         logprobs, model_logprobs = log_prob(scores, chosen), log_prob(logits, chosen)
         # One NaN or +inf anywhere in a row, or nothing left to choose from, shows here.
-        finite = jnp.isfinite(logprobs) & (jnp.isfinite(model_logprobs) | recipe.allow_invalid)
+        finite = jnp.isfinite(logprobs) & (jnp.isfinite(model_logprobs) | static.allow_invalid)
         runs = rows.running & finite
         index = jnp.arange(len(chosen))
         slot = jnp.where(runs, state.lengths, state.tokens.shape[1])  # past the end: dropped
@@ -154,13 +156,13 @@ def append_token(
 
         tokens, lengths = put(state.tokens, chosen), state.lengths + runs
         matched, hits = state.matched, jnp.zeros_like(runs)
-        if controls.stop_strings is not None and matched is not None:
-            after, hits = controls.stop_strings.advance(matched, chosen)
+        if traced.stop_strings is not None and matched is not None:
+            after, hits = traced.stop_strings.advance(matched, chosen)
             matched = jnp.where(runs, after, matched)
         status = status_after(
-            is_eos=(chosen[:, None] == controls.eos_ids).any(axis=1),
+            is_eos=(chosen[:, None] == traced.eos_ids).any(axis=1),
             hits_stop_string=hits,
-            meets_criterion=meets_any(controls.criteria, tokens, lengths, scores),
+            meets_criterion=meets_any(traced.criteria, tokens, lengths, scores),
             reaches_limit=lengths >= state.limits,
         )
         status = jnp.where(runs, status, jnp.where(rows.running, jnp.int8(BROKEN), state.status))
@@ -176,9 +178,9 @@ def append_token(
         )
 
 
-def process(logits: Float[Array, "R V"], rows: Rows, controls: Controls) -> Float[Array, "R V"]:
+def process(logits: Float[Array, "R V"], rows: Rows, traced: TracedOptions) -> Float[Array, "R V"]:
     """The logits to draw from: every processor of the call, in HF's order."""
-    for processor in controls.processors:
+    for processor in traced.processors:
         logits = processor(logits, rows)
     return logits
 
@@ -207,20 +209,22 @@ class PlainSearch:
         return config.num_return_sequences or 1
 
     def prefill(
-        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
+        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout
     ) -> DecodeState:
         """`prefill`."""
-        return prefill(models, prompts, key, controls, plan)
+        return prefill(models, prompts, key, traced, layout)
 
-    def decode(self, models: Any, state: Any, until: Count, controls: Controls, recipe: Recipe) -> DecodeState:
+    def decode(
+        self, models: Any, state: Any, until: Count, traced: TracedOptions, static: StaticOptions
+    ) -> DecodeState:
         """`decode`."""
-        return decode(models, state, until, controls, recipe)
+        return decode(models, state, until, traced, static)
 
     def collect(
-        self, state: DecodeState, prompts: int, returned: int, controls: Controls, plan: Plan, details: bool
+        self, state: DecodeState, prompts: int, returned: int, traced: TracedOptions, layout: BatchLayout, details: bool
     ) -> Found:
         """The rows, as they are."""
-        rows = prompts * plan.samples
+        rows = prompts * layout.samples
         names = ("tokens", "lengths", "prompt_lengths", "status", *(("logprobs", "model_logprobs") if details else ()))
         arrays = {name: x[:rows] for name, x in jax.device_get({name: getattr(state, name) for name in names}).items()}
         lengths, starts, status = arrays["lengths"], arrays["prompt_lengths"], arrays["status"]

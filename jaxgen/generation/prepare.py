@@ -14,7 +14,7 @@ from jaxgen.generation.choosing.sample import FreshSeed, padded_key, random_key,
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import Extras
 from jaxgen.generation.options.unused import once
-from jaxgen.generation.programs.controls import Controls, Plan, Recipe, controls_of, recipe_of
+from jaxgen.generation.programs.inputs import BatchLayout, StaticOptions, TracedOptions, static_options, traced_options
 from jaxgen.generation.programs.strict import Strict
 from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, SMALLEST_TOTAL, bucket, pack, pad_to, read_prompt
 from jaxgen.generation.prompts.memory import check_memory
@@ -35,8 +35,8 @@ class Request:
     seed: int | tuple[int, ...] | None
     key: Any
     prompts: Prompts
-    controls: Controls
-    plan: Plan
+    traced: TracedOptions
+    layout: BatchLayout
     search: Search
     new_tokens: int  # the most that a row may get
     extras: Extras = Extras()
@@ -77,45 +77,45 @@ def prepare(
     row_ids: Any = None,
     extras: Extras = Extras(),
     *,
-    traced: bool = False,
+    inside_jit: bool = False,
 ) -> Request:
     """Check all that can be checked on the host, pack the rows, and choose the shape of the batch.
 
-    `traced`: inside the caller's own jit, where ids have no values to be checked, and no buckets are needed. Raises
+    `inside_jit`: inside the caller's own jit, where ids have no values to be checked, and no buckets are needed. Raises
     `JaxgenError` for what is wrong, and `UnsupportedError` for what needs the host.
     """
     vocab_size, context = model.config.vocab_size, model.config.max_position_embeddings
-    given = None if traced else _given(model, input_ids, attention_mask, config, key, seed, row_ids)
-    strict = None if traced else Strict.of(extras.strict)
+    given = None if inside_jit else _given(model, input_ids, attention_mask, config, key, seed, row_ids)
+    strict = None if inside_jit else Strict.of(extras.strict)
     if strict:
         strict.check(config, extras.past_key_values)
-    recipe = recipe_of(config, extras)
-    if traced:
-        _check_traced(config, extras, recipe)
-    search = search_for(recipe)
+    static = static_options(config, extras)
+    if inside_jit:
+        _check_traced(config, extras, static)
+    search = search_for(static)
     search.check(model, config, extras)
-    controls = controls_of(config, vocab_size, extras)
+    traced = traced_options(config, vocab_size, extras)
     given = given or _given_traced(input_ids, attention_mask, config, key, row_ids)
     ids, mask, key, seed, row_ids = given
     words = row_id_words(row_ids, len(ids))
     samples = search.rows_per_prompt(config)
 
-    tokens, lengths = pack(ids, mask, jnp if traced else np)
-    negative = [] if traced else _negative(config, extras, ids, mask, vocab_size)
-    if traced:
+    tokens, lengths = pack(ids, mask, jnp if inside_jit else np)
+    negative = [] if inside_jit else _negative(config, extras, ids, mask, vocab_size)
+    if inside_jit:
         sizes, limits = _sizes_of_columns(config, lengths, ids.shape[1], context)
     else:
         limits = row_limits(config, lengths, context)
         longest = max(int(x.max()) for _, x in ((tokens, lengths), *negative))
         sizes = _buckets(config, samples, longest, lengths, limits, strict)
-    plan = plan_of(model, config, recipe, samples, sizes, strict)
+    layout = layout_of(model, config, static, samples, sizes, strict)
     shape = (sizes.rows, sizes.length)
-    if not traced:
+    if not inside_jit:
         # Before anything is padded: what the device cannot hold, the host may not either.
-        check_memory(model, shape, plan, extras.assistant_model, guided=bool(negative))
+        check_memory(model, shape, layout, extras.assistant_model, guided=bool(negative))
 
     def grown(array: Any, shape: tuple[int, ...], fill: int = 0) -> Any:
-        return array if traced else pad_to(array, shape, fill)
+        return array if inside_jit else pad_to(array, shape, fill)
 
     def placed(packed: Any, count: Any) -> tuple[Any, Any]:
         """In the bucket: without the columns that no row reaches, and with idle rows."""
@@ -129,12 +129,12 @@ def prepare(
         negative=Negative(*placed(*negative[0])) if negative else None,
     )
     if extras.past_key_values is not None:
-        prompts, plan = _continued(extras.past_key_values, prompts, plan, len(ids), model)
-        check_memory(model, shape, plan, extras.assistant_model, past=True)
-    if not traced:
-        check_memory_of_activations(config, len(ids) * samples, plan.total, model)
+        prompts, layout = _continued(extras.past_key_values, prompts, layout, len(ids), model)
+        check_memory(model, shape, layout, extras.assistant_model, past=True)
+    if not inside_jit:
+        check_memory_of_activations(config, len(ids) * samples, layout.total, model)
         key = padded_key(key, sizes.rows)
-    return Request(ids, mask, config, seed, key, prompts, controls, plan, search, sizes.new_tokens, extras, strict)
+    return Request(ids, mask, config, seed, key, prompts, traced, layout, search, sizes.new_tokens, extras, strict)
 
 
 def _given(
@@ -169,12 +169,12 @@ def _given_traced(input_ids: Any, attention_mask: Any, config: GenerationConfig,
     return Given(jnp.asarray(input_ids, jnp.int32), mask, key, None, row_ids)
 
 
-def _continued(past: Any, prompts: Prompts, plan: Plan, rows: int, model: Any) -> tuple[Prompts, Plan]:
+def _continued(past: Any, prompts: Prompts, layout: BatchLayout, rows: int, model: Any) -> tuple[Prompts, BatchLayout]:
     if not isinstance(past, PastKeyValues):
         raise JaxgenError(
             f"past_key_values is a {type(past).__name__}; pass the past_key_values of an earlier call's output"
         )
-    return past.continue_with(prompts, plan, rows, model)
+    return past.continue_with(prompts, layout, rows, model)
 
 
 def _traced(model: Any, *arrays: Any) -> bool:
@@ -239,17 +239,17 @@ def _by_length(config: GenerationConfig) -> bool:
     return config.max_new_tokens is None and config.max_length is not None
 
 
-def plan_of(
-    model: Any, config: GenerationConfig, recipe: Recipe, samples: int, sizes: Sizes, strict: Strict | None
-) -> Plan:
+def layout_of(
+    model: Any, config: GenerationConfig, static: StaticOptions, samples: int, sizes: Sizes, strict: Strict | None
+) -> BatchLayout:
     """Sizes of rows, caches and records."""
     chunk = config.prefill_chunk_size or (strict.chunk if strict else 0)
-    recorded = recipe.record_scores or recipe.record_logits or recipe.top_logprobs
+    recorded = static.record_scores or static.record_logits or static.top_logprobs
     # No row has a use for more drafts than the tokens that it may get.
-    drafts = min(recipe.drafts, sizes.total if strict else bucket(sizes.new_tokens, SMALLEST_TOTAL))
-    recipe = dataclasses.replace(recipe, recorded=bucket(sizes.new_tokens, 16) if recorded else 0, drafts=drafts)
-    return Plan(
-        recipe=recipe,
+    drafts = min(static.drafts, sizes.total if strict else bucket(sizes.new_tokens, SMALLEST_TOTAL))
+    static = dataclasses.replace(static, recorded=bucket(sizes.new_tokens, 16) if recorded else 0, drafts=drafts)
+    return BatchLayout(
+        static=static,
         samples=samples,
         total=sizes.total,
         slots=model.config.cache_slots(sizes.total, ahead=max(chunk, drafts + 1 if drafts else 0)),
@@ -258,24 +258,24 @@ def plan_of(
     )
 
 
-def _check_traced(config: GenerationConfig, extras: Extras, recipe: Recipe) -> None:
+def _check_traced(config: GenerationConfig, extras: Extras, static: StaticOptions) -> None:
     """Raise for what only `model.generate` can do."""
     refused = {
         "max_time": config.max_time,
-        "num_beams": recipe.num_beams > 1,
+        "num_beams": static.num_beams > 1,
         "assistant_model": extras.assistant_model,
-        "prompt_lookup_num_tokens": recipe.prompt_lookup,
+        "prompt_lookup_num_tokens": static.prompt_lookup,
         "past_key_values": extras.past_key_values,
         "strict": extras.strict,
         "max_cache_len": config.max_cache_len,
         "negative_prompt_ids": extras.negative_prompt_ids is not None,
         "negative_prompt_attention_mask": extras.negative_prompt_attention_mask is not None,
         "guidance_scale": config.guidance_scale not in (None, 1.0),
-        "output_scores": recipe.record_scores,
-        "output_logits": recipe.record_logits,
+        "output_scores": static.record_scores,
+        "output_logits": static.record_logits,
         "output_attentions": config.output_attentions,
         "output_hidden_states": config.output_hidden_states,
-        "top_logprobs": recipe.top_logprobs,
+        "top_logprobs": static.top_logprobs,
     }
     for name, given in refused.items():
         if given:

@@ -198,15 +198,15 @@ def _rows_of(prompts: Any, rows: int) -> list[list[int]]:
 
 def _shapes(request: Any) -> dict[str, Any]:
     prompts, length = request.prompts.tokens.shape
-    plan = request.plan
+    layout = request.layout
     return {
         "prompts": prompts,
         "prompt_length": length,
-        "samples": plan.samples,
-        "total": plan.total,
-        "cache_slots": plan.slots,
-        "int8_cache": plan.int8_cache,
-        "prefill_chunk": plan.chunk,
+        "samples": layout.samples,
+        "total": layout.total,
+        "cache_slots": layout.slots,
+        "int8_cache": layout.int8_cache,
+        "prefill_chunk": layout.chunk,
     }
 
 

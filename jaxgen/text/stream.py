@@ -46,7 +46,7 @@ class TextStream:
         ids, mask = left_pad(prompts, 0), left_pad([[1] * len(prompt) for prompt in prompts], 0)
         options.setdefault("tokenizer", tokenizer)
         request = model._prepare(ids, mask, generation_config, key, seed, row_ids, options)
-        samples = request.plan.samples
+        samples = request.layout.samples
         if not request.search.append_only:
             raise JaxgenError(
                 f"num_beams={request.config.num_beams}: beam search has no text to show before it ends; use num_beams=1"
@@ -72,7 +72,7 @@ class TextStream:
         state = self._state if inspect.getgeneratorstate(self._pieces) == inspect.GEN_CLOSED else None
         if state is None or any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             return None
-        return PastKeyValues(self._model, state, len(self._rows), self._request.plan.recipe.drafts)
+        return PastKeyValues(self._model, state, len(self._rows), self._request.layout.static.drafts)
 
     def __iter__(self) -> Iterator[Any]:
         return self

@@ -49,7 +49,7 @@ def prefixes() -> list[list[int]]:
 
 
 def state_of(ours, options):
-    """The batch of prefixes, each with the token that the model adds; with controls, recipe and limits."""
+    """The batch of prefixes, each with the token that the model adds; with options and limits."""
     model, assistant = ours
     ids, mask = left_padded(prefixes())
     extras = Extras(assistant_model=None if "prompt_lookup_num_tokens" in options else assistant)
@@ -66,8 +66,8 @@ def test_an_assistant_drafts_as_in_transformers(theirs, ours, confidence, penalt
         "assistant_confidence_threshold": confidence,
     }  # fmt: skip
     state, request = state_of(ours, options)
-    controls, recipe = request.controls, request.plan.recipe
-    ask = jax.jit(lambda state: speculate.ask_assistant(ours[1], state, controls, recipe)[0])
+    traced, static = request.traced, request.layout.static
+    ask = jax.jit(lambda state: speculate.ask_assistant(ours[1], state, traced, static)[0])
     drafts, lengths = np.asarray(ask(state)), np.asarray(state.lengths)
     small = theirs[1]
     small.generation_config.num_assistant_tokens = DRAFTS

@@ -104,11 +104,11 @@ def _run_prefill(
     drafter_weights: Any,
     prompts: Any,
     key: Any,
-    controls: Any,
-    plan: Any,
+    traced: Any,
+    layout: Any,
 ) -> Any:
     models = _models(structure, weights, drafter, drafter_weights)
-    return search.prefill(models, prompts, key, controls, plan)
+    return search.prefill(models, prompts, key, traced, layout)
 
 
 def _run_decode(
@@ -119,11 +119,11 @@ def _run_decode(
     drafter_weights: Any,
     state: Any,
     until: Any,
-    controls: Any,
-    recipe: Any,
+    traced: Any,
+    static: Any,
 ) -> Any:
     models = _models(structure, weights, drafter, drafter_weights)
-    return search.decode(models, state, until, controls, recipe)
+    return search.decode(models, state, until, traced, static)
 
 
 def _models(structure: Any, weights: Any, drafter: Any, drafter_weights: Any) -> Any:
@@ -133,9 +133,9 @@ def _models(structure: Any, weights: Any, drafter: Any, drafter_weights: Any) ->
 
 
 def _describe_prefill(*args: Any) -> str:
-    *_, prompts, _, _, plan = args
+    *_, prompts, _, _, layout = args
     rows, length = prompts.tokens.shape
-    return f"prefill[batch={rows}, prompt={plan.fresh or length}, total={plan.total}]"
+    return f"prefill[batch={rows}, prompt={layout.fresh or length}, total={layout.total}]"
 
 
 def _describe_decode(*args: Any) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxgen.attention import query_block
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.programs.controls import Plan
+from jaxgen.generation.programs.inputs import BatchLayout
 from jaxgen.generation.prompts.layout import largest_bucket
 from jaxgen.models.config import DecoderConfig
 
@@ -14,7 +14,7 @@ _SHOWN = 1_000_000_000
 def check_memory(
     model: Any,
     shape: tuple[int, int],
-    plan: Plan,
+    layout: BatchLayout,
     assistant: Any = None,
     *,
     guided: bool = False,
@@ -31,56 +31,56 @@ def check_memory(
         return
     prompts, length = shape
     batch = 2 * prompts if guided else prompts
-    rows = batch * plan.samples
-    per_slot = rows * kv_bytes_per_token(config, itemsize, plan.int8_cache)
-    recipe = plan.recipe
-    tables = recipe.record_scores + recipe.record_logits
-    recorded = 4 * prompts * plan.samples * recipe.recorded * config.vocab_size * tables
-    read_on = plan.chunk or plan.fresh  # a piece at a time, against every slot
+    rows = batch * layout.samples
+    per_slot = rows * kv_bytes_per_token(config, itemsize, layout.int8_cache)
+    static = layout.static
+    tables = static.record_scores + static.record_logits
+    recorded = 4 * prompts * layout.samples * static.recorded * config.vocab_size * tables
+    read_on = layout.chunk or layout.fresh  # a piece at a time, against every slot
     working = recorded + (
-        prefill_bytes(config, itemsize, batch, read_on, read_on, plan.slots)
+        prefill_bytes(config, itemsize, batch, read_on, read_on, layout.slots)
         if read_on
         else prefill_bytes(config, itemsize, batch, length, query_block(length), length)
     )
-    drafting = _drafting_bytes(config, itemsize, rows, plan)
+    drafting = _drafting_bytes(config, itemsize, rows, layout)
     working += drafting
     if past:  # the past in the rows and slots of this call, on the way
-        working += per_slot * plan.slots
+        working += per_slot * layout.slots
     if assistant is not None:
-        own = kv_bytes_per_token(assistant.config, assistant.dtype.itemsize, plan.int8_cache)
-        working += prompts * plan.samples * own * assistant_slots(assistant.config, plan)
-    needed = per_slot * plan.slots + working
+        own = kv_bytes_per_token(assistant.config, assistant.dtype.itemsize, layout.int8_cache)
+        working += prompts * layout.samples * own * assistant_slots(assistant.config, layout)
+    needed = per_slot * layout.slots + working
     if needed <= free:
         return
     if recorded > free // 2:
         raise JaxgenError(
-            f"output_scores and output_logits of {recipe.recorded} steps need {recorded / _SHOWN:.2f} GB, and "
+            f"output_scores and output_logits of {static.recorded} steps need {recorded / _SHOWN:.2f} GB, and "
             f"{free / _SHOWN:.2f} GB are free on {device}; top_logprobs=n keeps the n best tokens of every step"
         )
-    if recipe.drafts and drafting > free // 2:
-        name = "prompt_lookup_num_tokens" if recipe.prompt_lookup else "num_assistant_tokens"
+    if static.drafts and drafting > free // 2:
+        name = "prompt_lookup_num_tokens" if static.prompt_lookup else "num_assistant_tokens"
         raise JaxgenError(
-            f"{rows} rows that read {recipe.drafts} drafts at a time need {drafting / _SHOWN:.2f} GB, and "
+            f"{rows} rows that read {static.drafts} drafts at a time need {drafting / _SHOWN:.2f} GB, and "
             f"{free / _SHOWN:.2f} GB are free on {device}; lower {name}"
         )
     room = largest_bucket(max(free - working, 0) // per_slot) - length
     advice = f"at most {room} new tokens fit" if room > 0 else "use fewer rows or a shorter prompt"
     raise JaxgenError(
-        f"{rows} rows of {plan.total} tokens (prompt and new tokens, rounded up) need {needed / _SHOWN:.2f} GB for "
+        f"{rows} rows of {layout.total} tokens (prompt and new tokens, rounded up) need {needed / _SHOWN:.2f} GB for "
         f"the key-value cache and the prefill, and {free / _SHOWN:.2f} GB are free on {device}; {advice}"
     )
 
 
-def _drafting_bytes(config: DecoderConfig, itemsize: int, rows: int, plan: Plan) -> int:
+def _drafting_bytes(config: DecoderConfig, itemsize: int, rows: int, layout: BatchLayout) -> int:
     """About what a decode step takes beside the cache: the logits, and with drafts what reading them all takes."""
-    read = plan.recipe.drafts + 1
+    read = layout.static.drafts + 1
     logits = 4 * rows * read * config.vocab_size
-    return logits + (prefill_bytes(config, itemsize, rows, read, read, plan.slots) if read > 1 else 0)
+    return logits + (prefill_bytes(config, itemsize, rows, read, read, layout.slots) if read > 1 else 0)
 
 
-def assistant_slots(config: Any, plan: Plan) -> int:
+def assistant_slots(config: Any, layout: BatchLayout) -> int:
     """Cache slots of an assistant: it reads two tokens at a time, after having written up to T that were rejected."""
-    return config.cache_slots(plan.total, ahead=max(plan.chunk, plan.recipe.drafts + 2))
+    return config.cache_slots(layout.total, ahead=max(layout.chunk, layout.static.drafts + 2))
 
 
 def prefill_bytes(config: DecoderConfig, itemsize: int, prompts: int, length: int, queries: int, slots: int) -> int:

@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from jaxgen.cache import Int8Slots, KVCache
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.programs.controls import Plan
+from jaxgen.generation.programs.inputs import BatchLayout
 from jaxgen.generation.programs.weights import split
 from jaxgen.generation.prompts.layout import bucket, pad_to
 from jaxgen.generation.prompts.prefill import Past, Prompts
@@ -43,30 +43,32 @@ class PastKeyValues:
         """Tokens that the longest row holds."""
         return int(self.lengths.max())
 
-    def continue_with(self, prompts: Prompts, plan: Plan, rows: int, model: Any) -> tuple[Prompts, Plan]:
-        """Prompts and plan of a call that continues this; the first `rows` prompts are real.
+    def continue_with(
+        self, prompts: Prompts, layout: BatchLayout, rows: int, model: Any
+    ) -> tuple[Prompts, BatchLayout]:
+        """Prompts and layout of a call that continues this; the first `rows` prompts are real.
 
         Raises `JaxgenError` if the rows do not fit together, or if the model is another one or has changed.
         """
-        self._check(prompts, plan, rows, model)
+        self._check(prompts, layout, rows, model)
         sources = np.arange(rows) if len(self.lengths) == rows else np.zeros(rows, np.int64)
         known = [self._known(prompts, row, source, model) for row, source in enumerate(sources.tolist())]
         held = np.array(known, np.int32)
         fresh = bucket(int((prompts.lengths[:rows] - held).max()), SMALLEST_FRESH)
-        chunk = min(fresh, plan.chunk or CHUNK)
+        chunk = min(fresh, layout.chunk or CHUNK)
         past = Past(
             cache=self.cache,
             sources=pad_to(sources.astype(np.int32), prompts.lengths.shape),
             held=pad_to(held, prompts.lengths.shape),
         )
-        plan = dataclasses.replace(
-            plan,
+        layout = dataclasses.replace(
+            layout,
             fresh=fresh,
             chunk=chunk,
-            slots=max(plan.slots, model.config.cache_slots(plan.total, ahead=chunk)),
+            slots=max(layout.slots, model.config.cache_slots(layout.total, ahead=chunk)),
             int8_cache=isinstance(self.cache[0].keys, Int8Slots),
         )
-        return dataclasses.replace(prompts, past=past), plan
+        return dataclasses.replace(prompts, past=past), layout
 
     def _known(self, prompts: Prompts, row: int, source: int, model: Any) -> int:
         """How many of a prompt's tokens need not be read again: never all, as its last one gives the logits."""
@@ -79,7 +81,7 @@ class PastKeyValues:
             return 0  # the ring has turned past what the next token would look at
         return known
 
-    def _check(self, prompts: Prompts, plan: Plan, rows: int, model: Any) -> None:
+    def _check(self, prompts: Prompts, layout: BatchLayout, rows: int, model: Any) -> None:
         if prompts.negative is not None:
             raise JaxgenError("past_key_values and guidance_scale exclude each other: the negative rows have no past")
         if len(self.lengths) not in (1, rows):
@@ -89,7 +91,7 @@ class PastKeyValues:
             )
         if self._model() is not model or self._weights != _identity(model):
             raise JaxgenError("past_key_values comes from another model, or from this one before its weights changed")
-        if plan.int8_cache and not isinstance(self.cache[0].keys, Int8Slots):
+        if layout.int8_cache and not isinstance(self.cache[0].keys, Int8Slots):
             raise JaxgenError(
                 "cache_implementation='quantized', but past_key_values is not: give the option from the first call on"
             )

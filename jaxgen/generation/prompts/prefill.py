@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxgen.cache import KVCache
-from jaxgen.generation.programs.controls import Plan
+from jaxgen.generation.programs.inputs import BatchLayout
 from jaxgen.models.protocol import DecodingModel
 
 Count = Int[Array | np.ndarray, ""]
@@ -51,20 +51,22 @@ class Prompts:
     past: Past | None = None
 
 
-def prefill_prompts(model: DecodingModel, prompts: Prompts, plan: Plan) -> tuple[Float[Array, "model_rows V"], KVCache]:
+def prefill_prompts(
+    model: DecodingModel, prompts: Prompts, layout: BatchLayout
+) -> tuple[Float[Array, "model_rows V"], KVCache]:
     """Logits after each prompt's last token, and the cache; with guidance, the negative prompts follow as rows."""
     tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
     if prompts.negative is not None:
         tokens = jnp.concatenate([tokens, jnp.asarray(prompts.negative.tokens)])
         lengths = jnp.concatenate([lengths, jnp.asarray(prompts.negative.lengths)])
     if prompts.past is not None:
-        cache, held = _past_cache(prompts.past, plan.slots)
-        column = jnp.minimum(held[:, None] + jnp.arange(plan.fresh), tokens.shape[1] - 1)
-        return _extend(model, jnp.take_along_axis(tokens, column, axis=1), held, lengths - held, cache, plan.chunk)
-    if plan.chunk:
-        cache = model.empty_cache(len(tokens), plan.slots, plan.int8_cache)
-        return _extend(model, tokens, jnp.zeros_like(lengths), lengths, cache, plan.chunk)
-    return model.prefill(tokens, lengths, plan.slots, plan.int8_cache)
+        cache, held = _past_cache(prompts.past, layout.slots)
+        column = jnp.minimum(held[:, None] + jnp.arange(layout.fresh), tokens.shape[1] - 1)
+        return _extend(model, jnp.take_along_axis(tokens, column, axis=1), held, lengths - held, cache, layout.chunk)
+    if layout.chunk:
+        cache = model.empty_cache(len(tokens), layout.slots, layout.int8_cache)
+        return _extend(model, tokens, jnp.zeros_like(lengths), lengths, cache, layout.chunk)
+    return model.prefill(tokens, lengths, layout.slots, layout.int8_cache)
 
 
 def _past_cache(past: Past, slots: int) -> tuple[KVCache, Int[Array, " B"]]:

@@ -106,17 +106,17 @@ def collect(model: Any, request: Request, state: Any, started: float = 0.0) -> "
 
     `started` is when the call did, in seconds since 1970.
     """
-    config, plan, prompts = request.config, request.plan, len(request.input_ids)
+    config, layout, prompts = request.config, request.layout, len(request.input_ids)
     details = bool(config.return_dict_in_generate)
     returned = config.num_return_sequences or 1
-    found = request.search.collect(state, prompts, returned, request.controls, plan, details)
+    found = request.search.collect(state, prompts, returned, request.traced, layout, details)
     inside = np.arange(found.tokens.shape[1]) < found.lengths[:, None]
     new = np.where(inside, found.tokens, config.filler_id).astype(np.int32)
     sequences = np.concatenate([np.repeat(request.input_ids, returned, axis=0), new], axis=1)
     if not details:
         return sequences
     assert found.logprobs is not None and found.model_logprobs is not None
-    past = PastKeyValues(model, state, len(sequences), plan.recipe.drafts) if request.search.append_only else None
+    past = PastKeyValues(model, state, len(sequences), layout.static.drafts) if request.search.append_only else None
     output = GenerateOutput(
         sequences=sequences,
         logprobs=found.logprobs,

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.generation.processors.select import best_of
-from jaxgen.generation.programs.controls import Recipe
+from jaxgen.generation.programs.inputs import StaticOptions
 
 
 @jax.tree_util.register_dataclass
@@ -24,16 +24,16 @@ class StepOutputs:
     top_ids: Int[Array, "R N n"] | None
 
     @classmethod
-    def empty(cls, recipe: Recipe, rows: int, vocab_size: int) -> "StepOutputs":
-        """Room for what the recipe asks."""
+    def empty(cls, static: StaticOptions, rows: int, vocab_size: int) -> "StepOutputs":
+        """Room for what the options ask."""
 
         def table(wanted: bool, size: int, dtype: type = jnp.float32) -> Array | None:
-            return jnp.zeros((rows, recipe.recorded, size), dtype) if wanted else None
+            return jnp.zeros((rows, static.recorded, size), dtype) if wanted else None
 
-        best = min(recipe.top_logprobs, vocab_size)
+        best = min(static.top_logprobs, vocab_size)
         return cls(
-            scores=table(recipe.record_scores, vocab_size),
-            logits=table(recipe.record_logits, vocab_size),
+            scores=table(static.record_scores, vocab_size),
+            logits=table(static.record_logits, vocab_size),
             top_logprobs=table(best > 0, best),
             top_ids=table(best > 0, best, jnp.int32),
         )

@@ -22,7 +22,7 @@ from jaxgen.generation.loop import DecodeState, begin, process, unfinished
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import Extras
 from jaxgen.generation.processors.select import best_of
-from jaxgen.generation.programs.controls import Controls, Plan, Recipe
+from jaxgen.generation.programs.inputs import BatchLayout, StaticOptions, TracedOptions
 from jaxgen.generation.prompts.guidance import guided, with_negatives
 from jaxgen.generation.prompts.prefill import Count, Prompts
 from jaxgen.generation.prompts.rows import Rows
@@ -87,11 +87,11 @@ class Candidates(NamedTuple):
 
 
 def prefill(
-    model: DecodingModel, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
+    model: DecodingModel, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout
 ) -> BeamState:
     """Read the prompts once, and give every beam its first token: the best ones after the prompt."""
-    start, logits = begin(model, prompts, key, controls, plan)
-    rows, beams = len(start.lengths), plan.recipe.num_beams
+    start, logits = begin(model, prompts, key, traced, layout)
+    rows, beams = len(start.lengths), layout.static.num_beams
     state = BeamState(
         **vars(start),
         # All beams are alike now: the others wait, so that the candidates differ.
@@ -100,25 +100,27 @@ def prefill(
         parents=jnp.zeros_like(start.tokens),
         finished=Finished.none(start.prompt_lengths),
     )
-    state, _ = append(state, logits, controls, plan.recipe)
+    state, _ = append(state, logits, traced, layout.static)
     return state  # the caches of a prompt's beams are alike: there is nothing to move
 
 
-def decode(model: DecodingModel, state: BeamState, until: Count, controls: Controls, recipe: Recipe) -> BeamState:
+def decode(
+    model: DecodingModel, state: BeamState, until: Count, traced: TracedOptions, static: StaticOptions
+) -> BeamState:
     """Decode until every search has ended or its beams have `until` new tokens; calling again goes on from there."""
 
     def step(state: BeamState) -> BeamState:
-        return decode_step(model, state, controls, recipe)
+        return decode_step(model, state, traced, static)
 
     return jax.lax.while_loop(lambda state: unfinished(state, until), step, state)
 
 
-def decode_step(model: DecodingModel, state: BeamState, controls: Controls, recipe: Recipe) -> BeamState:
+def decode_step(model: DecodingModel, state: BeamState, traced: TracedOptions, static: StaticOptions) -> BeamState:
     """Read each beam's newest token, choose the beams that go on, and move their caches to where they are now."""
     newest = state.lengths - 1
     tokens = jnp.take_along_axis(state.tokens, newest[:, None], axis=1)[:, 0]
     logits, cache = model.step(*with_negatives(tokens, newest, state.negative_shift), state.cache)
-    after, parents = append(dataclasses.replace(state, cache=cache), logits, controls, recipe)
+    after, parents = append(dataclasses.replace(state, cache=cache), logits, traced, static)
     with jax.named_scope("reorder"):
         own = parents == jnp.arange(len(parents))
         shift = jnp.zeros_like(newest) if state.negative_shift is None else state.negative_shift
@@ -131,25 +133,25 @@ def decode_step(model: DecodingModel, state: BeamState, controls: Controls, reci
 
 
 def append(
-    state: BeamState, logits: Float[Array, "logit_rows V"], controls: Controls, recipe: Recipe
+    state: BeamState, logits: Float[Array, "logit_rows V"], traced: TracedOptions, static: StaticOptions
 ) -> tuple[BeamState, Int[Array, " R"]]:
     """Choose the beams that go on and those that end; also the row that each row's beam came from.
 
     Searches that have ended stay as they are.
     """
-    rows, beams = state.rows(), recipe.num_beams
+    rows, beams = state.rows(), static.num_beams
     own = logits[: len(rows.lengths)]  # with guidance, those of the negative rows follow
     with jax.named_scope("sample"):
         log_probs = jax.nn.log_softmax(own, axis=1)
-        scores = guided(logits, controls.guidance_scale) if controls.guidance_scale is not None else log_probs
-        scores = process(scores, rows, controls)
-        candidates = propose(state, scores, log_probs, controls, recipe)
+        scores = guided(logits, traced.guidance_scale) if traced.guidance_scale is not None else log_probs
+        scores = process(scores, rows, traced)
+        candidates = propose(state, scores, log_probs, traced, static)
     with jax.named_scope("select"):
-        runs = rows.running & jnp.repeat(_is_finite(candidates, scores, log_probs, recipe), beams)
+        runs = rows.running & jnp.repeat(_is_finite(candidates, scores, log_probs, static), beams)
         ends = candidates.status != RUNNING
         onward = _take(candidates._replace(scores=candidates.scores + jnp.where(ends, WORSE, 0.0)), beams)
-        finished = merged(state.finished, candidates, rows, controls)
-        ended = _is_over(onward.scores[:, 0], finished, ends, rows, controls, recipe)
+        finished = merged(state.finished, candidates, rows, traced)
+        ended = _is_over(onward.scores[:, 0], finished, ends, rows, traced, static)
     with jax.named_scope("record"):
         index = jnp.arange(len(runs))
         slot = jnp.where(runs, state.lengths, state.tokens.shape[1])  # past the end: dropped
@@ -163,8 +165,8 @@ def append(
 
         parents = kept(onward.parents, index)
         matched = state.matched
-        if matched is not None and controls.stop_strings is not None:
-            after, _ = controls.stop_strings.advance(matched[parents], onward.picked.reshape(-1))
+        if matched is not None and traced.stop_strings is not None:
+            after, _ = traced.stop_strings.advance(matched[parents], onward.picked.reshape(-1))
             matched = jnp.where(runs, after, matched)
         status = jnp.where(jnp.repeat(ended, beams), finished.reasons, jnp.int8(RUNNING))
         broken = jnp.where(rows.running, jnp.int8(BROKEN), state.status)
@@ -189,25 +191,25 @@ def propose(
     state: BeamState,
     scores: Float[Array, "R V"],
     log_probs: Float[Array, "R V"],
-    controls: Controls,
-    recipe: Recipe,
+    traced: TracedOptions,
+    static: StaticOptions,
 ) -> Candidates:
     """The K best continuations of each prompt's beams, or K that are drawn without replacement, in the order drawn.
 
     K leaves `num_beams` of them to go on even if every end-of-sequence id of every beam is among them. The draw is
     Gumbel-top-K over `softmax` of the accumulated scores, with each row's own key at its position.
     """
-    beams, vocab_size = recipe.num_beams, scores.shape[1]
+    beams, vocab_size = static.num_beams, scores.shape[1]
     total = scores + state.scores[:, None]
     order = total
-    if recipe.do_sample:
+    if static.do_sample:
 
         def noise(row_key: Key[Array, ""], position: Int[Array, ""]) -> Float[Array, " V"]:
             draw_key = jax.random.fold_in(row_key, position)
             return jax.random.gumbel(draw_key, (vocab_size,), jnp.float32, mode="low")
 
         order = total + jax.vmap(noise)(state.row_keys, state.lengths)
-    count = min(max(2, 1 + recipe.eos_count), vocab_size) * beams
+    count = min(max(2, 1 + static.eos_count), vocab_size) * beams
     _, index = best_of(order.reshape(-1, beams * vocab_size), count)
     parents = index // vocab_size + beams * jnp.arange(len(index))[:, None]
     picked = index % vocab_size
@@ -218,13 +220,13 @@ def propose(
     flat, token = parents.reshape(-1), picked.reshape(-1)
     hits = meets = jnp.zeros(flat.shape, bool)
     lengths = state.lengths[flat] + 1
-    if state.matched is not None and controls.stop_strings is not None:
-        _, hits = controls.stop_strings.advance(state.matched[flat], token)
-    if controls.criteria:
+    if state.matched is not None and traced.stop_strings is not None:
+        _, hits = traced.stop_strings.advance(state.matched[flat], token)
+    if traced.criteria:
         tokens = state.tokens[flat].at[jnp.arange(len(flat)), lengths - 1].set(token, mode="drop")
-        meets = meets_any(controls.criteria, tokens, lengths, scores[flat])
+        meets = meets_any(traced.criteria, tokens, lengths, scores[flat])
     status = status_after(
-        is_eos=(token[:, None] == controls.eos_ids).any(axis=1),
+        is_eos=(token[:, None] == traced.eos_ids).any(axis=1),
         hits_stop_string=hits,
         meets_criterion=meets,
         reaches_limit=lengths >= state.limits[flat],
@@ -232,13 +234,13 @@ def propose(
     return Candidates(at(total), parents, picked, at(scores), at(log_probs), status.reshape(index.shape))
 
 
-def merged(finished: Finished, candidates: Candidates, rows: Rows, controls: Controls) -> Finished:
+def merged(finished: Finished, candidates: Candidates, rows: Rows, traced: TracedOptions) -> Finished:
     """The best of what had ended and of what ends now: of the candidates only the first `num_beams` may."""
     prompts, count = candidates.scores.shape
     beams = len(finished.scores) // prompts
     new_tokens = (rows.new_tokens + 1)[::beams, None].astype(jnp.float32)
     counts = (candidates.status != RUNNING) & (jnp.arange(count) < beams)
-    scores = candidates.scores / new_tokens**controls.length_penalty + jnp.where(counts, 0.0, WORSE)
+    scores = candidates.scores / new_tokens**traced.length_penalty + jnp.where(counts, 0.0, WORSE)
     ends = Finished(
         scores=scores,
         done=counts,
@@ -267,14 +269,14 @@ def _take(candidates: Candidates, beams: int) -> Candidates:
 
 
 def _is_finite(
-    candidates: Candidates, scores: Float[Array, "R V"], log_probs: Float[Array, "R V"], recipe: Recipe
+    candidates: Candidates, scores: Float[Array, "R V"], log_probs: Float[Array, "R V"], static: StaticOptions
 ) -> Bool[Array, " B"]:
     """Which prompts met no NaN and no +inf, and have something to choose from."""
     largest = scores.max(axis=1)
     valid = ~jnp.isnan(largest) & (largest < jnp.inf)
-    if not recipe.allow_invalid:
+    if not static.allow_invalid:
         valid &= ~jnp.isnan(log_probs.max(axis=1))
-    return valid.reshape(-1, recipe.num_beams).all(axis=1) & jnp.isfinite(candidates.scores[:, 0])
+    return valid.reshape(-1, static.num_beams).all(axis=1) & jnp.isfinite(candidates.scores[:, 0])
 
 
 def _is_over(
@@ -282,23 +284,23 @@ def _is_over(
     finished: Finished,
     ends: Bool[Array, "B K"],
     rows: Rows,
-    controls: Controls,
-    recipe: Recipe,
+    traced: TracedOptions,
+    static: StaticOptions,
 ) -> Bool[Array, " B"]:
     """Which searches end: nothing better is to be expected, enough has ended, or nothing can go on.
 
     `best` is the score of the best beam that goes on.
     """
-    beams, penalty = recipe.num_beams, controls.length_penalty
+    beams, penalty = static.num_beams, traced.length_penalty
     length = (rows.new_tokens + 1)[::beams]
-    if recipe.early_stopping == "never":
+    if static.early_stopping == "never":
         longest = (rows.limits - rows.prompt_lengths)[::beams]
         length = jnp.where(penalty > 0, longest, length)
     possible = best / length.astype(jnp.float32) ** penalty
     done = finished.done.reshape(-1, beams)
     worst = jnp.where(done, finished.scores.reshape(-1, beams)[:, -1:], WORSE)
     over = ~(possible[:, None] > worst).any(axis=1) | ends.all(axis=1)
-    return over | done.all(axis=1) if recipe.early_stopping is True else over
+    return over | done.all(axis=1) if static.early_stopping is True else over
 
 
 def reordered(cache: KVCache, parents: Int[Array, " M"], first: Int[Array, ""], last: Int[Array, ""]) -> KVCache:
@@ -423,23 +425,23 @@ class BeamSearch:
         return self.num_beams
 
     def prefill(
-        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
+        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout
     ) -> BeamState:
         """`prefill`."""
-        return prefill(models, prompts, key, controls, plan)
+        return prefill(models, prompts, key, traced, layout)
 
-    def decode(self, models: Any, state: Any, until: Count, controls: Controls, recipe: Recipe) -> BeamState:
+    def decode(self, models: Any, state: Any, until: Count, traced: TracedOptions, static: StaticOptions) -> BeamState:
         """`decode`."""
-        return decode(models, state, until, controls, recipe)
+        return decode(models, state, until, traced, static)
 
     def collect(
-        self, state: BeamState, prompts: int, returned: int, controls: Controls, plan: Plan, details: bool
+        self, state: BeamState, prompts: int, returned: int, traced: TracedOptions, layout: BatchLayout, details: bool
     ) -> Found:
         """The best sequences of each prompt; what was recorded per step is of the rows, as in HF."""
-        best = best_sequences(state, prompts, plan.samples, returned, float(controls.length_penalty))
+        best = best_sequences(state, prompts, layout.samples, returned, float(traced.length_penalty))
         if not details:
             return Found(best.tokens, best.lengths, best.status)
-        rows = prompts * plan.samples
+        rows = prompts * layout.samples
         steps = int(jax.device_get(state.lengths - state.prompt_lengths)[:rows].max())
         recorded = state.step_outputs.on_host(rows, steps)
         column = np.arange(best.tokens.shape[1])

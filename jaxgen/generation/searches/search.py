@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 from jaxgen.generation.loop import DecodeState, PlainSearch
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import Extras
-from jaxgen.generation.programs.controls import Controls, Plan, Recipe
+from jaxgen.generation.programs.inputs import BatchLayout, StaticOptions, TracedOptions
 from jaxgen.generation.prompts.prefill import Count, Prompts
 from jaxgen.generation.results.step_outputs import Found
 from jaxgen.generation.searches.beam import BeamSearch
@@ -35,16 +35,20 @@ class Search(Protocol):
         ...
 
     def prefill(
-        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
+        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout
     ) -> DecodeState:
         """The state with every row's first token; `models` is a model, or a `Pair` with an assistant."""
         ...
 
-    def decode(self, models: Any, state: Any, until: Count, controls: Controls, recipe: Recipe) -> DecodeState:
+    def decode(
+        self, models: Any, state: Any, until: Count, traced: TracedOptions, static: StaticOptions
+    ) -> DecodeState:
         """The state when every row has ended, or has `until` new tokens."""
         ...
 
-    def collect(self, state: Any, prompts: int, returned: int, controls: Controls, plan: Plan, details: bool) -> Found:
+    def collect(
+        self, state: Any, prompts: int, returned: int, traced: TracedOptions, layout: BatchLayout, details: bool
+    ) -> Found:
         """The sequences of a finished state, on the host: `returned` of each of the first `prompts` prompts.
 
         Without `details` only the tokens and how they ended are fetched.
@@ -53,8 +57,8 @@ class Search(Protocol):
         ...
 
 
-def search_for(recipe: Recipe) -> Search:
+def search_for(static: StaticOptions) -> Search:
     """The search that the options ask for."""
-    if recipe.num_beams > 1:
-        return BeamSearch(recipe.num_beams)
-    return Speculation() if recipe.drafts else PlainSearch()
+    if static.num_beams > 1:
+        return BeamSearch(static.num_beams)
+    return Speculation() if static.drafts else PlainSearch()

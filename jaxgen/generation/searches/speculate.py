@@ -32,7 +32,7 @@ from jaxgen.generation.choosing.sample import draw
 from jaxgen.generation.loop import DecodeState, PlainSearch
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import Extras
-from jaxgen.generation.programs.controls import Controls, Plan, Recipe
+from jaxgen.generation.programs.inputs import BatchLayout, StaticOptions, TracedOptions
 from jaxgen.generation.prompts.guidance import with_negatives
 from jaxgen.generation.prompts.memory import assistant_slots
 from jaxgen.generation.prompts.prefill import Count, Prompts, prefill_prompts
@@ -79,20 +79,22 @@ def check_assistant(model: Any, assistant: Any) -> None:
 
 
 def prefill(
-    models: Any, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
+    models: Any, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout
 ) -> SpeculativeState:
     """Read the prompts with the model, and with the assistant if there is one; draw every row's first token.
 
     `models` is a `Pair`, or for prompt lookup the model alone.
     """
     model, assistant = _both(models)
-    state = loop.prefill(model, prompts, key, controls, plan)
+    state = loop.prefill(model, prompts, key, traced, layout)
     none = jnp.zeros_like(state.lengths)
-    cache = None if assistant is None else _assistant_cache(assistant, prompts, plan)
+    cache = None if assistant is None else _assistant_cache(assistant, prompts, layout)
     return SpeculativeState(**vars(state), assistant_cache=cache, drafted=none, accepted=none, rounds=none)
 
 
-def decode(models: Any, state: SpeculativeState, until: Count, controls: Controls, recipe: Recipe) -> SpeculativeState:
+def decode(
+    models: Any, state: SpeculativeState, until: Count, traced: TracedOptions, static: StaticOptions
+) -> SpeculativeState:
     """Decode until every row has ended or has at least `until` new tokens; calling again goes on from there."""
     model, assistant = _both(models)
 
@@ -100,11 +102,11 @@ def decode(models: Any, state: SpeculativeState, until: Count, controls: Control
         return loop.unfinished(state, until)
 
     def one_round(state: SpeculativeState) -> SpeculativeState:
-        drafts, cache = ask_assistant(assistant, state, controls, recipe)
-        return verify(model, dataclasses.replace(state, assistant_cache=cache), drafts, controls, recipe)
+        drafts, cache = ask_assistant(assistant, state, traced, static)
+        return verify(model, dataclasses.replace(state, assistant_cache=cache), drafts, traced, static)
 
     if assistant is None:
-        return _decode_with_lookup(model, state, unfinished, controls, recipe)
+        return _decode_with_lookup(model, state, unfinished, traced, static)
     return jax.lax.while_loop(unfinished, one_round, state)
 
 
@@ -112,8 +114,8 @@ def _decode_with_lookup(
     model: DecodingModel,
     state: SpeculativeState,
     unfinished: Callable[[SpeculativeState], Bool[Array, ""]],
-    controls: Controls,
-    recipe: Recipe,
+    traced: TracedOptions,
+    static: StaticOptions,
 ) -> SpeculativeState:
     """As `decode`; while no row finds anything to look up, a round is a plain step and costs no more.
 
@@ -122,15 +124,15 @@ def _decode_with_lookup(
 
     def with_drafts(state: SpeculativeState) -> tuple[SpeculativeState, Int[Array, "R drafts"]]:
         with jax.named_scope("look_up"):
-            drafts = look_up(state.tokens, state.lengths, controls.ngram, recipe.drafts)
-            return state, _usable(drafts, state, controls, recipe)
+            drafts = look_up(state.tokens, state.lengths, traced.ngram, static.drafts)
+            return state, _usable(drafts, state, traced, static)
 
     def read_drafts(carry: tuple[SpeculativeState, Array]) -> tuple[SpeculativeState, Array]:
-        return with_drafts(verify(model, *carry, controls, recipe))
+        return with_drafts(verify(model, *carry, traced, static))
 
     def read_newest(carry: tuple[SpeculativeState, Array]) -> tuple[SpeculativeState, Array]:
         state = dataclasses.replace(carry[0], rounds=carry[0].rounds + carry[0].running)
-        return with_drafts(loop.decode_step(model, state, controls, recipe))
+        return with_drafts(loop.decode_step(model, state, traced, static))
 
     def either(carry: tuple[SpeculativeState, Array]) -> tuple[SpeculativeState, Array]:
         carry = jax.lax.while_loop(lambda now: unfinished(now[0]) & (now[1] != NO_DRAFT).any(), read_drafts, carry)
@@ -140,7 +142,11 @@ def _decode_with_lookup(
 
 
 def verify(
-    model: DecodingModel, state: SpeculativeState, drafts: Int[Array, "R drafts"], controls: Controls, recipe: Recipe
+    model: DecodingModel,
+    state: SpeculativeState,
+    drafts: Int[Array, "R drafts"],
+    traced: TracedOptions,
+    static: StaticOptions,
 ) -> SpeculativeState:
     """Read each row's newest token and its drafts, and draw tokens until one is not the draft in its place.
 
@@ -157,7 +163,7 @@ def verify(
 
     def draw_next(carry: tuple[Array, Array, SpeculativeState]) -> tuple[Array, Array, SpeculativeState]:
         place, active, before = carry
-        after = loop.append_token(before, logits[:, place], controls, recipe, active)
+        after = loop.append_token(before, logits[:, place], traced, static, active)
         chosen = jnp.take_along_axis(after.tokens, after.lengths[:, None] - 1, axis=1)[:, 0]
         agrees = (after.lengths > before.lengths) & (chosen == expected[:, place])
         after = dataclasses.replace(after, accepted=after.accepted + agrees)
@@ -173,24 +179,24 @@ def verify(
 
 
 def ask_assistant(
-    assistant: DecodingModel, state: SpeculativeState, controls: Controls, recipe: Recipe
+    assistant: DecodingModel, state: SpeculativeState, traced: TracedOptions, static: StaticOptions
 ) -> tuple[Int[Array, "R drafts"], KVCache]:
     """Up to T tokens per row by an assistant, and its cache; it draws as the model would from the same logits.
 
     A row's drafts end before a token that ends the row, and after one whose probability is below
-    `controls.confidence`. Source: transformers `AssistedCandidateGenerator`, `ConfidenceCriteria`.
+    `traced.confidence`. Source: transformers `AssistedCandidateGenerator`, `ConfidenceCriteria`.
     """
     index, slots = jnp.arange(len(state.tokens)), state.tokens.shape[1]
-    most = state.lengths + _room(state, recipe)
+    most = state.lengths + _room(state, static)
 
     def choose(logits: Array, tokens: Array, lengths: Array, going: Array) -> tuple[Array, Array, Array]:
         rows = dataclasses.replace(state.rows(going), tokens=tokens, lengths=lengths)
-        scores = loop.process(logits, rows, controls)
-        chosen = draw(scores, state.row_keys, lengths) if recipe.do_sample else loop.greedy(scores)
-        going &= ~_ends(chosen, controls)
+        scores = loop.process(logits, rows, traced)
+        chosen = draw(scores, state.row_keys, lengths) if static.do_sample else loop.greedy(scores)
+        going &= ~_ends(chosen, traced)
         tokens = tokens.at[index, jnp.where(going, lengths, slots)].set(chosen, mode="drop")
         lengths += going
-        sure = jnp.exp(loop.log_prob(scores, chosen)) >= controls.confidence
+        sure = jnp.exp(loop.log_prob(scores, chosen)) >= traced.confidence
         return tokens, lengths, going & sure & (lengths < most)
 
     def draft_next(carry: tuple[Array, Array, Array, KVCache]) -> tuple[Array, Array, Array, KVCache]:
@@ -210,7 +216,7 @@ def ask_assistant(
         logits = assistant.logits(hidden[:, 1:])[:, 0]
         carry = (*choose(logits, state.tokens, state.lengths, state.lengths < most), cache)
         tokens, lengths, _, cache = jax.lax.while_loop(lambda carry: carry[2].any(), draft_next, carry)
-        place = state.lengths[:, None] + jnp.arange(recipe.drafts)
+        place = state.lengths[:, None] + jnp.arange(static.drafts)
         drafts = jnp.take_along_axis(tokens, jnp.minimum(place, slots - 1), axis=1)
         return jnp.where(place < lengths[:, None], drafts, NO_DRAFT), cache
 
@@ -245,31 +251,31 @@ def _both(models: Any) -> tuple[Any, Any]:
     return (models.model, models.assistant) if isinstance(models, Pair) else (models, None)
 
 
-def _assistant_cache(assistant: Any, prompts: Prompts, plan: Plan) -> KVCache:
+def _assistant_cache(assistant: Any, prompts: Prompts, layout: BatchLayout) -> KVCache:
     """The assistant's cache of every row: of the whole prompt, whatever the model knows from an earlier call."""
     config = getattr(assistant, "config", None)
-    slots = plan.total if config is None else assistant_slots(config, plan)
+    slots = layout.total if config is None else assistant_slots(config, layout)
     alone = dataclasses.replace(prompts, negative=None, past=None)
-    _, cache = prefill_prompts(assistant, alone, dataclasses.replace(plan, slots=slots, fresh=0))
-    return jax.tree.map(lambda x: jnp.repeat(x, plan.samples, axis=0) if plan.samples > 1 else x, cache)
+    _, cache = prefill_prompts(assistant, alone, dataclasses.replace(layout, slots=slots, fresh=0))
+    return jax.tree.map(lambda x: jnp.repeat(x, layout.samples, axis=0) if layout.samples > 1 else x, cache)
 
 
-def _room(state: SpeculativeState, recipe: Recipe) -> Int[Array, " R"]:
+def _room(state: SpeculativeState, static: StaticOptions) -> Int[Array, " R"]:
     """How many drafts a row has use for: the last token that it may get is drawn without one."""
-    return jnp.where(state.running, jnp.clip(state.limits - state.lengths - 1, 0, recipe.drafts), 0)
+    return jnp.where(state.running, jnp.clip(state.limits - state.lengths - 1, 0, static.drafts), 0)
 
 
-def _ends(tokens: Int[Array, "R *T"], controls: Controls) -> Bool[Array, "R *T"]:
+def _ends(tokens: Int[Array, "R *T"], traced: TracedOptions) -> Bool[Array, "R *T"]:
     """Which tokens end a row. They are not drafted: the model draws the token after the last draft anyway."""
-    return (tokens[..., None] == jnp.asarray(controls.eos_ids)).any(axis=-1)
+    return (tokens[..., None] == jnp.asarray(traced.eos_ids)).any(axis=-1)
 
 
 def _usable(
-    drafts: Int[Array, "R drafts"], state: SpeculativeState, controls: Controls, recipe: Recipe
+    drafts: Int[Array, "R drafts"], state: SpeculativeState, traced: TracedOptions, static: StaticOptions
 ) -> Int[Array, "R drafts"]:
     """Drafts up to the first one that ends the row, and as many as there is room for."""
-    known = (drafts != NO_DRAFT) & ~_ends(drafts, controls)
-    known &= np.arange(recipe.drafts) < _room(state, recipe)[:, None]
+    known = (drafts != NO_DRAFT) & ~_ends(drafts, traced)
+    known &= np.arange(static.drafts) < _room(state, static)[:, None]
     return jnp.where(jnp.cumprod(known, axis=1) > 0, drafts, NO_DRAFT)
 
 
@@ -283,18 +289,22 @@ class Speculation(PlainSearch):
             check_assistant(model, extras.assistant_model)
 
     def prefill(
-        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], controls: Controls, plan: Plan
+        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout
     ) -> SpeculativeState:
         """`prefill`."""
-        return prefill(models, prompts, key, controls, plan)
+        return prefill(models, prompts, key, traced, layout)
 
-    def decode(self, models: Any, state: Any, until: Count, controls: Controls, recipe: Recipe) -> SpeculativeState:
+    def decode(
+        self, models: Any, state: Any, until: Count, traced: TracedOptions, static: StaticOptions
+    ) -> SpeculativeState:
         """`decode`."""
-        return decode(models, state, until, controls, recipe)
+        return decode(models, state, until, traced, static)
 
-    def collect(self, state: Any, prompts: int, returned: int, controls: Controls, plan: Plan, details: bool) -> Found:
+    def collect(
+        self, state: Any, prompts: int, returned: int, traced: TracedOptions, layout: BatchLayout, details: bool
+    ) -> Found:
         """The rows, and how well drafting went."""
-        found = super().collect(state, prompts, returned, controls, plan, details)
+        found = super().collect(state, prompts, returned, traced, layout, details)
         if not details:
             return found
         counts = {name: np.asarray(getattr(state, name))[: len(found.lengths)] for name in ("drafted", "accepted")}

@@ -1,4 +1,4 @@
-"""How a generation goes: what is compiled in (`Recipe`, `Plan`), and the numbers that are not (`Controls`)."""
+"""What the executables are given: what is static (`StaticOptions`, `BatchLayout`), and numbers (`TracedOptions`)."""
 
 import dataclasses
 import inspect
@@ -20,8 +20,8 @@ from jaxgen.generation.prompts.layout import bucket, pad_to
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What is static in a decode step. Two calls with one recipe share executables."""
+class StaticOptions:
+    """What is static in a decode step. Two calls with equal ones share executables."""
 
     do_sample: bool
     record_scores: bool = False
@@ -37,10 +37,10 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class BatchLayout:
     """What is static in a generation, besides the shapes of its arrays."""
 
-    recipe: Recipe
+    static: StaticOptions
     samples: int  # rows per prompt
     total: int  # the largest length of a row, prompt and new tokens
     slots: int  # cache slots per row
@@ -52,7 +52,7 @@ class Plan:
 @jax.tree_util.register_dataclass
 @no_type_check  # JAX rebuilds it around placeholders
 @dataclasses.dataclass
-class Controls:
+class TracedOptions:
     """The numbers of a call: traced, so that changing one compiles nothing."""
 
     processors: tuple[Processor, ...]  # `f(logits, rows) -> logits` with their numbers, in HF's order
@@ -65,7 +65,7 @@ class Controls:
     ngram: Int[Array | np.ndarray, ""]  # prompt lookup: the longest end of a row that is looked up
 
 
-def recipe_of(config: GenerationConfig, extras: Extras = Extras()) -> Recipe:
+def static_options(config: GenerationConfig, extras: Extras = Extras()) -> StaticOptions:
     """The static half of an effective configuration; raises `JaxgenError` for strategies that exclude each other."""
     beams, lookup = config.num_beams or 1, bool(config.prompt_lookup_num_tokens)
     if extras.assistant_model is not None or lookup:
@@ -76,7 +76,7 @@ def recipe_of(config: GenerationConfig, extras: Extras = Extras()) -> Recipe:
     drafts = config.prompt_lookup_num_tokens if lookup else 0
     if extras.assistant_model is not None:
         drafts = _value(config, "num_assistant_tokens")
-    return Recipe(
+    return StaticOptions(
         do_sample=bool(config.do_sample),
         record_scores=bool(config.output_scores),
         record_logits=bool(config.output_logits),
@@ -90,7 +90,7 @@ def recipe_of(config: GenerationConfig, extras: Extras = Extras()) -> Recipe:
     )
 
 
-def controls_of(config: GenerationConfig, vocab_size: int, extras: Extras = Extras()) -> Controls:
+def traced_options(config: GenerationConfig, vocab_size: int, extras: Extras = Extras()) -> TracedOptions:
     """The traced half of an effective configuration, as numpy arrays."""
     eos = config.eos_token_ids
     for token in eos:
@@ -99,7 +99,7 @@ def controls_of(config: GenerationConfig, vocab_size: int, extras: Extras = Extr
     if config.stop_strings and extras.tokenizer is None:
         raise JaxgenError("stop_strings needs tokenizer=, to know what text each token stands for")
     guidance = config.guidance_scale
-    return Controls(
+    return TracedOptions(
         processors=chain_of(
             config,
             vocab_size,
