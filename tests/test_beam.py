@@ -112,7 +112,7 @@ def search(
     for until in (*cut, TOTAL):
         state = decode(model.logits_of, state, np.int32(until), traced, static)
     assert not state.running.any()
-    returned = config.num_return_sequences or 1
+    returned = config.sequences_per_prompt
     return beam.best_sequences(state, len(prompts), static.num_beams, returned, float(traced.length_penalty))
 
 

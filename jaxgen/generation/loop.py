@@ -206,7 +206,7 @@ class PlainSearch:
 
     def rows_per_prompt(self, config: GenerationConfig) -> int:
         """One for each sequence that is returned."""
-        return config.num_return_sequences or 1
+        return config.sequences_per_prompt
 
     def prefill(
         self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout

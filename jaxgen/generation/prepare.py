@@ -212,7 +212,7 @@ def _buckets(
     strict: Strict | None,
 ) -> Sizes:
     """Sizes rounded up, so that few of them are compiled; `longest` is the longest prompt, negative ones included."""
-    guided = config.guidance_scale not in (None, 1.0)  # a negative row may be longer than its row
+    guided = config.is_guided  # a negative row may be longer than its row
     budget = int((limits - lengths).max())
     if strict:
         total = strict.fits(max(int(limits.max()), longest + budget if guided else 0))
@@ -270,7 +270,7 @@ def _check_traced(config: GenerationConfig, extras: Extras, static: StaticOption
         "max_cache_len": config.max_cache_len,
         "negative_prompt_ids": extras.negative_prompt_ids is not None,
         "negative_prompt_attention_mask": extras.negative_prompt_attention_mask is not None,
-        "guidance_scale": config.guidance_scale not in (None, 1.0),
+        "guidance_scale": config.is_guided,
         "output_scores": static.record_scores,
         "output_logits": static.record_logits,
         "output_attentions": config.output_attentions,
@@ -290,7 +290,7 @@ def _negative(
     vocab_size: int,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The negative prompts of guidance, packed, if there is guidance: as given, or each row's last token, as in HF."""
-    if config.guidance_scale in (None, 1.0):
+    if not config.is_guided:
         if extras.negative_prompt_ids is not None:
             raise JaxgenError("negative_prompt_ids needs guidance_scale, which says how strongly to avoid it")
         return []

@@ -180,7 +180,7 @@ def _again(model: Any, number: int, entry: dict[str, Any], python: dict[str, Any
             f"generations[{number}] was sampled by sampler version {entry['sampler_version']}, and this jaxgen has "
             f"{SAMPLER_VERSION}: the same key gives other tokens"
         )
-    if (config.num_beams or 1) > 1 and "time" in entry["finish_reason"]:
+    if config.beams > 1 and "time" in entry["finish_reason"]:
         raise _CannotCompareError(
             f"generations[{number}] is a beam search that max_time ended: which beam was best then, a longer one is not"
         )

@@ -74,6 +74,21 @@ class GenerationConfig(Options):
         """What follows the end of a row: pad, or else the first end-of-sequence id, as in HF."""
         return self.pad_token_id if self.pad_token_id is not None else next(iter(self.eos_token_ids), 0)
 
+    @property
+    def beams(self) -> int:
+        """How many beams search each prompt; with 1 there is no beam search."""
+        return self.num_beams or 1
+
+    @property
+    def sequences_per_prompt(self) -> int:
+        """How many sequences are returned for each prompt."""
+        return self.num_return_sequences or 1
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether there is classifier-free guidance, and so a negative prompt for every prompt."""
+        return OPTIONS["guidance_scale"].is_on(self.guidance_scale)
+
     @classmethod
     def from_hf(cls, source: "str | os.PathLike[str] | Mapping[str, Any] | object") -> "GenerationConfig":
         """Read transformers' form: a generation_config.json, its directory, a dict, or a GenerationConfig object."""
@@ -213,14 +228,14 @@ def resolve(
                 raise JaxgenError(reason if name in given else f"{reason}; the model's generation_config says so")
             fields[name] = None
     config = GenerationConfig(**fields)
-    say_unused(given, samples, (config.num_beams or 1) > 1)
+    say_unused(given, samples, config.beams > 1)
     _check_together(config)
     return config
 
 
 def _check_together(config: GenerationConfig) -> None:
     """Raise for options that contradict each other."""
-    samples, beams = config.num_return_sequences or 1, config.num_beams or 1
+    samples, beams = config.sequences_per_prompt, config.beams
     if beams > 1 and samples > beams:
         raise JaxgenError(f"num_return_sequences={samples} is more than num_beams={beams}: beams are what is returned")
     if beams == 1 and samples > 1 and not config.do_sample:

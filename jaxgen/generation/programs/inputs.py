@@ -67,7 +67,7 @@ class TracedOptions:
 
 def static_options(config: GenerationConfig, extras: Extras = Extras()) -> StaticOptions:
     """The static half of an effective configuration; raises `JaxgenError` for strategies that exclude each other."""
-    beams, lookup = config.num_beams or 1, bool(config.prompt_lookup_num_tokens)
+    beams, lookup = config.beams, bool(config.prompt_lookup_num_tokens)
     if extras.assistant_model is not None or lookup:
         if extras.assistant_model is not None and lookup:
             raise JaxgenError("both assistant_model and prompt_lookup_num_tokens were given; choose who drafts")
@@ -98,13 +98,12 @@ def traced_options(config: GenerationConfig, vocab_size: int, extras: Extras = E
             raise JaxgenError(f"eos_token_id={token} is outside the model's vocabulary of {vocab_size} tokens")
     if config.stop_strings and extras.tokenizer is None:
         raise JaxgenError("stop_strings needs tokenizer=, to know what text each token stands for")
-    guidance = config.guidance_scale
     return TracedOptions(
         processors=chain_of(
             config,
             vocab_size,
             user=_functions("logits_processor", extras.logits_processor),
-            beams=(config.num_beams or 1) > 1,
+            beams=config.beams > 1,
             prefix_allowed_tokens_fn=extras.prefix_allowed_tokens_fn,
         ),
         criteria=tuple(
@@ -112,7 +111,7 @@ def traced_options(config: GenerationConfig, vocab_size: int, extras: Extras = E
         ),
         eos_ids=pad_to(np.array(eos, np.int32), (bucket(len(eos), 4),), fill=-1),
         stop_strings=StopStrings.of(extras.tokenizer, config.stop_strings, vocab_size) if config.stop_strings else None,
-        guidance_scale=None if guidance in (None, 1.0) else as_number(guidance),
+        guidance_scale=as_number(config.guidance_scale) if config.is_guided else None,
         length_penalty=as_number(_value(config, "length_penalty")),
         confidence=as_number(config.assistant_confidence_threshold or 0.0),
         ngram=as_count(_value(config, "max_matching_ngram_size")),

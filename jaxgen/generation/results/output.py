@@ -108,7 +108,7 @@ def collect(model: Any, request: Request, state: Any, started: float = 0.0) -> "
     """
     config, layout, prompts = request.config, request.layout, len(request.input_ids)
     details = bool(config.return_dict_in_generate)
-    returned = config.num_return_sequences or 1
+    returned = config.sequences_per_prompt
     found = request.search.collect(state, prompts, returned, request.traced, layout, details)
     inside = np.arange(found.tokens.shape[1]) < found.lengths[:, None]
     new = np.where(inside, found.tokens, config.filler_id).astype(np.int32)
