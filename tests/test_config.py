@@ -238,11 +238,3 @@ def test_reference_cases_use_both_spellings(spelling: Any):
     # The loader's reference would not notice a lost spelling otherwise.
     key = next(iter(spelling(1e4)))
     assert sum(key in case.config for case in CASES.values()) >= 5
-
-
-def test_an_option_that_is_switched_off_is_one_that_does_nothing():
-    """What the rest of the library asks: None, and the number at which an option does nothing, are the same."""
-    for off in (GenerationConfig(), GenerationConfig(num_beams=1, num_return_sequences=1, guidance_scale=1.0)):
-        assert (off.beams, off.sequences_per_prompt, off.is_guided) == (1, 1, False)
-    on = GenerationConfig(num_beams=4, num_return_sequences=2, guidance_scale=1.5)
-    assert (on.beams, on.sequences_per_prompt, on.is_guided) == (4, 2, True)

@@ -104,3 +104,11 @@ def test_a_processor_is_a_pytree_of_its_numbers():
     config = {"do_sample": True, "temperature": None}
     few, many = (chain_of(GenerationConfig(**config, top_k=k), 4)[0] for k in (10, 200))
     assert jax.tree.structure(few) != jax.tree.structure(many)
+
+
+def test_an_option_that_is_switched_off_is_one_that_does_nothing():
+    """What the rest of the library asks: None, and the number at which an option does nothing, are the same."""
+    for off in (GenerationConfig(), GenerationConfig(num_beams=1, num_return_sequences=1, guidance_scale=1.0)):
+        assert (off.beams, off.sequences_per_prompt, off.is_guided) == (1, 1, False)
+    on = GenerationConfig(num_beams=4, num_return_sequences=2, guidance_scale=1.5)
+    assert (on.beams, on.sequences_per_prompt, on.is_guided) == (4, 2, True)
