@@ -19,7 +19,7 @@ _ROW: dict[tuple[int, int], int4_row.Tile] = {
 _ROWS: dict[tuple[int, int, int], int4_rows.Tile] = {
     (8, 6144, 4096): int4_rows.Tile(splits=4, stages=2),
     (8, 4096, 4096): int4_rows.Tile(splits=4),
-    (8, 28672, 4096): int4_rows.Tile(),
+    (8, 28672, 4096): int4_rows.Tile(words=32, warps=2, stages=4),
     (8, 4096, 14336): int4_rows.Tile(splits=4),
     (32, 6144, 4096): int4_rows.Tile(words=32, splits=4),
     (32, 4096, 4096): int4_rows.Tile(splits=2),
