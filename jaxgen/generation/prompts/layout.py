@@ -49,8 +49,10 @@ def pack(ids: Int[Array | np.ndarray, "B T"], mask: Bool[Array | np.ndarray, "B 
     return packed.astype(np.int32), lengths
 
 
-def pad_to(array: np.ndarray, shape: tuple[int, ...], fill: int = 0) -> np.ndarray:
-    """Grow an array at its ends to `shape`."""
+def pad_to(array: Any, shape: tuple[int, ...], fill: int = 0) -> Any:
+    """Grow an array at its ends to `shape`; one that has it already, of numpy or under jit, is returned as it is."""
+    if array.shape == shape:
+        return array
     widths = [(0, wanted - size) for wanted, size in zip(shape, array.shape, strict=True)]
     return np.pad(array, widths, constant_values=fill)
 

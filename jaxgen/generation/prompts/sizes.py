@@ -1,0 +1,79 @@
+"""The shape of a batch: how many rows, how long, and what is reserved for them."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.generation.programs.inputs import BatchLayout, StaticOptions
+from jaxgen.generation.programs.strict import Strict
+from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, SMALLEST_TOTAL, bucket
+from jaxgen.generation.prompts.row_limits import row_limits
+
+
+class Sizes(NamedTuple):
+    """The shape of a batch, and where its rows end."""
+
+    rows: int  # prompts, with the idle ones
+    length: int  # of the prompts
+    total: int  # of a row, prompt and new tokens
+    new_tokens: int  # the most that a row may get
+    limits: Int[Array | np.ndarray, " B"]  # the length at which each prompt's rows end
+
+
+def bucketed_sizes(
+    config: GenerationConfig,
+    samples: int,
+    longest: int,
+    lengths: Int[np.ndarray, " B"],
+    context: int,
+    strict: Strict | None,
+) -> Sizes:
+    """Sizes rounded up, so that few of them are compiled; `longest` is the longest prompt, negative ones included."""
+    limits = row_limits(config, lengths, context)
+    guided = config.is_guided  # a negative row may be longer than its row
+    budget = int((limits - lengths).max())
+    if strict:
+        total = strict.fits(max(int(limits.max()), longest + budget if guided else 0))
+        return Sizes(strict.prompts(len(lengths), samples), total, total, budget, limits)
+    length = bucket(longest, SMALLEST_PROMPT)
+    # From the bucketed prompt, not the real one: the prompt's bucket then decides the total's.
+    total = max(int(limits.max()), length) if _by_length(config) and not guided else length + budget
+    total = bucket(max(total, config.max_cache_len or 0), SMALLEST_TOTAL)
+    return Sizes(bucket(len(lengths)), length, total, budget, limits)
+
+
+def sizes_inside_jit(config: GenerationConfig, lengths: Int[Array, " B"], columns: int, context: int) -> Sizes:
+    """Sizes as if every column were a real token: how many are is known to the device only, as are the limits."""
+    batch = len(lengths)
+    total = int(row_limits(config, np.full(batch, columns, np.int32), context).max())
+    if _by_length(config):
+        return Sizes(batch, columns, total, total, jnp.full(batch, total))
+    return Sizes(batch, columns, total, total - columns, lengths + (total - columns))
+
+
+def _by_length(config: GenerationConfig) -> bool:
+    """Whether `max_length` says where rows end."""
+    return config.max_new_tokens is None and config.max_length is not None
+
+
+def layout_of(
+    model: Any, config: GenerationConfig, static: StaticOptions, samples: int, sizes: Sizes, strict: Strict | None
+) -> BatchLayout:
+    """Sizes of rows, caches and records."""
+    chunk = config.prefill_chunk_size or (strict.chunk if strict else 0)
+    recorded = static.record_scores or static.record_logits or static.top_logprobs
+    # No row has a use for more drafts than the tokens that it may get.
+    drafts = min(static.drafts, sizes.total if strict else bucket(sizes.new_tokens, SMALLEST_TOTAL))
+    static = dataclasses.replace(static, recorded=bucket(sizes.new_tokens, 16) if recorded else 0, drafts=drafts)
+    return BatchLayout(
+        static=static,
+        samples=samples,
+        total=sizes.total,
+        slots=model.config.cache_slots(sizes.total, ahead=max(chunk, drafts + 1 if drafts else 0)),
+        int8_cache=config.cache_implementation == "quantized",
+        chunk=chunk,
+    )
