@@ -61,7 +61,7 @@ def advance(program: Program, request: Request, state: DecodeState, until: int |
 
 def _run(program: Program, stage: compiled.Stage, request: Request, *args: Any) -> DecodeState:
     """Start a stage. If the user's Python is asked on the way, wait: what it raises is raised here."""
-    if not request.asks_host:
+    if request.extras.prefix_allowed_tokens_fn is None:
         return stage(*program.models, *args)
     with host_errors():
         return jax.block_until_ready(stage(*program.models, *args))
