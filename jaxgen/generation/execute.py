@@ -6,7 +6,7 @@ changes nothing in its tokens.
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +26,8 @@ _MOST_BETWEEN_LOOKS = 64
 class Program(NamedTuple):
     """The executables of a call, and what each is given first."""
 
-    prefill: compiled.Stage
-    decode: compiled.Stage
+    prefill: Callable[..., DecodeState]
+    decode: Callable[..., DecodeState]
     models: tuple[Any, ...]  # the search, then structure and weights of the model and of its assistant
 
 
@@ -44,27 +44,31 @@ def program_for(model: Any, request: Request) -> Program:
     assistant = request.extras.assistant_model
     drafter, drafter_weights = (None, None) if assistant is None else split(assistant)
     structure, weights = split(model)
-    stages = compiled.stages_for(model, weights, strict=request.strict is not None)
-    return Program(*stages, (request.search, structure, weights, drafter, drafter_weights))
+    on_prompts, in_loop = compiled.stages_for(model, weights, strict=request.strict is not None)
+    if request.extras.prefix_allowed_tokens_fn is not None:
+        on_prompts, in_loop = _waiting(on_prompts), _waiting(in_loop)
+    return Program(on_prompts, in_loop, (request.search, structure, weights, drafter, drafter_weights))
+
+
+def _waiting(stage: Callable[..., DecodeState]) -> Callable[..., DecodeState]:
+    """A stage that asks the user's Python on the way: what that raises is raised here, when the end is waited for."""
+
+    def run(*args: Any) -> DecodeState:
+        with host_errors():
+            return jax.block_until_ready(stage(*args))
+
+    return run
 
 
 def prefill(program: Program, request: Request) -> DecodeState:
     """Run the prompts through the model, and draw every row's first token."""
-    return _run(program, program.prefill, request, request.prompts, request.key, request.traced, request.layout)
+    return program.prefill(*program.models, request.prompts, request.key, request.traced, request.layout)
 
 
 def advance(program: Program, request: Request, state: DecodeState, until: int | None = None) -> DecodeState:
     """Decode until every row has ended, or has `until` new tokens; the state that was given is used up."""
     stop = np.array(np.iinfo(np.int32).max if until is None else until, np.int32)
-    return _run(program, program.decode, request, state, stop, request.traced, request.layout.static)
-
-
-def _run(program: Program, stage: compiled.Stage, request: Request, *args: Any) -> DecodeState:
-    """Start a stage. If the user's Python is asked on the way, wait: what it raises is raised here."""
-    if request.extras.prefix_allowed_tokens_fn is None:
-        return stage(*program.models, *args)
-    with host_errors():
-        return jax.block_until_ready(stage(*program.models, *args))
+    return program.decode(*program.models, state, stop, request.traced, request.layout.static)
 
 
 def decode(program: Program, request: Request, state: DecodeState, started: float) -> DecodeState:

@@ -200,6 +200,7 @@ class PlainSearch:
     """One token after the other, each row alone: greedy, or drawn. A `Search`."""
 
     append_only = True
+    prefill, decode = staticmethod(prefill), staticmethod(decode)
 
     def check(self, model: Any, config: GenerationConfig, extras: Extras) -> None:
         """There is nothing that this cannot do."""
@@ -207,18 +208,6 @@ class PlainSearch:
     def rows_per_prompt(self, config: GenerationConfig) -> int:
         """One for each sequence that is returned."""
         return config.sequences_per_prompt
-
-    def prefill(
-        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout
-    ) -> DecodeState:
-        """`prefill`."""
-        return prefill(models, prompts, key, traced, layout)
-
-    def decode(
-        self, models: Any, state: Any, until: Count, traced: TracedOptions, static: StaticOptions
-    ) -> DecodeState:
-        """`decode`."""
-        return decode(models, state, until, traced, static)
 
     def collect(
         self, state: DecodeState, prompts: int, returned: int, traced: TracedOptions, layout: BatchLayout, details: bool

@@ -153,7 +153,11 @@ def _given_on_host(
     if key.ndim:
         ids, mask, row_ids = _row_per_key(key.shape[0], ids, mask, row_ids)
     tokens, lengths = pack(ids, mask)
-    negative = _negative(config, extras, tokens, lengths, vocab_size)
+    negative = None
+    if config.is_guided:
+        negative = _negative(extras, tokens, lengths, vocab_size)
+    elif extras.negative_prompt_ids is not None:
+        raise JaxgenError("negative_prompt_ids needs guidance_scale, which says how strongly to avoid it")
     return Given(ids, mask, tokens, lengths, row_id_words(row_ids, len(ids)), key, seed, negative)
 
 
@@ -241,17 +245,12 @@ def _continued(past: Any, prompts: Prompts, layout: BatchLayout, rows: int, mode
 
 
 def _negative(
-    config: GenerationConfig,
     extras: Extras,
     tokens: Int[np.ndarray, "B T"],
     lengths: Int[np.ndarray, " B"],
     vocab_size: int,
-) -> Negative | None:
-    """The negative prompts of guidance, packed, if there is guidance: as given, or each row's last token, as in HF."""
-    if not config.is_guided:
-        if extras.negative_prompt_ids is not None:
-            raise JaxgenError("negative_prompt_ids needs guidance_scale, which says how strongly to avoid it")
-        return None
+) -> Negative:
+    """The negative prompts of guidance, packed: as given, or each row's last token, as in HF."""
     if extras.negative_prompt_ids is None:
         if extras.negative_prompt_attention_mask is not None:
             raise JaxgenError("negative_prompt_attention_mask was given without negative_prompt_ids")

@@ -111,7 +111,7 @@ def traced_options(config: GenerationConfig, vocab_size: int, extras: Extras = E
         ),
         eos_ids=pad_to(np.array(eos, np.int32), (bucket(len(eos), 4),), fill=-1),
         stop_strings=StopStrings.of(extras.tokenizer, config.stop_strings, vocab_size) if config.stop_strings else None,
-        guidance_scale=as_number(config.guidance_scale) if config.is_guided else None,
+        guidance_scale=as_number(_value(config, "guidance_scale")) if config.is_guided else None,
         length_penalty=as_number(_value(config, "length_penalty")),
         confidence=as_number(config.assistant_confidence_threshold or 0.0),
         ngram=as_count(_value(config, "max_matching_ngram_size")),

@@ -411,6 +411,7 @@ class BeamSearch:
 
     num_beams: int
     append_only = False
+    prefill, decode = staticmethod(prefill), staticmethod(decode)
 
     def check(self, model: Any, config: GenerationConfig, extras: Extras) -> None:
         """Raise for what needs rows that keep what they were given."""
@@ -423,16 +424,6 @@ class BeamSearch:
     def rows_per_prompt(self, config: GenerationConfig) -> int:
         """One for each beam."""
         return self.num_beams
-
-    def prefill(
-        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout
-    ) -> BeamState:
-        """`prefill`."""
-        return prefill(models, prompts, key, traced, layout)
-
-    def decode(self, models: Any, state: Any, until: Count, traced: TracedOptions, static: StaticOptions) -> BeamState:
-        """`decode`."""
-        return decode(models, state, until, traced, static)
 
     def collect(
         self, state: BeamState, prompts: int, returned: int, traced: TracedOptions, layout: BatchLayout, details: bool

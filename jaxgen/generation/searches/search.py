@@ -35,13 +35,13 @@ class Search(Protocol):
         ...
 
     def prefill(
-        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout
+        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout, /
     ) -> DecodeState:
         """The state with every row's first token; `models` is a model, or a `Pair` with an assistant."""
         ...
 
     def decode(
-        self, models: Any, state: Any, until: Count, traced: TracedOptions, static: StaticOptions
+        self, models: Any, state: Any, until: Count, traced: TracedOptions, static: StaticOptions, /
     ) -> DecodeState:
         """The state when every row has ended, or has `until` new tokens."""
         ...

@@ -283,22 +283,12 @@ def _usable(
 class Speculation(PlainSearch):
     """The plain search, several tokens at a time where drafts are right. A `Search`."""
 
+    prefill, decode = staticmethod(prefill), staticmethod(decode)
+
     def check(self, model: Any, config: GenerationConfig, extras: Extras) -> None:
         """Raise for an assistant that cannot draft for this model."""
         if extras.assistant_model is not None:
             check_assistant(model, extras.assistant_model)
-
-    def prefill(
-        self, models: Any, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout
-    ) -> SpeculativeState:
-        """`prefill`."""
-        return prefill(models, prompts, key, traced, layout)
-
-    def decode(
-        self, models: Any, state: Any, until: Count, traced: TracedOptions, static: StaticOptions
-    ) -> SpeculativeState:
-        """`decode`."""
-        return decode(models, state, until, traced, static)
 
     def collect(
         self, state: Any, prompts: int, returned: int, traced: TracedOptions, layout: BatchLayout, details: bool
