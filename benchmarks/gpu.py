@@ -35,15 +35,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.gpu_promises import one_graph, promises
 from benchmarks.kernels import kernel_times
 from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
-from jaxgen.cache import LayerCache
+from jaxgen.cache import LayerCache, Reading, to_int8
 from jaxgen.generation.execute import advance, prefill, program_for
 from jaxgen.generation.options.config import resolve
 from jaxgen.generation.prepare import prepare
 from jaxgen.kernels.add_norm import add_norm
 from jaxgen.kernels.attend import attend, attend_plainly
 from jaxgen.kernels.dense_row import dense_row_product
+from jaxgen.kernels.dense_rows import dense_rows_product
 from jaxgen.kernels.int4_row import int4_row_product
 from jaxgen.kernels.int4_rows import as_columns, int4_rows_product
 from jaxgen.models.layers import QuantizedWeight
@@ -229,14 +231,32 @@ def check(report: Report, tiny: bool) -> None:
     report.add("check", kernel="int4_rows", error=error(rows, wide_some @ exact.T))
     product = dense_row_product(one, dense, **platform)
     report.add("check", kernel="dense_row", error=error(product, wide_one @ np.asarray(dense, np.float64).T))
+    columns = dense_rows_product(as_columns(some), dense, **platform)
+    columns = columns.astype(jnp.float32).sum(0)[:8]
+    report.add("check", kernel="dense_rows", error=error(columns, wide_some @ np.asarray(dense, np.float64).T))
     total, _ = add_norm(some, some[None], one[0], 1e-5, **platform)
     report.add("check", kernel="add_norm", error=error(total, 2 * wide_some))
     qkv, cache = normal(1, 3, 2, 6, 128), LayerCache(normal(3, 2, 96, 128), normal(3, 2, 96, 128))
     rotation = (jnp.ones((3, 64), jnp.bfloat16), jnp.zeros((3, 64), jnp.bfloat16))
     positions = jnp.asarray([0, 50, 300], jnp.int32)
     mixed, _ = attend(qkv, rotation, positions, cache, **platform)
-    plain, _ = attend_plainly(qkv, rotation, positions, cache)
+    plain, _ = attend_plainly(qkv, rotation, Reading.one(positions), cache)
     report.add("check", kernel="attend", error=error(mixed, np.asarray(plain, np.float64)))
+    angles = jnp.asarray(rng.uniform(0, 6, (15, 64)))
+    qkv, rotation = (
+        normal(1, 15, 2, 6, 128),
+        (jnp.cos(angles).astype(jnp.bfloat16), jnp.sin(angles).astype(jnp.bfloat16)),
+    )
+    for kind in ("bfloat16", "int8"):
+        cache = LayerCache(*map(to_int8, (cache.keys, cache.values)), window=90) if kind == "int8" else cache
+        starts, counts = jnp.asarray([0, 50, 300], jnp.int32), jnp.asarray([5, 2, 4], jnp.int32)
+        reading = Reading.several(starts, counts, 5)
+        mixed, after = attend(qkv, rotation, starts, cache, newest=reading.newest, **platform)
+        plain, wanted = attend_plainly(qkv, rotation, reading, cache)
+        real = np.asarray(reading.real).reshape(-1)
+        result = error(mixed[real], np.asarray(plain, np.float64)[real])
+        keys, exact = (x.read(jnp.dtype("float32"))[0] for x in (after, wanted))
+        report.add("check", kernel=f"attend, 5 tokens, {kind}", error=result, keys=error(keys, np.asarray(exact)))
 
 
 def decoding(report: Report, tiny: bool, bandwidth: float) -> None:
@@ -322,8 +342,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--minutes", type=float, default=9.0)
-    parts = ["check", "step", "prefill", "profile", "torch"]
-    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
+    parts = ["check", "promises", "step", "prefill", "profile", "torch"]
+    parser.add_argument("--parts", nargs="+", default=parts, choices=[*parts, "graph"])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     card = jax.devices()[0].device_kind.replace(" ", "-").lower()
@@ -331,9 +351,13 @@ def main() -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     report = Report(file, time.monotonic() + 60 * options.minutes, facts())
     bandwidth = ceiling(report, options.tiny)
-    for part in [part for part in parts if part in options.parts]:
+    for part in [part for part in (*parts, "graph") if part in options.parts]:
         if part == "check":
             check(report, options.tiny)
+        elif part == "promises":
+            promises(report, options.tiny, random_model)
+        elif part == "graph":
+            one_graph(report, options.tiny, random_model, shape(options.tiny))
         elif part == "step":
             decoding(report, options.tiny, bandwidth)
         elif part == "prefill":

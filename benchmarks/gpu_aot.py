@@ -243,6 +243,7 @@ class Program:
                 bodies[current].append(line)
                 loops += re.findall(r" while\(.*body=%?([\w.\-]+)", line)
         self.has_loop = bool(loops)
+        self.bodies = bodies
         self.entry = _operations(bodies[entry])
         # The token loop is the one in the entry; prefill has only loops over blocks of a long prompt.
         self.step = _operations(bodies[loops[-1]]) if loops else self.entry

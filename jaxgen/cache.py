@@ -14,7 +14,7 @@ the cache's affair (`LayerCache.attend`).
 
 import dataclasses
 from collections.abc import Callable
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -98,16 +98,18 @@ class LayerCache:
     def attend_by_kernel(
         self,
         qkv: Float[Array, "S M K P H"],
-        rotation: tuple[Float[Array, "B half"], Float[Array, "B half"]],
+        rotation: tuple[Float[Array, "BT half"], Float[Array, "BT half"]],
         reading: Reading,
         *,
         columns: int = 0,
         interpret: bool = False,
     ) -> "tuple[Array, LayerCache]":
-        """`attend` for one token per row, on a GPU, with what comes before: see `jaxgen.kernels.attend`."""
+        """`attend` for one token per row, or a few, on a GPU, with what comes before: see `jaxgen.kernels.attend`."""
         from jaxgen.kernels.attend import attend
 
-        return attend(qkv, rotation, reading.newest, self, columns=columns, interpret=interpret)
+        starts = reading.newest if reading.real is None else reading.positions[:, 0]
+        options: dict[str, Any] = {"newest": reading.newest, "columns": columns, "interpret": interpret}
+        return attend(qkv, rotation, starts, self, **options)
 
     def read(self, dtype: jnp.dtype) -> tuple[Float[Array, "B K C H"], Float[Array, "B K C H"]]:
         """Keys and values in `dtype`."""

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from jaxgen import MistralConfig, MistralForCausalLM
 from jaxgen.cache import Int8Slots, LayerCache, held_positions, to_int8
 from jaxgen.generation.programs.compiled import Stage
-from jaxgen.kernels import backend, dense_row, int4_row, int4_rows, step, tiles
+from jaxgen.kernels import backend, dense_row, dense_rows, int4_row, int4_rows, step, tiles
 from jaxgen.kernels.add_norm import add_norm
-from jaxgen.kernels.attend import attend, splits_for
+from jaxgen.kernels.attend import attend, splits_for, takes
 from jaxgen.lowering import Target, device_runs_kernels, tracing_for
 from jaxgen.models.layers import QuantizedWeight
 from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
@@ -134,6 +134,21 @@ def test_the_product_of_a_row_with_floats(out: int, inputs: int, dtype: Any):
     assert relative(got, swiglu(after_norm)) < CLOSE[dtype]
 
 
+@pytest.mark.parametrize(("out", "inputs", "splits", "dtype"), [(24, 1024, 2, jnp.bfloat16), (10, 700, 3, jnp.float16)])
+def test_the_product_of_some_rows_with_floats(out: int, inputs: int, splits: int, dtype: Any):
+    rng = np.random.default_rng(0)
+    weight, x = (normal(rng, shape, dtype) for shape in ((out, inputs), (5, inputs)))
+    columns, exact = int4_rows.as_columns(x), wide(x) @ wide(weight).T
+    tile = dense_rows.Tile(outputs=16, splits=splits)
+    parts = dense_rows.dense_rows_product(columns, weight, tile=tile, interpret=True)
+    assert parts.dtype == jnp.float32
+    assert relative(wide(parts).sum(0)[:5], exact) < 1e-6
+    got = dense_rows.dense_rows_product(columns, weight, swiglu=True, interpret=True)
+    assert relative(got.T[:5], swiglu(exact)) < CLOSE[dtype]
+    assert dense_rows.tile_for(4096, 14336, False).splits == 4
+    assert dense_rows.tile_for(4096, 14336, True).splits == 1
+
+
 @pytest.mark.parametrize(("width", "parts", "columns"), [(96, 0, 16), (128, 1, 0), (96, 3, 16)])
 def test_add_norm(width: int, parts: int, columns: int):
     rng = np.random.default_rng(0)
@@ -146,14 +161,15 @@ def test_add_norm(width: int, parts: int, columns: int):
     assert relative(result, normed(wide(total), weight)) < 6e-3
 
 
-def attended(qkv: Any, cos: Any, sin: Any, positions: np.ndarray, cache: LayerCache) -> Any:
-    """Attention of one token per row in float64, as the text of the paper has it: a loop over what a row remembers."""
-    qkv, cos, sin = wide(qkv).sum(0), wide(cos), wide(sin)
-    half, slots = cos.shape[1], cache.slots
+def attended(qkv: Any, cos: Any, sin: Any, starts: list[int], counts: list[int], cache: LayerCache) -> Any:
+    """Attention of a few new tokens per row in float64, as the text of the paper has it: over what a row remembers."""
+    rows, window = len(starts), cache.window or 10**9
+    qkv, cos, sin = (x.reshape(rows, -1, *x.shape[1:]) for x in (wide(qkv).sum(0), wide(cos), wide(sin)))
+    (_, tokens, heads, projections, size), slots = qkv.shape, cache.slots
 
-    def rotated(x: np.ndarray, row: int) -> np.ndarray:
-        first, second = x[..., :half], x[..., half:]
-        return np.concatenate([first * cos[row] - second * sin[row], second * cos[row] + first * sin[row]], -1)
+    def rotated(x: np.ndarray, row: int, token: int) -> np.ndarray:
+        (first, second), c, s = np.split(x, 2, axis=-1), cos[row, token], sin[row, token]
+        return np.concatenate([first * c - second * s, second * c + first * s], -1)
 
     keys, values = (
         wide(x.values) * wide(x.scales)[..., None] if isinstance(x, Int8Slots) else wide(x)
@@ -165,51 +181,70 @@ def attended(qkv: Any, cos: Any, sin: Any, positions: np.ndarray, cache: LayerCa
         scale = np.abs(x).max() / 127
         return np.round(x / scale) * scale if isinstance(cache.keys, Int8Slots) else x
 
-    out = np.zeros((len(positions), qkv.shape[1], qkv.shape[2] - 2, 2 * half))
-    held = np.asarray(held_positions(jnp.asarray(positions), slots))
-    for row, position in enumerate(positions):
-        for head in range(qkv.shape[1]):
-            keys[row, head, position % slots] = stored(rotated(qkv[row, head, -2], row))
-            values[row, head, position % slots] = stored(qkv[row, head, -1])
-            seen = [s for s in range(slots) if held[row, s] >= 0 and position - held[row, s] < (cache.window or 10**9)]
-            scores = rotated(qkv[row, head, :-2], row) @ keys[row, head, seen].T / np.sqrt(2 * half)
-            weights = np.exp(scores - scores.max(1, keepdims=True))
-            out[row, head] = weights / weights.sum(1, keepdims=True) @ values[row, head, seen]
+    out = np.zeros((rows, tokens, heads, projections - 2, size))
+    for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        held = np.asarray(held_positions(jnp.asarray([start + count - 1]), slots))[0]
+        for head in range(heads):
+            for token in range(count):
+                keys[row, head, (start + token) % slots] = stored(rotated(qkv[row, token, head, -2], row, token))
+                values[row, head, (start + token) % slots] = stored(qkv[row, token, head, -1])
+            for token in range(count):
+                position = start + token
+                seen = [s for s in range(slots) if 0 <= held[s] <= position and position - held[s] < window]
+                scores = rotated(qkv[row, token, head, :-2], row, token) @ keys[row, head, seen].T / np.sqrt(size)
+                weights = np.exp(scores - scores.max(1, keepdims=True))
+                out[row, token, head] = weights / weights.sum(1, keepdims=True) @ values[row, head, seen]
     return out, keys, values
 
 
 @pytest.mark.parametrize(
-    ("parts", "groups", "size", "slots", "window", "splits", "block", "positions"),
+    ("parts", "groups", "size", "slots", "window", "splits", "block", "starts", "counts"),
     [
-        (1, 4, 64, 256, None, 2, 32, [0, 77, 255]),
-        (1, 4, 32, 64, 64, 2, 32, [63, 64, 300]),  # a ring that has turned
-        (1, 4, 32, 128, 40, 4, 32, [5, 100, 500]),  # a window with room for drafts
-        pytest.param(2, 3, 64, 96, None, 1, 64, [63, 64, 95], marks=pytest.mark.slow),
-        pytest.param(1, 7, 64, 100, None, None, None, [0, 99, 50], marks=pytest.mark.slow),
-        pytest.param(2, 1, 128, 48, None, 3, 16, [0, 47, 10], marks=pytest.mark.slow),
+        (1, 4, 64, 256, None, 2, 32, [0, 77, 255], None),
+        (1, 4, 32, 64, 64, 2, 32, [63, 64, 300], None),  # a ring that has turned
+        (1, 4, 32, 128, 40, 4, 32, [5, 100, 500], None),  # a window with room for drafts
+        (1, 4, 32, 96, None, 3, 32, [0, 31, 88], [5, 3, 8]),  # a few tokens: over the edge of a block
+        (1, 7, 32, 48, 40, 2, 16, [44, 3, 500], [8, 1, 6]),  # ... and of a ring with a window
+        pytest.param(2, 3, 64, 96, None, 1, 64, [63, 64, 95], None, marks=pytest.mark.slow),
+        pytest.param(1, 7, 64, 100, None, None, None, [0, 99, 50], None, marks=pytest.mark.slow),
+        pytest.param(2, 1, 128, 48, None, 3, 16, [0, 47, 10], None, marks=pytest.mark.slow),
+        pytest.param(2, 3, 64, 50, 45, 1, 16, [46, 7, 1], [5, 2, 5], marks=pytest.mark.slow),
+        pytest.param(1, 1, 64, 100, None, None, None, [0, 90, 50], [2, 1, 2], marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("int8", [False, True])
 def test_attention(
     parts: int, groups: int, size: int, slots: int, window: int | None, splits: int | None, block: int | None,
-    positions: list[int], int8: bool,
+    starts: list[int], counts: list[int] | None, int8: bool,
 ):  # fmt: skip
     rng, dtype = np.random.default_rng(0), jnp.float32  # float32 shows a wrong index that bfloat16 would hide
-    qkv = normal(rng, (parts, 3, 2, groups + 2, size), dtype)
+    tokens = max(counts) if counts else 1
+    lines, counts = 3 * tokens, counts or [1, 1, 1]
+    qkv = normal(rng, (parts, lines, 2, groups + 2, size), dtype)
     held = [normal(rng, (3, 2, slots, size), dtype) for _ in range(2)]
     cache = LayerCache(*map(to_int8, held), window=window) if int8 else LayerCache(*held, window=window)
-    angles = rng.uniform(0, 6, (3, size // 2))
+    angles = rng.uniform(0, 6, (lines, size // 2))
     rotation = jnp.asarray(np.cos(angles), dtype), jnp.asarray(np.sin(angles), dtype)
-    where, options = jnp.asarray(positions, jnp.int32), {"splits": splits, "block": block, "interpret": True}
+    where, newest = jnp.asarray(starts, jnp.int32), jnp.asarray(np.add(starts, counts) - 1, jnp.int32)
+    options: dict[str, Any] = {"newest": newest, "splits": splits, "block": block, "interpret": True}
     out, after = attend(qkv, rotation, where, cache, **options)
-    expected, keys, values = attended(qkv, *rotation, np.asarray(positions), cache)
-    close = 2e-5
-    np.testing.assert_allclose(wide(out), expected, atol=close)
+    expected, keys, values = attended(qkv, *rotation, starts, counts, cache)
+    close, real = 2e-5, np.arange(tokens) < np.asarray(counts)[:, None]
+    np.testing.assert_allclose(wide(out).reshape(expected.shape)[real], expected[real], atol=close)
+    assert np.isfinite(wide(out)).all()  # of padding as well
     for got, exact in ((after.keys, keys), (after.values, values)):
         numbers = wide(got.values) * wide(got.scales)[..., None] if isinstance(got, Int8Slots) else wide(got)
         np.testing.assert_allclose(numbers, exact, atol=2 * close)
-    columns, _ = attend(qkv, rotation, where, cache, columns=16, **options)
-    np.testing.assert_array_equal(np.asarray(columns.T[:3]).reshape(out.shape), np.asarray(out))
+    columns, _ = attend(qkv, rotation, where, cache, columns=64, **options)
+    np.testing.assert_array_equal(np.asarray(columns.T[:lines]).reshape(out.shape), np.asarray(out))
+
+
+def test_a_few_tokens_are_as_many_as_fit_a_program():
+    assert takes(1, 4)
+    assert takes(8, 8)
+    assert takes(16, 4)
+    assert not takes(17, 1)
+    assert not takes(16, 7)
 
 
 def test_splits_fill_the_chip_and_no_more():
@@ -248,7 +283,14 @@ def model_of(kind: str) -> MistralForCausalLM:
     return model
 
 
-STEPS = [("floats", 1, False), ("int4", 3, True), ("permuted", 3, False), ("table", 1, False), ("adapted", 1, False)]
+STEPS = [
+    ("floats", 1, False),
+    ("floats", 3, False),
+    ("int4", 3, True),
+    ("permuted", 3, False),
+    ("table", 1, False),
+    ("adapted", 1, False),
+]
 
 
 @pytest.mark.parametrize(("kind", "rows", "int8"), some_slow(STEPS, lambda case: case[0] not in ("table", "adapted")))
@@ -264,6 +306,24 @@ def test_a_decode_step_of_kernels_is_the_model_s_step(kind: str, rows: int, int8
     assert logits.shape == expected.shape
     assert logits.dtype == jnp.float32
     assert relative(logits, wide(expected)) < 2e-2
+    for got, wanted in zip(after, before, strict=True):
+        for mine, theirs in zip(*(x.read(jnp.dtype("float32")) for x in (got, wanted)), strict=True):
+            np.testing.assert_allclose(wide(mine), wide(theirs), atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "int8"), some_slow([("int4", True), ("floats", False)], lambda case: case[0] == "floats")
+)
+def test_a_few_tokens_by_kernels_are_the_model_s_own(kind: str, int8: bool):
+    model, rng = model_of(kind), np.random.default_rng(1)
+    tokens, lengths = jnp.asarray(rng.integers(0, 64, (2, 6)), jnp.int32), jnp.asarray([4, 6])
+    _, cache = model.prefill(tokens, lengths, 24, int8)
+    new, counts = jnp.asarray(rng.integers(0, 64, (2, 3)), jnp.int32), jnp.asarray([3, 2])
+    copies = jax.tree.map(jnp.copy, cache)
+    expected, before = model.extend(new, lengths, counts, cache)
+    hidden, after = step.extend(model, new, lengths, counts, copies, interpret=True)
+    real = np.arange(3) < np.asarray(counts)[:, None]
+    assert relative(wide(hidden)[real], wide(expected)[real]) < 2e-2
     for got, wanted in zip(after, before, strict=True):
         for mine, theirs in zip(*(x.read(jnp.dtype("float32")) for x in (got, wanted)), strict=True):
             np.testing.assert_allclose(wide(mine), wide(theirs), atol=0.1)

@@ -92,6 +92,11 @@ def load(reference: Any, index: tuple[Any, ...], mask: Array | None = None) -> A
     return triton.load(reference.at[index], mask=mask, other=jnp.zeros((), reference.dtype))
 
 
+def store(reference: Any, index: tuple[Any, ...], value: Array, mask: Array) -> None:
+    """Put a tile to broadcasting indices, where the mask is True."""
+    triton.store(reference.at[index], value, mask=mask)
+
+
 def arange(size: int) -> Array:
     """0 to `size`, as int32 also where JAX's integers are of 64 bits."""
     return jnp.arange(size, dtype=jnp.int32)

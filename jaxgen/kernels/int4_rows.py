@@ -108,9 +108,15 @@ def _kernel(
 
     first = pl.program_id(1) * steps
     total = lax.fori_loop(first, first + steps, body, jnp.zeros((tile.outputs, len(rows)), jnp.float32))
+    write_sums(out, total, rows_out, tile.outputs, outputs, swiglu)
+
+
+def write_sums(out: Any, total: Array, rows_out: Array, size: int, outputs: int, swiglu: bool) -> None:
+    """A program's sums, `[size, M]`, into their part; or the activations of their pairs."""
+    rows = backend.arange(total.shape[1])
     if swiglu:
         gate, up = pairs(total)
-        unit = backend.clamped(pl.program_id(0) * (tile.outputs // 2), tile.outputs // 2, outputs // 2)
+        unit = backend.clamped(pl.program_id(0) * (size // 2), size // 2, outputs // 2)
         out[unit[:, None], rows[None, :]] = (gate * jax.nn.sigmoid(gate) * up).astype(out.dtype)
     else:
         out[pl.program_id(1), rows[None, :], rows_out[:, None]] = total.astype(out.dtype)

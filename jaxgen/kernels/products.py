@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxgen.kernels import tiles
 from jaxgen.kernels.dense_row import dense_row_product
+from jaxgen.kernels.dense_rows import dense_rows_product
 from jaxgen.kernels.int4_row import int4_row_product
 from jaxgen.kernels.int4_rows import as_columns, int4_rows_product
 from jaxgen.quant.adapted import Adapted
@@ -42,16 +43,28 @@ class Products:
 
 
 class DenseProducts(Products):
-    """Floats: a kernel for one row."""
+    """16-bit floats: a kernel for one row, and one for several."""
 
     weight: Floats
 
+    def _read(self) -> bool:
+        """Whether the kernels read this weight."""
+        array = self.weight.array
+        return isinstance(array, jax.Array) and array.dtype.itemsize == 2
+
     def row(self, x: Float[Array, "1 I"], **around: Any) -> Array | None:
         """Of weights in x's dtype."""
-        array = self.weight.array
-        if not isinstance(array, jax.Array) or array.dtype != x.dtype:
+        if not self._read() or self.weight.array.dtype != x.dtype:
             return None
-        return dense_row_product(x, array, interpret=self.interpret, **around)
+        return dense_row_product(x, self.weight.array, interpret=self.interpret, **around)
+
+    def reads_columns(self, rows: int) -> bool:
+        """From 2 rows on, up to MOST_ROWS."""
+        return self._read() and 1 < rows <= MOST_ROWS
+
+    def columns(self, x: Float[Array, "I M"], rows: int, swiglu: bool = False) -> Array:
+        """See `dense_rows_product`."""
+        return dense_rows_product(x, self.weight.array.astype(x.dtype), swiglu=swiglu, interpret=self.interpret)
 
 
 class Int4Products(Products):

@@ -1,5 +1,7 @@
 """One decode step made of kernels: what `DecoderForCausalLM.step` computes, in five launches per layer for one row.
 
+And `extend`, of a few tokens per row: they are so many rows of every product.
+
 The residual stream is carried as `x` and `delta`: parts that have yet to be added to it, or None. One row adds them
 where they arise, in the epilogue of its product, and normalises in the prologue of the next; more rows do both in
 `add_norm`, because the sums of their products come in parts.
@@ -22,18 +24,40 @@ def decode_step(
     model: Any, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache, interpret: bool = False
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Read one token per row at `positions`: float32 logits for the next one, and the cache that holds it."""
-    x, delta, caches = model.model.embed_tokens(tokens), None, []
-    reading = Reading.one(positions)
-    rotation = model.rotation(reading.positions)
-    rotation = rotation[0][:, 0], rotation[1][:, 0]
-    for layer, before in zip(model.model.layers, cache, strict=True):
-        x, delta, after = _layer(layer, x, delta, rotation, reading, before, interpret)
-        caches.append(after)
+    x, delta, caches = _layers(model, tokens, Reading.one(positions), cache, interpret)
     with jax.named_scope("lm_head"):
         tied = model.config.tie_word_embeddings
         head = as_weight(model.model.embed_tokens.weight[...] if tied else model.lm_head.weight[...])
         _, logits = normed_product(x, delta, model.model.norm, head.kernels(interpret), interpret)
     return logits[:, : len(tokens)].astype(jnp.float32).sum(0), caches
+
+
+def extend(
+    model: Any,
+    tokens: Int[Array, "B T"],
+    starts: Int[Array, " B"],
+    counts: Int[Array, " B"],
+    cache: KVCache,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Read up to T tokens per row, of which the first `counts` are real: hidden states, and the cache."""
+    reading = Reading.several(starts, counts, tokens.shape[1])
+    x, delta, caches = _layers(model, tokens.reshape(-1), reading, cache, interpret)
+    norm = model.model.norm
+    _, hidden = add_norm(x, delta, norm.weight[...], norm.eps, interpret=interpret)
+    return hidden.reshape(*tokens.shape, -1), caches
+
+
+def _layers(
+    model: Any, tokens: Int[Array, " R"], reading: Reading, cache: KVCache, interpret: bool
+) -> tuple[Array, Array | None, KVCache]:
+    """The residual stream after all layers, as two addends, and the cache."""
+    x, delta, caches = model.model.embed_tokens(tokens), None, []
+    cosine, sine = (table.reshape(len(tokens), -1) for table in model.rotation(reading.positions))
+    for layer, before in zip(model.model.layers, cache, strict=True):
+        x, delta, after = _layer(layer, x, delta, (cosine, sine), reading, before, interpret)
+        caches.append(after)
+    return x, delta, caches
 
 
 def _layer(

@@ -151,6 +151,11 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
         Only the first `counts` tokens of a row are real. Returns the last layer's hidden states, which `logits` turns
         into logits, and the cache. Beside a sliding window W the cache must have W + T slots (`cache`).
         """
+        if target().kernels and self._fits_kernels:
+            from jaxgen.kernels import attend, step
+
+            if attend.takes(tokens.shape[1], self.config.query_groups):
+                return step.extend(self, tokens, starts, counts, cache)
         reading = Reading.several(starts, counts, tokens.shape[1])
         x, rotation = self.model.embed_tokens(tokens), self.rotation(reading.positions)
         caches = []
