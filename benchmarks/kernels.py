@@ -94,7 +94,7 @@ def candidates(product: str, rows: int, dense: bool) -> Iterable[Candidate]:
     if product in ("o", "down"):
         around = {"residual": jnp.zeros((1, out), jnp.bfloat16)}
     if dense and rows > 1:
-        sizes = [(64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5), (64, 256, 4, 3), (128, 64, 8, 4), (128, 128, 8, 3)]
+        sizes = [(64, 128, 4, 4), (64, 128, 2, 3), (64, 64, 2, 5), (64, 256, 4, 3), (128, 64, 8, 4), (128, 128, 4, 3)]
         for (outputs, columns, warps, stages), splits in itertools.product(sizes, (1,) if swiglu else (1, 2, 4, 8)):
             if swiglu or 90 <= out // outputs * splits <= 520:
                 tile = dense_rows.Tile(outputs, columns, splits, warps, stages)
