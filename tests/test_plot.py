@@ -14,9 +14,12 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb, to_rgba
 
 from jaxgen import AutoModelForCausalLM, JaxgenError, UnsupportedError, demo, plot
+from jaxgen.display.axes import label_of, name_tokens
+from jaxgen.display.measures import entropy_of
+from jaxgen.display.rows import rows_of
+from jaxgen.display.texts import Texts
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.results.output import GenerateOutput
-from jaxgen.text.show import Texts, rows_of
 from jaxgen.text.tokenizer import load_tokenizer
 
 PROMPTS = ["A list of colors: red, blue", "Portugal is"]
@@ -113,7 +116,7 @@ def test_entropy_of_a_row_that_is_read_again(model, tokenizer, sampled):
 
 
 def test_entropy_of_impossible_tokens_is_finite():
-    assert float(plot._entropy(jnp.array([[0.0, 0.0, -np.inf]]))[0]) == pytest.approx(np.log(2))
+    assert float(entropy_of(jnp.array([[0.0, 0.0, -np.inf]]))[0]) == pytest.approx(np.log(2))
 
 
 def test_distribution_under_options():
@@ -232,7 +235,7 @@ def test_figures_can_be_read_on_any_page(sampled, tokenizer):
 
 def test_dollars_and_controls_are_no_mathematics():
     _, ax = plt.subplots()
-    plot._name_tokens(ax, range(3), [plot._label(text) for text in ("$x_", "a$\n", "\x00 b")])
+    name_tokens(ax, range(3), [label_of(text) for text in ("$x_", "a$\n", "\x00 b")])
     assert labels(ax) == ["$x_", "a$↵", "\\x00␣b"]
 
 

@@ -14,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgen import AutoModelForCausalLM, JaxgenError, demo
+from jaxgen.display import notebook
+from jaxgen.display.notebook import summary
+from jaxgen.display.rows import rows_of, step_logits
+from jaxgen.display.table import to_pandas
+from jaxgen.display.texts import Texts
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.results.output import GenerateOutput
-from jaxgen.text import show
-from jaxgen.text.show import Texts, rows_of, summary, to_pandas
 from jaxgen.text.tokenizer import continuation, load_tokenizer
 
 PROMPTS = ["A list of colors: red, blue", "Portugal is"]
@@ -194,7 +197,7 @@ def test_rows_know_their_prompts_samples_and_seeds(model, tokenizer, sampled):
 
 
 def test_the_html_holds_the_decoded_text(tokenizer, sampled):
-    page = Page(show.html(sampled))
+    page = Page(notebook.html(sampled))
     assert page.tags == {"div", "span", "style"}
     for row, prompt, tokens in zip(rows_of(sampled), page.prompts, page.tokens, strict=True):
         assert len(tokens) == len(row.new_ids)
@@ -204,7 +207,7 @@ def test_the_html_holds_the_decoded_text(tokenizer, sampled):
 
 
 def test_what_a_token_tells(sampled, tokenizer):
-    page, texts = Page(show.html(sampled)), Texts(tokenizer)
+    page, texts = Page(notebook.html(sampled)), Texts(tokenizer)
     alternatives_seen = 0
     for row, lines in zip(rows_of(sampled), page.about, strict=True):
         for step, (token, about) in enumerate(zip(row.new_ids, lines, strict=True)):
@@ -230,7 +233,7 @@ def number(said: str) -> float:
 
 def test_the_tint_is_stronger_for_less_probable_tokens():
     out = result([[0, 0, 0, 0]], 1, [np.log([1.0, 0.5, 0.001])])
-    [styles] = Page(show.html(out)).styles
+    [styles] = Page(notebook.html(out)).styles
     strengths = [float(re.fullmatch(r"background:rgba\(240,110,0,(\S+)\)", style)[1]) for style in styles]  # pyright: ignore
     np.testing.assert_allclose(strengths, [0, 0.325, 0.64935], atol=6e-4)
 
@@ -248,7 +251,7 @@ def test_escapes():
         "é\r",
     )
     out = result([[1, *range(9)]], 1)
-    text = show.html(out, Spelling(*words))
+    text = notebook.html(out, Spelling(*words))
     text.encode("utf-8")  # no lone surrogates
     assert "<script" not in text and "http" not in text and "url(" not in text and "@import" not in text
     assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", text)
@@ -273,30 +276,30 @@ def test_escapes():
 
 def test_long_results_are_folded():
     short = result([[0, 0]] * 40, 1)
-    page = Page(show.html(short, Spelling("a")))
+    page = Page(notebook.html(short, Spelling("a")))
     assert len(page.tokens) == 32
     assert page.notes[-1] == "8 more rows (8 new tokens) not shown"
     long = result([[0] * 1501] * 3, 1)
-    page = Page(show.html(long, Spelling("a")))
+    page = Page(notebook.html(long, Spelling("a")))
     assert [len(tokens) for tokens in page.tokens] == [1500, 500]
     assert page.notes[1].endswith("1,500 tokens · 1,000 more tokens not shown")
     assert page.notes[-1] == "1 more row (1,500 new tokens) not shown"
     prompt = result([[0] * 5001], 5000)
-    page = Page(show.html(prompt, Spelling("ab")))
+    page = Page(notebook.html(prompt, Spelling("ab")))
     assert page.prompts == ["… " + "ab" * 1000]
     assert page.notes[-1].endswith("the first 8,000 characters of the prompt not shown")
 
 
 def test_without_a_tokenizer_ids_are_shown(reference_model, tmp_path, monkeypatch):
     out = result([[5, 6, 7]], 1)
-    assert Page(show.html(out)).tokens == [["6 ", "7 "]]
+    assert Page(notebook.html(out)).tokens == [["6 ", "7 "]]
     assert repr(out) == "GenerateOutput: 1 row\n  row 0: length, 2 tokens, '6 7 '"
     assert to_pandas(out)["text"].tolist() == [None, None]
     model = reference_model("gqa_4")  # a checkpoint without a tokenizer
     real = model.generate([[1, 2, 3]], max_new_tokens=2, eos_token_id=None, return_dict_in_generate=True)
-    assert Page(show.html(real)).tokens == [[f"{token} " for token in real.sequences[0, 3:]]]
+    assert Page(notebook.html(real)).tokens == [[f"{token} " for token in real.sequences[0, 3:]]]
     with pytest.raises(JaxgenError, match="tokenizer"):
-        show.html(real, tmp_path)
+        notebook.html(real, tmp_path)
 
 
 # Terminal and table.
@@ -351,7 +354,7 @@ def test_beams_have_the_logits_of_their_own_row(model, tokenizer):
     table = to_pandas(out)
     assert table.groupby("row")["prompt"].first().tolist() == [0, 0, 1, 1]
     for line in table.itertuples():
-        logits = show.step_logits(out, line.row, line.step).astype(np.float64)
+        logits = step_logits(out, line.row, line.step).astype(np.float64)
         logprob = logits[line.token_id] - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
         assert logprob == pytest.approx(line.model_logprob, abs=1e-4)
 
@@ -364,7 +367,7 @@ def test_without_pandas_it_says_what_to_install(monkeypatch):
 
 def test_looking_imports_neither_pandas_nor_matplotlib():
     code = (
-        "import sys, jaxgen, jaxgen.text.show, jaxgen.plot; "
+        "import sys, jaxgen, jaxgen.display.notebook, jaxgen.plot; "
         "heavy = {'pandas', 'matplotlib', 'transformers', 'torch'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

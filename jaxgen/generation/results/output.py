@@ -85,18 +85,18 @@ class GenerateOutput:
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame with one line per new token: its text, ids and probabilities."""
-        from jaxgen.text.show import to_pandas
+        from jaxgen.display.table import to_pandas
 
         return to_pandas(self)
 
     def __repr__(self) -> str:
-        from jaxgen.text.show import summary
+        from jaxgen.display.notebook import summary
 
         return summary(self)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the tokens, coloured by their probability."""
-        from jaxgen.text.show import html
+        from jaxgen.display.notebook import html
 
         return html(self)
 
