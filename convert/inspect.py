@@ -4,7 +4,7 @@ import math
 import os
 from typing import Any
 
-from jaxgen.generation.prompts.memory import free_bytes, kv_bytes_per_token
+from jaxgen.generation.prompts.memory import cache_bytes, free_bytes, kv_bytes_per_token
 from jaxgen.models.config import DecoderConfig
 from jaxgen.models.tensors import EMBEDDING, parameter_parts
 
@@ -30,6 +30,7 @@ def describe(name_or_path: "str | os.PathLike[str]", dtype: str = "auto") -> str
     count = sum(math.prod(part.shape) for part in parts)
     loaded = packed_bytes + chosen.itemsize * sum(math.prod(part.shape) for part in parts if not packed.get(part.name))
     per_token = kv_bytes_per_token(config, chosen.itemsize)
+    row = cache_bytes(config, chosen.itemsize, config.cache_slots(_longest(config)))
     rows = {
         "checkpoint": place,
         "architecture": _architecture(config),
@@ -39,9 +40,8 @@ def describe(name_or_path: "str | os.PathLike[str]", dtype: str = "auto") -> str
         **({"format": f"{stored_as.name}: {_size(packed_bytes)}"} if stored_as else {}),
         f"as {chosen.name}": _size(loaded)
         + (", about: weights of four bits as large as in the files" if stored_as else ""),
-        "cache": f"{_size(per_token)} per token and row, {_size(per_token * config.cache_slots(_longest(config)))} "
-        f"for a row of {_longest(config):,} tokens",
-        "device": f"{device.device_kind}: {_fits(config, device, loaded, per_token)}",
+        "cache": f"{_size(per_token)} per token and row, {_size(row)} for a row of {_longest(config):,} tokens",
+        "device": f"{device.device_kind}: {_fits(device, loaded, row)}",
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
@@ -56,7 +56,10 @@ def _architecture(config: DecoderConfig) -> str:
 
 
 def _attention(config: DecoderConfig) -> str:
-    window = f"window {config.sliding_window}" if config.sliding_window else "full"
+    windows = [window for window in config.layer_windows if window is not None]
+    window = f"window {windows[0]}" if windows else "full"
+    if 0 < len(windows) < config.num_hidden_layers:
+        window += f" in {len(windows)} of {config.num_hidden_layers} layers"
     return (
         f"{config.num_attention_heads} heads of {config.head_size}, {config.num_key_value_heads} key-value heads, "
         f"{window}, context {config.max_position_embeddings}, RoPE base {config.rope_theta:g}"
@@ -69,14 +72,13 @@ def _files(checkpoint: Checkpoint) -> str:
     return f"{', '.join(dtypes)}, {_size(checkpoint.total_bytes)} in {len(shards)} file(s)"
 
 
-def _fits(config: DecoderConfig, device: Any, loaded: int, per_token: int) -> str:
+def _fits(device: Any, loaded: int, row: int) -> str:
     free = free_bytes(device)
     if free is None:
         return "memory unknown"
     left = free - loaded
     if left < 0:
         return f"{_size(free)} free; the weights do not fit"
-    row = per_token * config.cache_slots(_longest(config))
     return f"{_size(free)} free; the weights fit, and beside them the cache of {left // row:,} rows of that length"
 
 

@@ -3,7 +3,7 @@
 A row's token at position p lives in slot p % C. Without a sliding window C is the largest length of a row, and the
 ring never turns. With a window W, a row that reads one token at a time needs C = W slots: the token that a write
 replaces has just left the window. One that reads up to T tokens at a time, or writes up to T that may be taken
-back, needs C = W + T.
+back, needs C = W + T. Layers with a window and layers without lie side by side, each with the slots that it needs.
 
 What is in a slot follows from the newest token's position alone: tokens after it, of padding or of rejected
 drafts, are never seen, and are overwritten before they could be.
@@ -166,6 +166,12 @@ class LayerCache:
 
 
 KVCache = list[LayerCache]
+Slots = int | tuple[int, ...]  # per row: of every layer, or of each, where a window needs fewer than a full layer
+
+
+def of_layers(slots: Slots, layers: int) -> tuple[int, ...]:
+    """The slots of each layer."""
+    return slots if isinstance(slots, tuple) else (slots,) * layers
 
 
 def to_int8(x: Float[Array, "*axes H"]) -> Int8Slots:

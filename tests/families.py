@@ -46,6 +46,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2, yarn": {
         "model_type": "qwen2", **_SMALL, "rope_theta": 1000000.0, "rope_scaling": {"type": "yarn", **YARN},
     },
+    "qwen2, windows": {
+        "model_type": "qwen2", **_SMALL, "num_hidden_layers": 3, "rope_theta": 1000000.0, "sliding_window": 12,
+        "use_sliding_window": True, "max_window_layers": 1,
+    },
+    "qwen3, windows": {
+        "model_type": "qwen3", **_SMALL, "num_hidden_layers": 3, "head_dim": 32, "sliding_window": 9,
+        "use_sliding_window": True, "max_window_layers": 3, "rope_scaling": {"rope_type": "yarn", **YARN},
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "qwen3": {
         "model_type": "qwen3", **_SMALL, "head_dim": 32, "rope_theta": 1000000, "use_sliding_window": False,
         "max_window_layers": 2, "sliding_window": None, "layer_types": ["full_attention"] * 2,

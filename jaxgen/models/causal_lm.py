@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.attention import Rotation
-from jaxgen.cache import KVCache, Reading, empty_layer_cache, layer_cache_from_prompt
+from jaxgen.cache import KVCache, Reading, Slots, empty_layer_cache, layer_cache_from_prompt, of_layers
 from jaxgen.causal_output import CausalLMOutput
 from jaxgen.familiar import FamiliarMethods, answer
 from jaxgen.generation.generate import GenerationMixin
@@ -112,7 +112,7 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
             yield (self.model.norm(x) if index + 1 == len(self.model.layers) else x), weights
 
     def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], slots: int, int8: bool = False
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], slots: Slots, int8: bool = False
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Read right-padded prompts: float32 logits after each row's last token, and a cache of `slots` slots."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -120,8 +120,10 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
         with jax.named_scope("cache"):
             cache = [
-                layer_cache_from_prompt(keys, values, lengths, slots, int8, layer.self_attn.window)
-                for layer, (keys, values) in zip(self.model.layers, fresh, strict=True)
+                layer_cache_from_prompt(keys, values, lengths, count, int8, layer.self_attn.window)
+                for layer, count, (keys, values) in zip(
+                    self.model.layers, of_layers(slots, len(fresh)), fresh, strict=True
+                )
             ]
         return self.logits(last)[:, 0], cache
 
@@ -171,11 +173,13 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
             logits = self.model.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)
             return logits.astype(jnp.float32)
 
-    def empty_cache(self, rows: int, slots: int, int8: bool = False) -> KVCache:
+    def empty_cache(self, rows: int, slots: Slots, int8: bool = False) -> KVCache:
         """A cache that holds nothing yet."""
-        c = self.config
-        sizes = rows, c.num_key_value_heads, slots, c.head_size
-        return [empty_layer_cache(*sizes, self.dtype, int8, layer.self_attn.window) for layer in self.model.layers]
+        heads, size, kind = self.config.num_key_value_heads, self.config.head_size, self.dtype
+        return [
+            empty_layer_cache(rows, heads, count, size, kind, int8, layer.self_attn.window)
+            for layer, count in zip(self.model.layers, of_layers(slots, self.config.num_hidden_layers), strict=True)
+        ]
 
     def _prompt(
         self, ids: Int[Array, "B T"], positions: Int[Array, "B T"], real: Bool[Array, "B T"]
@@ -204,4 +208,4 @@ def _run_layer(structure: Any, weights: Any, *arguments: Any) -> Any:
     return structure.module(weights).activations(*arguments)
 
 
-_layer_activations = jax.jit(_run_layer, static_argnums=(0, 6))  # one program for all layers, which are alike
+_layer_activations = jax.jit(_run_layer, static_argnums=(0, 6))  # one program for all layers that are alike

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, no_type_check
 
+from jaxgen.cache import Slots
 from jaxgen.errors import NO_REMOTE_CODE, JaxgenError, UnsupportedError, listed
 from jaxgen.files import read_json
 from jaxgen.models import rope
@@ -80,6 +81,7 @@ class DecoderConfig:
 
     # What the block asks; a family makes a field or a property of what it has.
     sliding_window: ClassVar[int | None] = None
+    layer_types: ClassVar[tuple[str, ...] | None] = None  # None: all layers alike
     rope_scaling: ClassVar[Any] = None
     qkv_bias: ClassVar[Any] = False
     o_bias: ClassVar[Any] = False
@@ -93,6 +95,8 @@ class DecoderConfig:
     def __post_init__(self):
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if isinstance(self.layer_types, list):
+            object.__setattr__(self, "layer_types", tuple(self.layer_types))
         if isinstance(self.rope_scaling, Mapping):  # as HF's configs are made
             object.__setattr__(self, "rope_scaling", self._scaling(self.rope_scaling))
         problems = [
@@ -110,6 +114,7 @@ class DecoderConfig:
                 f"num_attention_heads={self.num_attention_heads} is more than hidden_size={self.hidden_size}, and "
                 "there is no head_dim"
             )
+        problems += [] if problems else self._wrong_layers()
         if not problems and self.head_size % 2:
             problems.append(f"head_dim={self.head_dim} must be even for rotary embeddings")
         if not problems and isinstance(self.rope_scaling, rope.Yarn) and self.rope_theta == 1:
@@ -153,12 +158,21 @@ class DecoderConfig:
         """Query heads per key-value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
-    def cache_slots(self, total_length: int, ahead: int = 0) -> int:
-        """Key-value slots that a row of at most `total_length` tokens needs in each layer.
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """How far back each layer looks, a token itself included; None for all the way."""
+        if self.layer_types is None:
+            return (self.sliding_window,) * self.num_hidden_layers
+        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
+
+    def cache_slots(self, total_length: int, ahead: int = 0) -> Slots:
+        """Key-value slots that a row of at most `total_length` tokens needs: in every layer, or in each.
 
         `ahead`: how many tokens it reads at a time, if more than one (`jaxgen.cache`).
         """
-        return total_length if self.sliding_window is None else min(self.sliding_window + ahead, total_length)
+        windows = self.layer_windows
+        slots = tuple(total_length if window is None else min(window + ahead, total_length) for window in windows)
+        return slots if len(set(slots)) > 1 else slots[0]
 
     @classmethod
     def from_hf(cls, source: "str | os.PathLike[str] | Mapping[str, Any]") -> Self:
@@ -177,11 +191,10 @@ class DecoderConfig:
             raise UnsupportedError(f"config: model_type is missing; jaxgen reads model_type={cls.model_type!r}")
         if refusal := cls._refusal("model_type", fields["model_type"]):  # whose other fields say nothing to us
             raise UnsupportedError(f"config: {refusal}")
-        kinds = fields.get("layer_types")
-        if cls.sliding_window is None and isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
+        known = cls._checks()
+        if "layer_types" not in known and cls.sliding_window is None and all_full(fields.get("layer_types")):
             del fields["layer_types"]  # transformers 5 writes it also where all layers are alike
         refused = [refusal for name, value in fields.items() if (refusal := cls._refusal(name, value))]
-        known = cls._checks()
         kept: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list) else v for name, v in fields.items() if name in known
         }
@@ -240,6 +253,15 @@ class DecoderConfig:
     def rope_parameters(self) -> dict[str, Any]:
         """As transformers 5 has them."""
         return rope.to_hf(self.rope_scaling) | {"rope_theta": self.rope_theta}
+
+    def _wrong_layers(self) -> list[str]:
+        """What is wrong with `layer_types`."""
+        kinds = self.layer_types or ()
+        if kinds and len(kinds) != self.num_hidden_layers:
+            return [f"layer_types names {len(kinds)} layers, num_hidden_layers={self.num_hidden_layers}"]
+        if "sliding_attention" in kinds and self.sliding_window is None:
+            return ["layer_types has layers with a sliding window, and there is no sliding_window"]
+        return []
 
     def _scaling(self, given: Mapping[str, Any]) -> Any:
         fields, context = {"rope_scaling": given, "rope_theta": self.rope_theta}, self.max_position_embeddings
@@ -302,6 +324,11 @@ def config_of(
     return read_config(locate(name_or_path, files=("config.json",), revision=revision, **placed)), fields
 
 
+def all_full(layer_types: Any) -> bool:
+    """Whether layers are named, none of which has a window."""
+    return isinstance(layer_types, list | tuple) and all(kind == "full_attention" for kind in layer_types)
+
+
 def known_default(kind: type, name: str) -> Any:
     """The default of a dataclass's field."""
     return next(field.default for field in dataclasses.fields(kind) if field.name == name)
@@ -349,13 +376,19 @@ _CHECKS = {
         "a token id below 2**31, or several",
     ),
     **dict.fromkeys(
-        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache"),
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache", "use_sliding_window"),
         (lambda value: isinstance(value, bool), "true or false"),
+    ),
+    "max_window_layers": (lambda value: _is_int(value, 0), "an int from 0 on, below 2**31"),
+    "layer_types": (
+        lambda value: isinstance(value, tuple) and len(value) > 0 and all(kind in _LAYERS for kind in value),
+        "one of 'full_attention' and 'sliding_attention' for each layer",
     ),
     "rope_scaling": (
         lambda value: value is None or isinstance(value, tuple(rope.SCALINGS.values())),
         "a scaling of jaxgen.models.rope, or None",
     ),
 }  # fmt: skip
-_NULLABLE = ("sliding_window", "head_dim", "bos_token_id", "eos_token_id", "pad_token_id")
+_LAYERS = ("full_attention", "sliding_attention")
+_NULLABLE = ("sliding_window", "layer_types", "head_dim", "bos_token_id", "eos_token_id", "pad_token_id")
 _SETTABLE = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")

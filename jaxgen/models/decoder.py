@@ -40,9 +40,9 @@ def rotation(config: DecoderConfig, positions: Int[Array, "B T"], dtype: jnp.dty
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions; a sliding window, biases and norms per head where configured."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.kv_heads, self.groups = config.num_key_value_heads, config.query_groups
-        self.head_dim, self.window = config.head_size, config.sliding_window
+        self.head_dim, self.window = config.head_size, config.layer_windows[index]
         fused, mixed = self.kv_heads * (self.groups + 2) * self.head_dim, config.num_attention_heads * self.head_dim
         self.qkv_proj = Linear(config.hidden_size, fused, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         self.o_proj = Linear(mixed, config.hidden_size, bias=config.o_bias, dtype=dtype, rngs=rngs)
@@ -94,8 +94,8 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One block: attention and feed-forward, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+    def __init__(self, config: DecoderConfig, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.self_attn = Attention(config, index, dtype=dtype, rngs=rngs)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
@@ -179,6 +179,6 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        layers = [DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
+        layers = [DecoderLayer(config, index, dtype=dtype, rngs=rngs) for index in range(config.num_hidden_layers)]
         self.layers = _module_list(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)

@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxgen.cache import KVCache
+from jaxgen.cache import KVCache, Slots
 
 
 class ModelConfig(Protocol):
@@ -21,13 +21,11 @@ class ModelConfig(Protocol):
         """The longest row, in tokens."""
         ...
 
-    @property
-    def sliding_window(self) -> int | None:
-        """How far back a token reads, itself included; None for all the way."""
-        ...
+    def cache_slots(self, total_length: int, ahead: int = 0) -> Slots:
+        """Key-value slots that a row of at most `total_length` tokens needs, reading `ahead` at a time.
 
-    def cache_slots(self, total_length: int, ahead: int = 0) -> int:
-        """Key-value slots that a row of at most `total_length` tokens needs, reading `ahead` at a time."""
+        One number for all layers, or one for each where they differ.
+        """
         ...
 
     def to_hf(self) -> dict[str, Any]:
@@ -40,7 +38,7 @@ class DecodingModel(Protocol):
     """What the compiled loop calls, and all that an assistant needs."""
 
     def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], slots: int, int8: bool = False
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], slots: Slots, int8: bool = False
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Read right-padded prompts: float32 logits after each row's last token, and a cache of `slots` slots."""
         ...
@@ -61,7 +59,7 @@ class DecodingModel(Protocol):
         """What the head makes of hidden states, in float32."""
         ...
 
-    def empty_cache(self, rows: int, slots: int, int8: bool = False) -> KVCache:
+    def empty_cache(self, rows: int, slots: Slots, int8: bool = False) -> KVCache:
         """A cache that holds nothing yet."""
         ...
 

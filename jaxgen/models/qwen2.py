@@ -1,17 +1,17 @@
 """Qwen2 and Qwen2.5, dense: queries, keys and values have biases. Also DeepSeek-R1-Distill-Qwen."""
 
 import dataclasses
-from typing import Any, no_type_check
+from typing import no_type_check
 
 from jaxgen.models.causal_lm import DecoderForCausalLM
-from jaxgen.models.config import DecoderConfig
 from jaxgen.models.gguf import Gguf
+from jaxgen.models.qwen import QwenConfig
 
 
 @no_type_check  # as DecoderConfig
 @dataclasses.dataclass(kw_only=True)
-class Qwen2Config(DecoderConfig):
-    """The shape of a `Qwen2ForCausalLM`, with transformers 5's defaults, all layers with full attention.
+class Qwen2Config(QwenConfig):
+    """The shape of a `Qwen2ForCausalLM`, with transformers 5's defaults; windows as in `QwenConfig`.
 
     `rope_scaling` as for `LlamaConfig`. Raises `JaxgenError` for sizes that do not fit together. Source: transformers
     `Qwen2Config`.
@@ -20,20 +20,9 @@ class Qwen2Config(DecoderConfig):
     16
     """
 
-    vocab_size: int = 151936
-    hidden_size: int = 4096
-    intermediate_size: int = 22016
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = 32
-    max_position_embeddings: int = 32768
-    rope_scaling: Any = None
-
     model_type = "qwen2"
     architecture = "Qwen2ForCausalLM"
-    rope_types = ("default", "linear", "llama3", "yarn")
-    fixed_fields = {"use_sliding_window": (False,), "use_mrope": (False,)}  # noqa: RUF012
-    ignored_fields = frozenset({"sliding_window", "max_window_layers"})  # without effect, then
+    fixed_fields = {"use_mrope": (False,)}  # noqa: RUF012
     qkv_bias = True
 
 

@@ -1,17 +1,17 @@
 """Qwen3, dense: queries and keys are normed per head, and the heads' size is apart from hidden / heads."""
 
 import dataclasses
-from typing import Any, no_type_check
+from typing import no_type_check
 
 from jaxgen.models.causal_lm import DecoderForCausalLM
-from jaxgen.models.config import DecoderConfig
 from jaxgen.models.gguf import Gguf
+from jaxgen.models.qwen import QwenConfig
 
 
 @no_type_check  # as DecoderConfig
 @dataclasses.dataclass(kw_only=True)
-class Qwen3Config(DecoderConfig):
-    """The shape of a `Qwen3ForCausalLM`, with transformers 5's defaults, all layers with full attention.
+class Qwen3Config(QwenConfig):
+    """The shape of a `Qwen3ForCausalLM`, with transformers 5's defaults; windows as in `QwenConfig`.
 
     `rope_scaling` as for `LlamaConfig`. Raises `JaxgenError` for sizes that do not fit together. Source: transformers
     `Qwen3Config`.
@@ -20,22 +20,11 @@ class Qwen3Config(DecoderConfig):
     128
     """
 
-    vocab_size: int = 151936
-    hidden_size: int = 4096
-    intermediate_size: int = 22016
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = 32
     head_dim: int | None = 128
-    max_position_embeddings: int = 32768
     attention_bias: bool = False
-    rope_scaling: Any = None
 
     model_type = "qwen3"
     architecture = "Qwen3ForCausalLM"
-    rope_types = ("default", "linear", "llama3", "yarn")
-    fixed_fields = {"use_sliding_window": (False,)}  # noqa: RUF012
-    ignored_fields = frozenset({"sliding_window", "max_window_layers"})  # without effect, then
     qk_norm = True
 
     @property

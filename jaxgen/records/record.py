@@ -204,7 +204,7 @@ def _shapes(request: Any) -> dict[str, Any]:
         "prompt_length": length,
         "samples": layout.samples,
         "total": layout.total,
-        "cache_slots": layout.slots,
+        "cache_slots": list(layout.slots) if isinstance(layout.slots, tuple) else layout.slots,
         "int8_cache": layout.int8_cache,
         "prefill_chunk": layout.chunk,
     }

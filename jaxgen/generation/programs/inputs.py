@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxgen.cache import Slots
 from jaxgen.errors import JaxgenError, UnsupportedError, shown
 from jaxgen.generation.choosing.stop_strings import StopStrings
 from jaxgen.generation.options.config import GenerationConfig
@@ -43,7 +44,7 @@ class BatchLayout:
     static: StaticOptions
     samples: int  # rows per prompt
     total: int  # the largest length of a row, prompt and new tokens
-    slots: int  # cache slots per row
+    slots: Slots  # of the cache, per row
     int8_cache: bool = False
     chunk: int = 0  # prompt tokens that are read at a time; 0: all at once
     fresh: int = 0  # columns that hold what a prompt adds to the past; 0: there is no past

@@ -3,6 +3,7 @@
 from typing import Any
 
 from jaxgen.attention import query_block
+from jaxgen.cache import Slots, of_layers
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.programs.inputs import BatchLayout
 from jaxgen.generation.prompts.layout import largest_bucket
@@ -32,24 +33,25 @@ def check_memory(
     prompts, length = shape
     batch = 2 * prompts if guided else prompts
     rows = batch * layout.samples
-    per_slot = rows * kv_bytes_per_token(config, itemsize, layout.int8_cache)
+    cache = rows * cache_bytes(config, itemsize, layout.slots, layout.int8_cache)
     static = layout.static
     tables = static.record_scores + static.record_logits
     recorded = 4 * prompts * layout.samples * static.recorded * config.vocab_size * tables
     read_on = layout.chunk or layout.fresh  # a piece at a time, against every slot
     working = recorded + (
-        prefill_bytes(config, itemsize, batch, read_on, read_on, layout.slots)
+        prefill_bytes(config, itemsize, batch, read_on, read_on, _most(config, layout.slots))
         if read_on
         else prefill_bytes(config, itemsize, batch, length, query_block(length), length)
     )
     drafting = _drafting_bytes(config, itemsize, rows, layout)
     working += drafting
     if past:  # the past in the rows and slots of this call, on the way
-        working += per_slot * layout.slots
+        working += cache
     if assistant is not None:
-        own = kv_bytes_per_token(assistant.config, assistant.dtype.itemsize, layout.int8_cache)
-        working += prompts * layout.samples * own * assistant_slots(assistant.config, layout)
-    needed = per_slot * layout.slots + working
+        slots = assistant_slots(assistant.config, layout)
+        own = cache_bytes(assistant.config, assistant.dtype.itemsize, slots, layout.int8_cache)
+        working += prompts * layout.samples * own
+    needed = cache + working
     if needed <= free:
         return
     if recorded > free // 2:
@@ -63,7 +65,12 @@ def check_memory(
             f"{rows} rows that read {static.drafts} drafts at a time need {drafting / _SHOWN:.2f} GB, and "
             f"{free / _SHOWN:.2f} GB are free on {device}; lower {name}"
         )
-    room = largest_bucket(max(free - working, 0) // per_slot) - length
+    # Layers with the most slots grow with the rows; beside them, those with a window stay as they are.
+    counts = of_layers(layout.slots, config.num_hidden_layers)
+    growing = [count for count in counts if count == max(counts)]
+    per_layer = rows * cache_bytes(config, itemsize, 1, layout.int8_cache) // len(counts)
+    others = per_layer * (sum(counts) - sum(growing))
+    room = largest_bucket(max(free - working - others, 0) // (per_layer * len(growing))) - length
     advice = f"at most {room} new tokens fit" if room > 0 else "use fewer rows or a shorter prompt"
     raise JaxgenError(
         f"{rows} rows of {layout.total} tokens (prompt and new tokens, rounded up) need {needed / _SHOWN:.2f} GB for "
@@ -75,10 +82,10 @@ def _drafting_bytes(config: DecoderConfig, itemsize: int, rows: int, layout: Bat
     """About what a decode step takes beside the cache: the logits, and with drafts what reading them all takes."""
     read = layout.static.drafts + 1
     logits = 4 * rows * read * config.vocab_size
-    return logits + (prefill_bytes(config, itemsize, rows, read, read, layout.slots) if read > 1 else 0)
+    return logits + (prefill_bytes(config, itemsize, rows, read, read, _most(config, layout.slots)) if read > 1 else 0)
 
 
-def assistant_slots(config: Any, layout: BatchLayout) -> int:
+def assistant_slots(config: Any, layout: BatchLayout) -> Slots:
     """Cache slots of an assistant: it reads two tokens at a time, after having written up to T that were rejected."""
     return config.cache_slots(layout.total, ahead=max(layout.chunk, layout.static.drafts + 2))
 
@@ -98,6 +105,17 @@ def kv_bytes_per_token(config: DecoderConfig, itemsize: int, int8: bool = False)
     """Bytes of keys and values that one token of one row takes in all layers."""
     per_head = config.head_size + 4 if int8 else config.head_size * itemsize
     return 2 * config.num_hidden_layers * config.num_key_value_heads * per_head
+
+
+def cache_bytes(config: DecoderConfig, itemsize: int, slots: Slots, int8: bool = False) -> int:
+    """Bytes of the cache of one row, with so many slots in every layer, or in each."""
+    counts = of_layers(slots, config.num_hidden_layers)
+    return kv_bytes_per_token(config, itemsize, int8) // len(counts) * sum(counts)
+
+
+def _most(config: DecoderConfig, slots: Slots) -> int:
+    """The slots of the largest layer."""
+    return max(of_layers(slots, config.num_hidden_layers))
 
 
 def free_bytes(device: Any) -> int | None:

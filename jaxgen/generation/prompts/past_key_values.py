@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxgen.cache import Int8Slots, KVCache
+from jaxgen.cache import Int8Slots, KVCache, of_layers
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.programs.inputs import BatchLayout
 from jaxgen.generation.programs.weights import split
@@ -52,7 +52,7 @@ class PastKeyValues:
         """
         self._check(prompts, layout, rows, model)
         sources = np.arange(rows) if len(self.lengths) == rows else np.zeros(rows, np.int64)
-        known = [self._known(prompts, row, source, model) for row, source in enumerate(sources.tolist())]
+        known = [self._known(prompts, row, source) for row, source in enumerate(sources.tolist())]
         held = np.array(known, np.int32)
         fresh = bucket(int((prompts.lengths[:rows] - held).max()), SMALLEST_FRESH)
         chunk = min(fresh, layout.chunk or CHUNK)
@@ -61,24 +61,26 @@ class PastKeyValues:
             sources=pad_to(sources.astype(np.int32), prompts.lengths.shape),
             held=pad_to(held, prompts.lengths.shape),
         )
+        ahead = model.config.cache_slots(layout.total, ahead=chunk)
         layout = dataclasses.replace(
             layout,
             fresh=fresh,
             chunk=chunk,
-            slots=max(layout.slots, model.config.cache_slots(layout.total, ahead=chunk)),
+            slots=max(layout.slots, ahead, key=lambda slots: of_layers(slots, len(self.cache))),  # layer by layer
             int8_cache=isinstance(self.cache[0].keys, Int8Slots),
         )
         return dataclasses.replace(prompts, past=past), layout
 
-    def _known(self, prompts: Prompts, row: int, source: int, model: Any) -> int:
+    def _known(self, prompts: Prompts, row: int, source: int) -> int:
         """How many of a prompt's tokens need not be read again: never all, as its last one gives the logits."""
         most = min(int(prompts.lengths[row]) - 1, int(self.lengths[source]))
         differs = np.flatnonzero(prompts.tokens[row, :most] != self.tokens[source, :most])
         known = int(differs[0]) if differs.size else most
-        window = model.config.sliding_window
-        first = int(self.lengths[source]) + self._overwritten - self.cache[0].slots  # position that is surely there
-        if window is not None and first > max(known - window + 1, 0):
-            return 0  # the ring has turned past what the next token would look at
+        end = int(self.lengths[source]) + self._overwritten
+        for slots, window in {(layer.slots, layer.window) for layer in self.cache}:
+            first = end - slots  # position that is surely there
+            if window is not None and first > max(known - window + 1, 0):
+                return 0  # the ring has turned past what the next token would look at
         return known
 
     def _check(self, prompts: Prompts, layout: BatchLayout, rows: int, model: Any) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxgen.cache import KVCache
+from jaxgen.cache import KVCache, Slots, of_layers
 from jaxgen.generation.programs.inputs import BatchLayout
 from jaxgen.models.protocol import DecodingModel
 
@@ -69,11 +69,12 @@ def prefill_prompts(
     return model.prefill(tokens, lengths, layout.slots, layout.int8_cache)
 
 
-def _past_cache(past: Past, slots: int) -> tuple[KVCache, Int[Array, " B"]]:
+def _past_cache(past: Past, slots: Slots) -> tuple[KVCache, Int[Array, " B"]]:
     """The past as the cache of this call: its rows, its number of slots."""
     sources, held = jnp.asarray(past.sources), jnp.asarray(past.held)
     cache = jax.tree.map(lambda x: jnp.take(x, sources, axis=0), past.cache)
-    return [layer.resized(held, slots) for layer in cache], held
+    counts = of_layers(slots, len(cache))
+    return [layer.resized(held, count) for layer, count in zip(cache, counts, strict=True)], held
 
 
 def _extend(

@@ -309,7 +309,20 @@ def reordered(cache: KVCache, parents: Int[Array, " M"], first: Int[Array, ""], 
     Works in place, a block of slots at a time. If no row moves, `first` must lie behind `last`. In a ring that has
     turned, the positions may be anywhere, and all slots are moved.
     """
-    slots = cache[0].slots
+    alike: dict[int, list[int]] = {}  # layers by their slots
+    for index, layer in enumerate(cache):
+        alike.setdefault(layer.slots, []).append(index)
+    moved = list(cache)
+    for slots, layers in alike.items():
+        after = _reordered([cache[index] for index in layers], slots, parents, first, last)
+        for index, layer in zip(layers, after, strict=True):
+            moved[index] = layer
+    return moved
+
+
+def _reordered(
+    cache: KVCache, slots: int, parents: Int[Array, " M"], first: Int[Array, ""], last: Int[Array, ""]
+) -> KVCache:
     size = min(_BLOCK, slots)
     turned = (last >= slots) & (first <= last)
     start = jnp.where(turned, 0, first // size)
