@@ -11,8 +11,8 @@ from jaxgen.models.config import DecoderConfig, all_full
 class QwenConfig(DecoderConfig):
     """Qwen's sizes, with transformers 5's defaults.
 
-    With `use_sliding_window`, the layers that `layer_types` calls "sliding_attention" look `sliding_window` tokens back;
-    without `layer_types` those from number `max_window_layers` on. Source: transformers `Qwen2Config`.
+    With `use_sliding_window`, the layers that `layer_types` calls "sliding_attention" look `sliding_window` tokens
+    back; without `layer_types` those from number `max_window_layers` on. Source: transformers `Qwen2Config`.
     """
 
     vocab_size: int = 151936

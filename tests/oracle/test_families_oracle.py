@@ -69,7 +69,15 @@ def assert_close(actual: list[np.ndarray], expected: list[np.ndarray], atol: flo
 
 def names_of(config: Any) -> list[str]:
     """The fields that transformers has under the same name."""
-    return [field.name for field in dataclasses.fields(config) if field.name not in ("rope_theta", "rope_scaling")]
+    apart = ("rope_theta", "rope_scaling", "layer_types")
+    return [field.name for field in dataclasses.fields(config) if field.name not in apart]
+
+
+def windows_of(theirs: Any) -> tuple[int | None, ...]:
+    """How far back each layer of transformers' looks."""
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
+    window = getattr(theirs, "sliding_window", None)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 @pytest.mark.parametrize("given", [*CONFIGS.values(), *HUB.values()], ids=[*CONFIGS, *HUB])
@@ -82,6 +90,7 @@ def test_configs_mean_the_same_to_transformers(given: dict[str, Any]):
         told = {key: getattr(theirs, key) for key in names}
         told = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
         assert {key: getattr(ours, key) for key in names} == told
+        assert ours.layer_windows == windows_of(theirs)
         # What transformers ignores, it keeps.
         rope = {k: v for k, v in theirs.rope_parameters.items() if k not in ("type", "attn_factor") and v is not None}
         assert {"truncate": True, **ours.rope_parameters} == {"truncate": True, **rope}
@@ -94,6 +103,7 @@ def test_defaults_are_those_of_transformers(kind: Any):
     names = names_of(kind)
     names = [name for name in names if hasattr(theirs, name)]  # Qwen2's has no head_dim
     assert {key: getattr(ours, key) for key in names} == {key: getattr(theirs, key) for key in names}
+    assert ours.layer_windows == windows_of(theirs)
     assert theirs.rope_parameters == ours.rope_parameters
 
 
