@@ -21,6 +21,7 @@ from jaxgen.generation.programs.compiled import Stage
 from jaxgen.kernels import backend, dense_row, dense_rows, int4_row, int4_rows, step, tiles
 from jaxgen.kernels.add_norm import add_norm
 from jaxgen.kernels.attend import attend, splits_for, takes
+from jaxgen.kernels.write_down import write_down
 from jaxgen.lowering import Target, device_runs_kernels, tracing_for
 from jaxgen.models.layers import QuantizedWeight
 from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
@@ -159,6 +160,16 @@ def test_add_norm(width: int, parts: int, columns: int):
     assert relative(total, exact) < 4e-3
     result = result.T[:3] if columns else result
     assert relative(result, normed(wide(total), weight)) < 6e-3
+
+
+def test_each_row_has_its_number_written_into_its_slot():
+    tables = jnp.zeros((3, 6), jnp.int32), jnp.ones((3, 6), jnp.float32)
+    values = jnp.asarray([7, 8, 9], jnp.int32), jnp.asarray([0.5, jnp.nan, 0.25])
+    slots = jnp.asarray([5, 6, 0], jnp.int32)  # 6 is past the end
+    for got, table, value in zip(write_down(tables, slots, values, interpret=True), tables, values, strict=True):
+        expected = np.array(table)
+        expected[0, 5], expected[2, 0] = value[0], value[2]
+        np.testing.assert_array_equal(got, expected)
 
 
 def attended(qkv: Any, cos: Any, sin: Any, starts: list[int], counts: list[int], cache: LayerCache) -> Any:

@@ -4,6 +4,7 @@ Both are pure functions of a model, arrays and static options. Everything the lo
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeVar, no_type_check
 
 import jax
@@ -22,6 +23,7 @@ from jaxgen.generation.prompts.layout import generated
 from jaxgen.generation.prompts.prefill import Count, Prompts, prefill_prompts
 from jaxgen.generation.prompts.rows import Rows
 from jaxgen.generation.results.step_outputs import Found, StepOutputs
+from jaxgen.lowering import target
 from jaxgen.models.protocol import DecodingModel
 
 
@@ -148,13 +150,11 @@ def append_token(
         # One NaN or +inf anywhere in a row, or nothing left to choose from, shows here.
         finite = jnp.isfinite(logprobs) & (jnp.isfinite(model_logprobs) | static.allow_invalid)
         runs = rows.running & finite
-        index = jnp.arange(len(chosen))
-        slot = jnp.where(runs, state.lengths, state.tokens.shape[1])  # past the end: dropped
-
-        def put(table: Array, value: Array) -> Array:
-            return table.at[index, slot].set(value, mode="drop", unique_indices=True, indices_are_sorted=True)
-
-        tokens, lengths = put(state.tokens, chosen), state.lengths + runs
+        slot, lengths = jnp.where(runs, state.lengths, state.tokens.shape[1]), state.lengths + runs
+        if len(slot) == 1:  # or XLA:GPU would compute them again where they are used, and for that copy the state
+            slot, lengths = jax.lax.optimization_barrier((slot, lengths))
+        tables = state.tokens, state.logprobs, state.model_logprobs
+        tokens, logprobs, model_logprobs = put(tables, slot, (chosen, logprobs, model_logprobs))
         matched, hits = state.matched, jnp.zeros_like(runs)
         if traced.stop_strings is not None and matched is not None:
             after, hits = traced.stop_strings.advance(matched, chosen)
@@ -171,11 +171,23 @@ def append_token(
             tokens=tokens,
             lengths=lengths,
             status=status,
-            logprobs=put(state.logprobs, logprobs),
-            model_logprobs=put(state.model_logprobs, model_logprobs),
+            logprobs=logprobs,
+            model_logprobs=model_logprobs,
             matched=matched,
             step_outputs=state.step_outputs.put(rows.new_tokens, runs, scores, logits),
         )
+
+
+def put(tables: Sequence[Array], slot: Int[Array, " R"], values: Sequence[Array]) -> list[Array]:
+    """The tables `[R, S]` with each row's value in its slot; one past the end is dropped."""
+    if target().kernels:
+        from jaxgen.kernels.write_down import write_down
+
+        return write_down(tables, slot, values)
+    index, options = jnp.arange(len(slot)), {"unique_indices": True, "indices_are_sorted": True}
+    return [
+        table.at[index, slot].set(value, mode="drop", **options) for table, value in zip(tables, values, strict=True)
+    ]
 
 
 def process(logits: Float[Array, "R V"], rows: Rows, traced: TracedOptions) -> Float[Array, "R V"]:
