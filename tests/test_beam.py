@@ -29,7 +29,8 @@ from jaxgen.generation.prepare import prepare
 from jaxgen.generation.programs.inputs import BatchLayout, static_options, traced_options
 from jaxgen.generation.prompts.prefill import Prompts
 from jaxgen.generation.results.output import GenerateOutput, collect
-from jaxgen.generation.searches import beam
+from jaxgen.generation.searches import beam, beam_cache, beam_trace
+from jaxgen.generation.searches.beam_cache import reordered
 from tests.helpers import padded, some_slow
 
 EOS = 1
@@ -48,7 +49,7 @@ class Table:
         index = (jnp.where(position < lengths[:, None], held, 0) * (position + 1)).sum(axis=1).astype(jnp.int32)
         return jnp.asarray(self.logits_of)[index % len(self.logits_of)]
 
-    def prefill(self, tokens: Any, lengths: Any, slots: int, int8: bool = False) -> Any:
+    def prefill(self, tokens: Any, lengths: Any, slots: Any, int8: bool = False) -> Any:
         held = jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1]))).astype(jnp.float32)[:, None, :, None]
         cache = [LayerCache(held, held)]
         return self._logits(cache, lengths), cache
@@ -64,7 +65,7 @@ class Table:
     def logits(self, hidden: Any) -> Any:
         raise NotImplementedError
 
-    def empty_cache(self, rows: int, slots: int, int8: bool = False) -> Any:
+    def empty_cache(self, rows: int, slots: Any, int8: bool = False) -> Any:
         raise NotImplementedError
 
     def after(self, tokens: tuple[int, ...]) -> list[float]:
@@ -91,7 +92,7 @@ def search(
     cut: tuple[int, ...] = (),
     criterion: Any = None,
     **options: Any,
-) -> beam.Sequences:
+) -> beam_trace.Sequences:
     """`best_sequences` of a search with these options, left and entered again at every length in `cut`."""
     config = resolve({"eos_token_id": EOS, "pad_token_id": 0, **options}, None, GenerationConfig())
     vocab = model.logits_of.shape[1]
@@ -113,10 +114,10 @@ def search(
         state = decode(model.logits_of, state, np.int32(until), traced, static)
     assert not state.running.any()
     returned = config.sequences_per_prompt
-    return beam.best_sequences(state, len(prompts), static.num_beams, returned, float(traced.length_penalty))
+    return beam_trace.best_sequences(state, len(prompts), static.num_beams, returned, float(traced.length_penalty))
 
 
-def found(result: beam.Sequences) -> list[tuple[int, ...]]:
+def found(result: beam_trace.Sequences) -> list[tuple[int, ...]]:
     rows = zip(result.tokens, result.lengths, strict=True)
     return [tuple(tokens[:count].tolist()) for tokens, count in rows]
 
@@ -200,7 +201,7 @@ def test_candidates_behind_the_beams_may_go_on_but_not_end():
 
 def test_no_more_of_the_cache_moves_than_must(monkeypatch: pytest.MonkeyPatch):
     """Slot by slot, for prompts of different lengths: a slot too few, at either end, and beams go astray."""
-    monkeypatch.setattr(beam, "_BLOCK", 1)
+    monkeypatch.setattr(beam_cache, "_BLOCK", 1)
     rng = np.random.default_rng(6)
     model = Table(np.float32(rng.normal(size=(29, 6))))  # a shape of its own: nothing compiled before fits
     prompts = [rng.integers(0, 6, size).tolist() for size in (*[2] * 11, 4)]
@@ -318,7 +319,7 @@ def test_beam_sample_has_the_distribution_of_drawing_without_replacement():
 
 @settings(deadline=None, derandomize=True, max_examples=25)
 @given(st.sampled_from([8, 40, 64, 75]), st.data())
-def test_a_reordered_cache_is_the_whole_cache_taken_by_row(slots: int, data: Any):
+def test_a_reordered_cache_is_the_whole_cache_taken_by_row(slots: Any, data: Any):
     rows, rng = 6, np.random.default_rng(slots)
     last = data.draw(st.integers(0, slots + 9))
     first = data.draw(st.integers(0, last))
@@ -327,17 +328,17 @@ def test_a_reordered_cache_is_the_whole_cache_taken_by_row(slots: int, data: Any
     if last < slots:  # all rows are alike before `first`, and nobody looks behind `last`
         values[:, :, :first] = values[:1, :, :first]
     cache = [LayerCache(jnp.asarray(values), to_int8(jnp.asarray(values)))]
-    result = jax.jit(beam.reordered)(cache, jnp.array(parents), jnp.int32(first), jnp.int32(last))
+    result = jax.jit(reordered)(cache, jnp.array(parents), jnp.int32(first), jnp.int32(last))
     for before, after in zip(jax.tree.leaves(cache), jax.tree.leaves(result), strict=True):
         used = slice(None) if last >= slots else slice(0, last + 1)
         np.testing.assert_array_equal(np.asarray(after)[:, :, used], np.asarray(before)[parents][:, :, used])
 
 
 @pytest.mark.parametrize("slots", [40, 64])
-def test_a_cache_stays_where_it_is_if_no_beam_moves(slots: int):
+def test_a_cache_stays_where_it_is_if_no_beam_moves(slots: Any):
     values = jnp.arange(2 * slots, dtype=jnp.float32).reshape(2, 1, slots, 1)
     nobody = jnp.int32(np.iinfo(np.int32).max)
-    result = beam.reordered([LayerCache(values, values)], jnp.array([1, 0]), nobody, jnp.int32(0))
+    result = reordered([LayerCache(values, values)], jnp.array([1, 0]), nobody, jnp.int32(0))
     np.testing.assert_array_equal(result[0].keys, values)
 
 

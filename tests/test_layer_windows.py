@@ -21,7 +21,7 @@ from jaxgen import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM,
 from jaxgen.cache import LayerCache, Slots, of_layers, to_int8
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.prompts import memory
-from jaxgen.generation.searches.beam import reordered
+from jaxgen.generation.searches.beam_cache import reordered
 from jaxgen.records.record import generation_of
 from tests.helpers import padded, some_slow
 

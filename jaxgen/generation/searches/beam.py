@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxgen.cache import KVCache
 from jaxgen.errors import UnsupportedError
-from jaxgen.generation.choosing.stop import BROKEN, LENGTH, RUNNING, TIME, meets_any, raise_if_broken, status_after
+from jaxgen.generation.choosing.stop import BROKEN, LENGTH, RUNNING, meets_any, status_after
 from jaxgen.generation.loop import DecodeState, begin, process, unfinished
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import Extras
@@ -27,12 +26,13 @@ from jaxgen.generation.prompts.guidance import guided, with_negatives
 from jaxgen.generation.prompts.prefill import Count, Prompts
 from jaxgen.generation.prompts.rows import Rows
 from jaxgen.generation.results.step_outputs import Found
+from jaxgen.generation.searches.beam_cache import reordered
+from jaxgen.generation.searches.beam_trace import best_sequences
 from jaxgen.models.protocol import DecodingModel
 
 # Added to the score of what must not be chosen while there is anything else. Finite, as in HF: if nothing else is
 # left, such beams are still in order.
 WORSE = -1.0e9
-_BLOCK = 32  # cache slots that are moved at a time
 
 
 @jax.tree_util.register_dataclass
@@ -160,10 +160,10 @@ def append(
             where = table.at[index, slot]
             return where.set(value.reshape(-1), mode="drop", unique_indices=True, indices_are_sorted=True)
 
-        def kept(new: Array, old: Array) -> Array:
+        def where_running(new: Array, old: Array) -> Array:
             return jnp.where(runs, new.reshape(-1), old)
 
-        parents = kept(onward.parents, index)
+        parents = where_running(onward.parents, index)
         matched = state.matched
         if matched is not None and traced.stop_strings is not None:
             after, _ = traced.stop_strings.advance(matched[parents], onward.picked.reshape(-1))
@@ -179,10 +179,10 @@ def append(
             model_logprobs=put(state.model_logprobs, onward.model_logprobs),
             matched=matched,
             step_outputs=state.step_outputs.put(rows.new_tokens, runs, scores, own),
-            scores=kept(onward.scores, state.scores),
+            scores=where_running(onward.scores, state.scores),
             picked=put(state.picked, onward.picked),
             parents=put(state.parents, onward.parents),
-            finished=jax.tree.map(kept, finished, state.finished),
+            finished=jax.tree.map(where_running, finished, state.finished),
         )
         return state, parents
 
@@ -301,121 +301,6 @@ def _is_over(
     worst = jnp.where(done, finished.scores.reshape(-1, beams)[:, -1:], WORSE)
     over = ~(possible[:, None] > worst).any(axis=1) | ends.all(axis=1)
     return over | done.all(axis=1) if static.early_stopping is True else over
-
-
-def reordered(cache: KVCache, parents: Int[Array, " M"], first: Int[Array, ""], last: Int[Array, ""]) -> KVCache:
-    """The cache with row `parents[r]` in row r, where rows differ in no other positions than `first` to `last`.
-
-    Works in place, a block of slots at a time. If no row moves, `first` must lie behind `last`. In a ring that has
-    turned, the positions may be anywhere, and all slots are moved.
-    """
-    alike: dict[int, list[int]] = {}  # layers by their slots
-    for index, layer in enumerate(cache):
-        alike.setdefault(layer.slots, []).append(index)
-    moved = list(cache)
-    for slots, layers in alike.items():
-        after = _reordered([cache[index] for index in layers], slots, parents, first, last)
-        for index, layer in zip(layers, after, strict=True):
-            moved[index] = layer
-    return moved
-
-
-def _reordered(
-    cache: KVCache, slots: int, parents: Int[Array, " M"], first: Int[Array, ""], last: Int[Array, ""]
-) -> KVCache:
-    size = min(_BLOCK, slots)
-    turned = (last >= slots) & (first <= last)
-    start = jnp.where(turned, 0, first // size)
-    stop = jnp.where(turned, -(-slots // size), last // size + 1)
-
-    def move(block: Int[Array, ""], cache: KVCache) -> KVCache:
-        # The last block may reach back into the one before, whose rows have been moved already.
-        begin = jnp.minimum(block * size, slots - size)
-        fresh = begin + jnp.arange(size) >= block * size
-
-        def one(x: Array) -> Array:
-            here = jax.lax.dynamic_slice_in_dim(x, begin, size, axis=2)
-            there = jnp.take(here, parents, axis=0)
-            if slots % size:
-                there = jnp.where(fresh.reshape(-1, *(1,) * (x.ndim - 3)), there, here)
-            return jax.lax.dynamic_update_slice_in_dim(x, there, begin, axis=2)
-
-        return jax.tree.map(one, cache)
-
-    return jax.lax.fori_loop(start, stop, move, cache)
-
-
-class Sequences(NamedTuple):
-    """What a search returns, on the host: N new tokens in the longest of R sequences, zeros behind a sequence's end."""
-
-    tokens: Int[np.ndarray, "R N"]
-    logprobs: Float[np.ndarray, "R N"]
-    model_logprobs: Float[np.ndarray, "R N"]
-    beam_indices: Int[np.ndarray, "R N"]  # the row whose scores gave the token; -1 behind the end
-    lengths: Int[np.ndarray, " R"]
-    scores: Float[np.ndarray, " R"]
-    status: Int[np.ndarray, " R"]
-
-
-def best_sequences(state: BeamState, prompts: int, beams: int, returned: int, length_penalty: float) -> Sequences:
-    """The `returned` best sequences of each of the first `prompts` prompts, best first, read back along their trace.
-
-    Where time ran out, the running beams count as ended. Raises `NonFiniteLogitsError` if a search met NaN.
-    """
-    tables = ("picked", "parents", "logprobs", "model_logprobs")
-    names = (*tables, "finished", "scores", "lengths", "prompt_lengths", "status")
-    arrays = jax.device_get({name: getattr(state, name) for name in names})
-    arrays = jax.tree.map(lambda x: x[: prompts * beams], arrays)
-    lengths, starts, status = arrays["lengths"], arrays["prompt_lengths"], arrays["status"]
-    raise_if_broken(status[::beams], (lengths - starts)[::beams])
-
-    final = vars(arrays["finished"])
-    if (status == TIME).any():
-        final = _with_running(final, arrays, beams, length_penalty)
-    chosen = (np.arange(prompts)[:, None] * beams + np.arange(returned)).reshape(-1)
-    final, starts = {name: x[chosen] for name, x in final.items()}, starts[chosen]
-    counts = final["lengths"] - starts
-    shape = (len(chosen), int(counts.max()))
-    trace = {name: np.zeros(shape, arrays[name].dtype) for name in tables}
-    trace["parents"] -= 1
-    source = np.zeros(len(chosen), np.int32)
-    for step in reversed(range(shape[1])):
-        slot, newest, inside = starts + step, step == counts - 1, step < counts
-        here = np.minimum(slot, arrays["picked"].shape[1] - 1)
-        values = {name: np.where(newest, final[name], arrays[name][source, here]) for name in tables}
-        for name in tables:
-            trace[name][:, step] = np.where(inside, values[name], trace[name][:, step])
-        source = np.where(inside, values["parents"], source)
-    return Sequences(
-        trace["picked"],
-        trace["logprobs"],
-        trace["model_logprobs"],
-        trace["parents"],
-        counts,
-        final["scores"],
-        final["reasons"],
-    )
-
-
-def _with_running(
-    final: dict[str, np.ndarray], arrays: dict[str, Any], beams: int, length_penalty: float
-) -> dict[str, np.ndarray]:
-    """What had ended and, where time ran out, the beams that had not: the best of both per prompt, best first."""
-    lengths, late = arrays["lengths"], arrays["status"] == TIME
-    row, newest = np.arange(len(lengths)), lengths - 1
-    running = {name: arrays[name][row, newest] for name in ("picked", "parents", "logprobs", "model_logprobs")} | {
-        "scores": arrays["scores"] / (lengths - arrays["prompt_lengths"]).astype(np.float32) ** length_penalty,
-        "done": late,
-        "lengths": lengths,
-        "reasons": np.full(len(lengths), TIME, np.int8),
-    }
-    running["scores"] = np.where(late, running["scores"], -np.inf).astype(np.float32)
-    both = {
-        name: np.concatenate([final[name].reshape(-1, beams), running[name].reshape(-1, beams)], 1) for name in final
-    }
-    # What had not ended gives way to what was still running, however bad.
-    order = np.lexsort((-both["scores"], ~both["done"]))[:, :beams]
-    return {name: np.take_along_axis(x, order, axis=1).reshape(-1) for name, x in both.items()}
 
 
 @dataclasses.dataclass(frozen=True)
