@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# What runs in processes of its own, which tests start: nobody watches there. And a protocol, whose methods never run.
+# What runs in processes of its own, which tests start: nobody watches there. And protocols, whose methods never run.
 ELSEWHERE = {
-    "jaxgen/__main__.py", "jaxgen/convert/wheel.py", "jaxgen/models/protocol.py", "jaxgen/text/template_process.py",
+    "jaxgen/__main__.py", "jaxgen/convert/wheel.py", "jaxgen/generation/options/typed.py", "jaxgen/models/protocol.py",
+    "jaxgen/text/template_process.py",
 }  # fmt: skip
 
 

@@ -84,8 +84,10 @@ def test_precedence_of_options(model: MistralForCausalLM):
 def test_none_as_an_option_switches_off(model: MistralForCausalLM):
     first = int(model.generate([[5, 6]], max_new_tokens=1, eos_token_id=None)[0, -1])
     config = GenerationConfig(eos_token_id=first, max_new_tokens=9)
-    assert model.generate([[5, 6]], generation_config=config).shape == (1, 3)
-    assert model.generate([[5, 6]], generation_config=config, eos_token_id=None).shape == (1, 11)
+    assert model.generate([[5, 6]], generation_config=config, return_dict_in_generate=False).shape == (1, 3)
+    assert model.generate(
+        [[5, 6]], generation_config=config, eos_token_id=None, return_dict_in_generate=False
+    ).shape == (1, 11)
     # top_k=None is "no top_k", not the default of 50: with 1 seed, some draw of many lies outside the 50.
     options = {"do_sample": True, "seed": 0, "max_new_tokens": 40, "eos_token_id": None, "temperature": 9.0}
     limited, free = (model.generate(PROMPTS, MASK, top_k=k, **options) for k in (50, None))
@@ -96,7 +98,9 @@ def test_hf_generation_config_objects_are_understood(model: MistralForCausalLM):
     import transformers
 
     config = transformers.GenerationConfig(max_new_tokens=3, eos_token_id=None)
-    assert model.generate([[5, 6]], generation_config=config, eos_token_id=None).shape == (1, 5)
+    assert model.generate(
+        [[5, 6]], generation_config=config, eos_token_id=None, return_dict_in_generate=False
+    ).shape == (1, 5)
     before = model.generation_config
     model.generation_config = config
     assert model.generation_config == GenerationConfig(max_new_tokens=3)
@@ -198,7 +202,7 @@ class TestPureFunction:
             return jaxgen.generate(nnx.merge(structure, weights), ids, mask, key, config)
 
         key = jax.random.key(3)
-        expected = model.generate(PROMPTS, MASK, key=key, generation_config=config)
+        expected = model.generate(PROMPTS, MASK, key=key, generation_config=config, return_dict_in_generate=False)
         result = run(weights, jnp.asarray(PROMPTS), jnp.asarray(MASK), key)
         assert result.shape == (3, 11)
         np.testing.assert_array_equal(result[:, : expected.shape[1]], expected)

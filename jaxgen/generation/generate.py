@@ -8,13 +8,13 @@ The host side is numpy; the device runs two executables, `prefill` and `decode`,
 
 import copy
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.choosing.stop import BROKEN
@@ -23,30 +23,87 @@ from jaxgen.generation.options.arguments import sorted_out
 from jaxgen.generation.options.checks import integer
 from jaxgen.generation.options.config import GenerationConfig, ModelDefaults, resolve
 from jaxgen.generation.options.table import Extras
+from jaxgen.generation.options.typed import (
+    CallArguments,
+    ConfigSource,
+    Encoding,
+    Flag,
+    HasToDict,
+    StreamArguments,
+    TokenIds,
+    TokenMask,
+    WarmupOptions,
+)
 from jaxgen.generation.prepare import Request, prepare
 from jaxgen.generation.programs.weights import Untracked
 from jaxgen.generation.prompts.layout import generated
-from jaxgen.generation.results.output import collect
+from jaxgen.generation.results.output import GenerateOutput, collect
 from jaxgen.generation.results.score import TextScore, score, transition_scores
 from jaxgen.lowering import check_process, own_rules
+
+if TYPE_CHECKING:
+    from jaxgen.text.stream import TextStream
 
 
 class GenerationMixin:
     """`generate` and what goes with it, for a causal language model."""
 
+    @overload
     def generate(
         self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
+        input_ids: TokenIds | Encoding | None = None,
+        attention_mask: TokenMask | HasToDict | None = None,
         *,
-        generation_config: Any = None,
-        key: Any = None,
-        seed: Any = None,
-        row_ids: Any = None,
-        streamer: Any = None,
+        generation_config: ConfigSource | None = None,
+        return_dict_in_generate: Literal[True],
+        **options: Unpack[CallArguments],
+    ) -> GenerateOutput: ...
+
+    @overload
+    def generate(
+        self,
+        input_ids: TokenIds | Encoding | None = None,
+        attention_mask: TokenMask | None = None,
+        *,
+        return_dict_in_generate: Literal[False] | None = None,
+        **options: Unpack[CallArguments],
+    ) -> Int32[np.ndarray, "R total"]: ...
+
+    @overload
+    def generate(
+        self,
+        input_ids: TokenIds | Encoding | None = None,
+        attention_mask: TokenMask | HasToDict | None = None,
+        *,
+        generation_config: ConfigSource | None,
+        return_dict_in_generate: Literal[False],
+        **options: Unpack[CallArguments],
+    ) -> Int32[np.ndarray, "R total"]: ...
+
+    @overload  # which of them, a configuration or a variable says
+    def generate(
+        self,
+        input_ids: TokenIds | Encoding | None = None,
+        attention_mask: TokenMask | HasToDict | None = None,
+        *,
+        generation_config: ConfigSource | None = None,
+        return_dict_in_generate: Flag | None = None,
+        **options: Unpack[CallArguments],
+    ) -> "Int32[np.ndarray, 'R total'] | GenerateOutput": ...
+
+    def generate(
+        self,
+        input_ids: object = None,
+        attention_mask: object = None,
+        *,
+        generation_config: object = None,
+        key: object = None,
+        seed: object = None,
+        row_ids: object = None,
+        streamer: object = None,
         chunk_size: int | None = None,
         **options: Any,
-    ) -> Any:
+    ) -> "Int32[np.ndarray, 'R total'] | GenerateOutput":
         """Generate text ids as transformers' `generate` does: same names, same defaults, same layout.
 
         `input_ids` [B, T] are lists, numpy or jax arrays; `attention_mask` [B, T] is 1 on real tokens, in any
@@ -86,12 +143,12 @@ class GenerationMixin:
 
     def stream(
         self,
-        texts: "str | list[str]",
+        texts: "str | list[dict[str, Any]] | Sequence[str | list[dict[str, Any]]]",
         *,
         tokenizer: Any = None,
         chunk_size: int = 1,
-        **options: Any,
-    ) -> Any:
+        **options: Unpack[StreamArguments],
+    ) -> "TextStream":
         """The text that `generate` gives, piece by piece: an iterator, or in a notebook a display that grows.
 
         For one text it yields strings; for a list of texts `(row, piece)`. `chunk_size` says how many tokens pass
@@ -138,13 +195,13 @@ class GenerationMixin:
 
     def _prepare(
         self,
-        input_ids: Any,
-        attention_mask: Any,
-        generation_config: Any,
-        key: Any,
-        seed: Any,
-        row_ids: Any,
-        options: dict[str, Any],
+        input_ids: object,
+        attention_mask: object,
+        generation_config: object,
+        key: object,
+        seed: object,
+        row_ids: object,
+        options: Mapping[str, Any],
     ) -> Request:
         check_process()
         input_ids, attention_mask, generation_config, options = sorted_out(
@@ -175,7 +232,7 @@ class GenerationMixin:
         feed(streamer, prompt, chunks(), request.config.filler_id)
         return state
 
-    def warmup(self, batch: int, prompt_length: int, max_new_tokens: int, **options: Any) -> None:
+    def warmup(self, batch: int, prompt_length: int, max_new_tokens: int, **options: Unpack[WarmupOptions]) -> None:
         """Compile what a `generate` call of this size needs, so that the first real one is already fast.
 
         `options` are those of the later call: which processors run decides what is compiled.
@@ -184,7 +241,7 @@ class GenerationMixin:
         >>> model.warmup(batch=1, prompt_length=10, max_new_tokens=20)
         """
         ids = np.zeros((batch, prompt_length), np.int32)
-        request = self._prepare(ids, None, None, None, None, None, options | {"max_new_tokens": max_new_tokens})
+        request = self._prepare(ids, None, None, None, None, None, {**options, "max_new_tokens": max_new_tokens})
         program = program_for(self, request)
         # The prefill has drawn one: the loop is compiled, not entered.
         state = advance(program, request, prefill(program, request), until=1)
