@@ -319,7 +319,7 @@ def test_beam_sample_has_the_distribution_of_drawing_without_replacement():
 
 @settings(deadline=None, derandomize=True, max_examples=25)
 @given(st.sampled_from([8, 40, 64, 75]), st.data())
-def test_a_reordered_cache_is_the_whole_cache_taken_by_row(slots: Any, data: Any):
+def test_a_reordered_cache_is_the_whole_cache_taken_by_row(slots: int, data: Any):
     rows, rng = 6, np.random.default_rng(slots)
     last = data.draw(st.integers(0, slots + 9))
     first = data.draw(st.integers(0, last))
@@ -335,7 +335,7 @@ def test_a_reordered_cache_is_the_whole_cache_taken_by_row(slots: Any, data: Any
 
 
 @pytest.mark.parametrize("slots", [40, 64])
-def test_a_cache_stays_where_it_is_if_no_beam_moves(slots: Any):
+def test_a_cache_stays_where_it_is_if_no_beam_moves(slots: int):
     values = jnp.arange(2 * slots, dtype=jnp.float32).reshape(2, 1, slots, 1)
     nobody = jnp.int32(np.iinfo(np.int32).max)
     result = reordered([LayerCache(values, values)], jnp.array([1, 0]), nobody, jnp.int32(0))

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.choosing.stop_strings import StopStrings, read_strings
+from jaxgen.generation.choosing.stop_strings import StopStrings, checked_strings
 from tests.helpers import SLOTS, decisions
 from tests.tokenizers import (
     TOKENIZERS,
@@ -229,6 +229,6 @@ def test_tokenizers_that_do_not_do():
         StopStrings.of(fast(backend), "x", VOCAB)
 
 
-def test_read_strings():
-    assert read_strings("stop") == ("stop",)
-    assert read_strings(("b", "a", "b")) == ("b", "a", "b")
+def test_checked_strings():
+    assert checked_strings("stop") == ("stop",)
+    assert checked_strings(("b", "a", "b")) == ("b", "a", "b")

@@ -1,4 +1,4 @@
-"""The two computations of generation: `prefill` reads the prompts, `decode` is one while_loop of `decode_step`.
+"""The two computations of generation: `prefill` processes the prompts, `decode` is one while_loop of `decode_step`.
 
 Both are pure functions of a model, arrays and static options. Everything the loop carries is one `DecodeState`.
 """
@@ -42,7 +42,7 @@ class DecodeState:
     logprobs: Float[Array, "R S"]  # of the token in each slot, under the distribution it was drawn from
     model_logprobs: Float[Array, "R S"]  # the same under the model's own distribution, before any processor
     row_keys: Key[Array, " R"]  # never advanced: a draw folds in its position
-    cache: KVCache  # keys and values of tokens 0 .. lengths - 2; the newest token has not been read yet
+    cache: KVCache  # keys and values of tokens 0 .. lengths - 2; those of the newest token are not in it yet
     matched: Int[Array, " R"] | None  # how far each row is into a stop string
     negative_shift: Int[Array, " R"] | None  # with guidance: a negative row's length minus that of its row
     step_outputs: StepOutputs  # scores and logits, if asked for
@@ -64,7 +64,7 @@ State = TypeVar("State", bound=DecodeState)  # of this search, or of one that bu
 def prefill(
     model: DecodingModel, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout
 ) -> DecodeState:
-    """Read the prompts once, spread each over `layout.samples` rows, and draw every row's first token."""
+    """Process the prompts once, spread each over `layout.samples` rows, and draw every row's first token."""
     state, logits = begin(model, prompts, key, traced, layout)
     return append_token(state, logits, traced, layout.static)
 
@@ -117,9 +117,9 @@ def unfinished(state: DecodeState, until: Count) -> Bool[Array, ""]:
 
 
 def decode_step(model: DecodingModel, state: State, traced: TracedOptions, static: StaticOptions) -> State:
-    """Read each row's newest token and draw the next one.
+    """Feed each row's newest token to the model and draw the next one.
 
-    Rows that have ended read their last token again: it lands in the slot that already holds it.
+    Rows that have ended feed their last token again: it lands in the slot that already holds it.
     """
     newest = state.lengths - 1
     tokens = jnp.take_along_axis(state.tokens, newest[:, None], axis=1)[:, 0]

@@ -16,7 +16,7 @@ from jaxgen.generation.options.table import Extras
 from jaxgen.generation.options.unused import once
 from jaxgen.generation.programs.inputs import BatchLayout, TracedOptions, static_options, traced_options
 from jaxgen.generation.programs.strict import Strict
-from jaxgen.generation.prompts.layout import pack, pad_to, read_prompt
+from jaxgen.generation.prompts.layout import checked_prompt, pack, pad_to
 from jaxgen.generation.prompts.memory import check_memory
 from jaxgen.generation.prompts.past_key_values import PastKeyValues
 from jaxgen.generation.prompts.prefill import Negative, Prompts
@@ -145,7 +145,7 @@ def _given_on_host(
     if _traced(model, input_ids, attention_mask, key):
         raise JaxgenError("model.generate runs on the host; inside jit or vmap use jaxgen.generate(model, ...)")
     vocab_size = model.config.vocab_size
-    ids, mask = read_prompt(from_bos(config) if input_ids is None else input_ids, attention_mask, vocab_size)
+    ids, mask = checked_prompt(from_bos(config) if input_ids is None else input_ids, attention_mask, vocab_size)
     if seed is not None and not isinstance(seed, FreshSeed) and not config.do_sample:
         once("seed", f"seed={shown(seed)} changes nothing without do_sample=True")
     key, seed = random_key(key, seed)
@@ -256,7 +256,7 @@ def _negative(
             raise JaxgenError("negative_prompt_attention_mask was given without negative_prompt_ids")
         return Negative(np.take_along_axis(tokens, lengths[:, None] - 1, axis=1), np.ones_like(lengths))
     names = ("negative_prompt_ids", "negative_prompt_attention_mask")
-    ids, mask = read_prompt(extras.negative_prompt_ids, extras.negative_prompt_attention_mask, vocab_size, names)
+    ids, mask = checked_prompt(extras.negative_prompt_ids, extras.negative_prompt_attention_mask, vocab_size, names)
     if len(ids) not in (1, len(tokens)):
         raise JaxgenError(f"negative_prompt_ids has {len(ids)} rows; expected {len(tokens)}, or 1 for all of them")
     repeats = len(tokens) // len(ids)

@@ -20,7 +20,7 @@ def is_chat(value: object) -> bool:
     return isinstance(value, list | tuple) and len(value) > 0 and is_message(value[0])
 
 
-def read_texts(texts: Any) -> tuple[list[str | Messages], bool]:
+def checked_texts(texts: Any) -> tuple[list[str | Messages], bool]:
     """The texts and chats in a list, and whether only one was given, by itself.
 
     Raises `JaxgenError` for anything else, naming the place.
@@ -28,10 +28,10 @@ def read_texts(texts: Any) -> tuple[list[str | Messages], bool]:
     single = isinstance(texts, str) or is_chat(texts)
     if not single and not isinstance(texts, list | tuple):
         raise JaxgenError(f"{type(texts).__name__} is neither a text nor a chat, nor a list of these")
-    return [read_text(text, row) for row, text in enumerate([texts] if single else texts)], single
+    return [checked_text(text, row) for row, text in enumerate([texts] if single else texts)], single
 
 
-def read_text(text: Any, row: int = 0) -> str | Messages:
+def checked_text(text: Any, row: int = 0) -> str | Messages:
     """One text or chat, checked; `row` is named in errors. Raises `JaxgenError`."""
     if isinstance(text, str):
         try:

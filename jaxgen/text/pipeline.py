@@ -14,7 +14,7 @@ from jaxgen.generation.choosing.sample import random_key, row_id_words
 from jaxgen.generation.options.config import GenerationConfig, check_names
 from jaxgen.generation.options.table import Extras
 from jaxgen.records.record import Recording
-from jaxgen.text.inputs import Messages, continues_final_message, encode, is_message, read_text, read_texts
+from jaxgen.text.inputs import Messages, checked_text, checked_texts, continues_final_message, encode, is_message
 from jaxgen.text.tokenizer import continuation, left_pad, tokenizer_for
 
 TASK = "text-generation"
@@ -194,7 +194,7 @@ class TextGenerationPipeline:
             if not is_message(first):
                 return call.run(rest)
             text_inputs = list(rest)
-        texts, single = read_texts(text_inputs)
+        texts, single = checked_texts(text_inputs)
         if call.options.row_ids is not None:
             row_id_words(call.options.row_ids, len(texts))
         call.recording = Recording(self.tokenizer)
@@ -243,7 +243,7 @@ class _Call:
         """Each text's results, computed `batch_size` texts at a time."""
         texts, start, size = iter(texts), 0, self.options.batch_size or 1
         while batch := list(itertools.islice(texts, size)):
-            prompts = [self._prompt(read_text(text, start + i)) for i, text in enumerate(batch)]
+            prompts = [self._prompt(checked_text(text, start + i)) for i, text in enumerate(batch)]
             # What is left of the context is a matter of each prompt, not of its neighbours.
             for _, same in itertools.groupby(prompts, key=lambda prompt: prompt.max_new_tokens):
                 group = list(same)

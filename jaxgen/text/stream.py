@@ -11,7 +11,7 @@ from jaxgen.errors import JaxgenError
 from jaxgen.generation.execute import decode_in_chunks, prefill, program_for
 from jaxgen.generation.prompts.past_key_values import PastKeyValues
 from jaxgen.text.detokenize import Detokenizer, Words
-from jaxgen.text.inputs import encode, read_texts
+from jaxgen.text.inputs import checked_texts, encode
 from jaxgen.text.tokenizer import left_pad, tokenizer_for
 
 
@@ -143,7 +143,7 @@ def stream(
     [', ', 'green, ', 'yellow, ', 'orange, ', 'purple, ', 'pink,']
     """
     tokenizer = tokenizer_for(model, tokenizer)
-    rows, single = read_texts(texts)
+    rows, single = checked_texts(texts)
     if not rows:
         raise JaxgenError("no texts to continue")
     return TextStream(

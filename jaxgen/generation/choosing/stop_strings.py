@@ -61,7 +61,7 @@ class StopStrings:
         Raises `JaxgenError` if the tokenizer is missing or of another library, if `strings` is not a non-empty str
         or a non-empty sequence of them, and if no token of the vocabulary can end any of them.
         """
-        encoded = tuple(sorted({string.encode() for string in read_strings(strings)}))
+        encoded = tuple(sorted({string.encode() for string in checked_strings(strings)}))
         if tokenizer is None:
             raise JaxgenError("stop_strings needs tokenizer=: the tokenizer says what text each token stands for")
         return _build(_vocabulary(tokenizer), encoded, vocab_size)
@@ -94,7 +94,7 @@ class StopStrings:
         return entry >> 1, (entry & 1).astype(bool)
 
 
-def read_strings(strings: Any) -> tuple[str, ...]:
+def checked_strings(strings: Any) -> tuple[str, ...]:
     """`stop_strings` as the user passes it, as a tuple.
 
     Raises `JaxgenError`, naming the index and the value, unless it is a non-empty str or a non-empty sequence of

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.choosing.stop_strings import read_strings
+from jaxgen.generation.choosing.stop_strings import checked_strings
 from jaxgen.generation.options.checks import (
     LARGEST,
     Check,
@@ -99,7 +99,7 @@ class Options:
     max_new_tokens: int | None = _length(integer(1), "the most new tokens of a row", shown=str(DEFAULT_NEW_TOKENS))
     max_time: float | None = _length(_positive, "seconds, after which all rows end")
     stop_strings: tuple[str, ...] | None = _length(
-        lambda _, value: read_strings(value), "texts that end a row; needs `tokenizer=`"
+        lambda _, value: checked_strings(value), "texts that end a row; needs `tokenizer=`"
     )
     eos_token_id: int | tuple[int, ...] | None = _special(token_ids, "id or ids that end a row")
     pad_token_id: int | None = _special(integer(0), "what follows the end of a row; without one, the end token")

@@ -46,7 +46,7 @@ class BatchLayout:
     total: int  # the largest length of a row, prompt and new tokens
     slots: Slots  # of the cache, per row
     int8_cache: bool = False
-    chunk: int = 0  # prompt tokens that are read at a time; 0: all at once
+    chunk: int = 0  # prompt tokens that are prefilled at a time; 0: all at once
     fresh: int = 0  # columns that hold what a prompt adds to the past; 0: there is no past
 
 

@@ -1,8 +1,8 @@
 """Strict: every batch runs in one shape, so that a row's numbers are the same to the last bit in any of them.
 
 What a row's tokens depend on never includes its neighbours, but the last bits of its logits do depend on the shape
-that it is computed in: on how many rows are multiplied at a time, how many prompt tokens are read at a time, and how
-many slots attention sums over. XLA chooses its kernels, and so the order of its sums, by those. Here they are fixed.
+that it is computed in: on how many rows are multiplied and how many prompt tokens prefilled at a time, and how many
+slots attention sums over. XLA chooses its kernels, and so the order of its sums, by those. Here they are fixed.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ DETERMINISTIC_OPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Strict:
-    """The one shape of `generate(..., strict=)`: `rows` rows of at most `tokens` tokens, prompts read in `chunk`s.
+    """The one shape of `generate(..., strict=)`: `rows` rows of at most `tokens` tokens, prompts prefilled in `chunk`s.
 
     `rows` counts what is generated (prompts times `num_return_sequences`, or beams); fewer are filled up with idle
     ones, which cost what real ones do. Sizes are rounded up to 2**k or 3 * 2**k. Tokens and log-probabilities are

@@ -1,6 +1,6 @@
 """Classifier-free guidance: every row has a negative row, with another prompt and the same new tokens.
 
-The negative rows are read in the same batch, after the rows themselves, with caches of their own.
+The negative rows are processed in the same batch, after the rows themselves, with caches of their own.
 """
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 def with_negatives(
     tokens: Int[Array, "R *T"], positions: Int[Array, " R"], shift: Int[Array, " R"] | None
 ) -> tuple[Int[Array, "model_rows *T"], Int[Array, " model_rows"]]:
-    """The tokens to read and their positions: for the rows, and once more for the negative rows if there are any."""
+    """The tokens to process and their positions: for the rows, and once more for the negative rows if there are any."""
     if shift is None:
         return tokens, positions
     return jnp.concatenate([tokens, tokens]), jnp.concatenate([positions, positions + shift])

@@ -57,7 +57,7 @@ def pad_to(array: Any, shape: tuple[int, ...], fill: int = 0) -> Any:
     return np.pad(array, widths, constant_values=fill)
 
 
-def read_prompt(
+def checked_prompt(
     input_ids: Any, attention_mask: Any, vocab_size: int, names: tuple[str, str] = ("input_ids", "attention_mask")
 ) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
     """Ids and mask as numpy arrays, after every check that needs no model.

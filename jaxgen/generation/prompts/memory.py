@@ -37,10 +37,10 @@ def check_memory(
     static = layout.static
     tables = static.record_scores + static.record_logits
     recorded = 4 * prompts * layout.samples * static.recorded * config.vocab_size * tables
-    read_on = layout.chunk or layout.fresh  # a piece at a time, against every slot
+    piece = layout.chunk or layout.fresh  # a piece at a time, against every slot
     working = recorded + (
-        prefill_bytes(config, itemsize, batch, read_on, read_on, _most(config, layout.slots))
-        if read_on
+        prefill_bytes(config, itemsize, batch, piece, piece, _most(config, layout.slots))
+        if piece
         else prefill_bytes(config, itemsize, batch, length, query_block(length), length)
     )
     drafting = _drafting_bytes(config, itemsize, rows, layout)
@@ -80,13 +80,15 @@ def check_memory(
 
 def _drafting_bytes(config: DecoderConfig, itemsize: int, rows: int, layout: BatchLayout) -> int:
     """About what a decode step takes beside the cache: the logits, and with drafts what reading them all takes."""
-    read = layout.static.drafts + 1
-    logits = 4 * rows * read * config.vocab_size
-    return logits + (prefill_bytes(config, itemsize, rows, read, read, _most(config, layout.slots)) if read > 1 else 0)
+    tokens = layout.static.drafts + 1
+    logits = 4 * rows * tokens * config.vocab_size
+    return logits + (
+        prefill_bytes(config, itemsize, rows, tokens, tokens, _most(config, layout.slots)) if tokens > 1 else 0
+    )
 
 
 def assistant_slots(config: Any, layout: BatchLayout) -> Slots:
-    """Cache slots of an assistant: it reads two tokens at a time, after having written up to T that were rejected."""
+    """Cache slots of an assistant: it takes two tokens at a time, after having written up to T that were rejected."""
     return config.cache_slots(layout.total, ahead=max(layout.chunk, layout.static.drafts + 2))
 
 

@@ -15,13 +15,13 @@ from jaxgen.generation.programs.weights import split
 from jaxgen.generation.prompts.layout import bucket, pad_to
 from jaxgen.generation.prompts.prefill import Past, Prompts
 
-# What is new is read this many tokens at a time: scores take memory, and a ring needs room for one piece.
+# New tokens are prefilled so many at a time: scores take memory, and a ring needs room for one piece.
 CHUNK = 256
 SMALLEST_FRESH = 16
 
 
 class PastKeyValues:
-    """What a call has read, row by row; `generate(..., past_key_values=)` reads only what a prompt adds to it.
+    """The keys and values of a call, row by row; `generate(..., past_key_values=)` prefills only what a prompt adds.
 
     The next prompt is passed whole, as in HF. How much of it is known is found by comparing tokens, so a prompt that
     differs early costs time and never correctness. One row serves any number of prompts. The object stays valid, and
@@ -29,10 +29,10 @@ class PastKeyValues:
     """
 
     def __init__(self, model: Any, state: Any, rows: int, drafts: int = 0):
-        """What the first `rows` rows of a finished state have read, with a model that drafted so many at a time."""
+        """The keys and values of the first `rows` rows of a finished state, which drafted so many tokens at a time."""
         tokens, lengths = jax.device_get((state.tokens, state.lengths))
         self.tokens: Int[np.ndarray, "R S"] = tokens[:rows]
-        self.lengths: Int[np.ndarray, " R"] = lengths[:rows] - 1  # the newest token has not been read
+        self.lengths: Int[np.ndarray, " R"] = lengths[:rows] - 1  # the newest token is not in the cache
         self.cache: KVCache = state.cache
         # A row that has ended goes on reading its newest token, and rejected drafts were read after it: so many
         # slots of a ring hold something else than what was there.
@@ -72,7 +72,7 @@ class PastKeyValues:
         return dataclasses.replace(prompts, past=past), layout
 
     def _known(self, prompts: Prompts, row: int, source: int) -> int:
-        """How many of a prompt's tokens need not be read again: never all, as its last one gives the logits."""
+        """How many of a prompt's tokens need not be prefilled again: never all, as its last one gives the logits."""
         most = min(int(prompts.lengths[row]) - 1, int(self.lengths[source]))
         differs = np.flatnonzero(prompts.tokens[row, :most] != self.tokens[source, :most])
         known = int(differs[0]) if differs.size else most

@@ -40,7 +40,7 @@ class Negative:
 @no_type_check  # JAX rebuilds it around placeholders
 @dataclasses.dataclass
 class Prompts:
-    """A batch of prompts as the device reads them: right-padded, possibly with idle rows that fill up a bucket."""
+    """A batch of prompts as the device takes them: right-padded, possibly with idle rows that fill up a bucket."""
 
     tokens: Int[Array | np.ndarray, "B T"]
     lengths: Int[Array | np.ndarray, " B"]  # real tokens per row, at least 1
@@ -85,7 +85,7 @@ def _extend(
     cache: KVCache,
     chunk: int,
 ) -> tuple[Float[Array, "B V"], KVCache]:
-    """Read `counts` more tokens per row, `chunk` at a time (0: all at once)."""
+    """Process `counts` more tokens per row, `chunk` at a time (0: all at once)."""
     chunk = min(chunk, tokens.shape[1]) or tokens.shape[1]
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % chunk)))
 

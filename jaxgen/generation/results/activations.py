@@ -1,4 +1,4 @@
-"""Attentions and hidden states of a generation: the finished sequences are read once more.
+"""Attentions and hidden states of a generation: the model processes the finished sequences once more.
 
 One forward pass over a finished sequence computes what every step of its generation computed (in the model's dtype,
 whatever that of the cache). So the loop carries none of it; the device holds one layer of it at a time, the host all.
@@ -23,17 +23,17 @@ def with_activations(model: Any, output: Any, request: Any) -> Any:
     """The output of a call with its `attentions` and `hidden_states`, those that were asked for, as HF lays them out.
 
     Per step and layer: step 0 covers the prompt's T columns, `[R, heads, T, T]` and `[R, T, D]`; each later one the
-    token that was read, `[R, heads, 1, columns so far]` and `[R, 1, D]`. Masked columns, and rows after their end,
+    token that was the input, `[R, heads, 1, columns so far]` and `[R, 1, D]`. Masked columns, and rows after their end,
     hold zeros.
     """
     config, width = request.config, request.input_ids.shape[1]
     if not (config.output_attentions or config.output_hidden_states):
         return output
-    read = output.sequences[:, :-1]  # the newest token never is
-    steps, rows = output.sequences.shape[1] - width, len(read)
+    inputs = output.sequences[:, :-1]  # the newest token never was one
+    steps, rows = output.sequences.shape[1] - width, len(inputs)
     prompt = np.repeat(request.attention_mask, rows // len(request.attention_mask), axis=0)
     new = np.arange(steps - 1) < output.lengths[:, None]
-    hidden, attentions = _forward(model, read, np.concatenate([prompt, new], axis=1), bool(config.output_attentions))
+    hidden, attentions = _forward(model, inputs, np.concatenate([prompt, new], axis=1), bool(config.output_attentions))
 
     def by_step(layers: list[np.ndarray], axis: int) -> Steps:
         ends = [width, *range(width + 1, width + steps)]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxgen.errors import JaxgenError, NonFiniteLogitsError
 from jaxgen.generation.options.checks import integer
 from jaxgen.generation.programs.weights import split
-from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, bucket, pack, pad_to, read_prompt
+from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, bucket, checked_prompt, pack, pad_to
 from jaxgen.lowering import own_rules
 
 # Logits are computed for this many columns at a time: B*BLOCK*V floats, and not B*T*V.
@@ -58,7 +58,7 @@ def token_logprobs(model: Any, input_ids: Any, attention_mask: Any = None) -> Fl
 
     Ids and mask are as in `generate`, in any arrangement.
     """
-    ids, mask = read_prompt(input_ids, attention_mask, model.config.vocab_size)
+    ids, mask = checked_prompt(input_ids, attention_mask, model.config.vocab_size)
     tokens, lengths = pack(ids, mask)
     rows, length = bucket(len(ids)), bucket(tokens.shape[1], SMALLEST_PROMPT)
     packed = _packed_logprobs(

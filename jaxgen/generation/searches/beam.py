@@ -89,7 +89,7 @@ class Candidates(NamedTuple):
 def prefill(
     model: DecodingModel, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout
 ) -> BeamState:
-    """Read the prompts once, and give every beam its first token: the best ones after the prompt."""
+    """Process the prompts once, and give every beam its first token: the best ones after the prompt."""
     start, logits = begin(model, prompts, key, traced, layout)
     rows, beams = len(start.lengths), layout.static.num_beams
     state = BeamState(
@@ -116,7 +116,7 @@ def decode(
 
 
 def decode_step(model: DecodingModel, state: BeamState, traced: TracedOptions, static: StaticOptions) -> BeamState:
-    """Read each beam's newest token, choose the beams that go on, and move their caches to where they are now."""
+    """Run each beam's newest token, choose the beams that go on, and move their caches to where they are now."""
     newest = state.lengths - 1
     tokens = jnp.take_along_axis(state.tokens, newest[:, None], axis=1)[:, 0]
     logits, cache = model.step(*with_negatives(tokens, newest, state.negative_shift), state.cache)

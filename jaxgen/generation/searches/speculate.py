@@ -53,7 +53,7 @@ class Pair(NamedTuple):
 @no_type_check  # JAX rebuilds it around placeholders
 @dataclasses.dataclass
 class SpeculativeState(DecodeState):
-    """A `DecodeState`, with what the assistant has read and how well drafting went."""
+    """A `DecodeState`, with what the assistant has processed and how well drafting went."""
 
     assistant_cache: KVCache | None  # holds tokens 0 .. lengths - 3 at least; None: prompt lookup
     drafted: Int[Array, " R"]  # tokens that were drafted ...
@@ -127,16 +127,16 @@ def _decode_with_lookup(
             drafts = look_up(state.tokens, state.lengths, traced.ngram, static.drafts)
             return state, _usable(drafts, state, traced, static)
 
-    def read_drafts(carry: tuple[SpeculativeState, Array]) -> tuple[SpeculativeState, Array]:
+    def verify_drafts(carry: tuple[SpeculativeState, Array]) -> tuple[SpeculativeState, Array]:
         return with_drafts(verify(model, *carry, traced, static))
 
-    def read_newest(carry: tuple[SpeculativeState, Array]) -> tuple[SpeculativeState, Array]:
+    def plain_step(carry: tuple[SpeculativeState, Array]) -> tuple[SpeculativeState, Array]:
         state = dataclasses.replace(carry[0], rounds=carry[0].rounds + carry[0].running)
         return with_drafts(loop.decode_step(model, state, traced, static))
 
     def either(carry: tuple[SpeculativeState, Array]) -> tuple[SpeculativeState, Array]:
-        carry = jax.lax.while_loop(lambda now: unfinished(now[0]) & (now[1] != NO_DRAFT).any(), read_drafts, carry)
-        return jax.lax.while_loop(lambda now: unfinished(now[0]) & (now[1] == NO_DRAFT).all(), read_newest, carry)
+        carry = jax.lax.while_loop(lambda now: unfinished(now[0]) & (now[1] != NO_DRAFT).any(), verify_drafts, carry)
+        return jax.lax.while_loop(lambda now: unfinished(now[0]) & (now[1] == NO_DRAFT).all(), plain_step, carry)
 
     return jax.lax.while_loop(lambda now: unfinished(now[0]), either, with_drafts(state))[0]
 
