@@ -184,9 +184,10 @@ def put(tables: Sequence[Array], slot: Int[Array, " R"], values: Sequence[Array]
         from jaxgen.kernels.write_down import write_down
 
         return write_down(tables, slot, values)
-    index, options = jnp.arange(len(slot)), {"unique_indices": True, "indices_are_sorted": True}
+    index = jnp.arange(len(slot))
     return [
-        table.at[index, slot].set(value, mode="drop", **options) for table, value in zip(tables, values, strict=True)
+        table.at[index, slot].set(value, mode="drop", unique_indices=True, indices_are_sorted=True)
+        for table, value in zip(tables, values, strict=True)
     ]
 
 
