@@ -357,7 +357,7 @@ def main() -> None:
         elif part == "promises":
             promises(report, options.tiny, random_model)
         elif part == "graph":
-            one_graph(report, options.tiny, random_model, shape(options.tiny))
+            one_graph(report, options.tiny, random_model)
         elif part == "step":
             decoding(report, options.tiny, bandwidth)
         elif part == "prefill":

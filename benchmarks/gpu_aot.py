@@ -46,6 +46,7 @@ from jaxgen.generation.prompts.prefill import Prompts
 from jaxgen.generation.searches.search import search_for
 from jaxgen.models.layers import QuantizedWeight
 from jaxgen.quant import Int4, Weight
+from jaxgen.quant.adapted import Adapted
 from jaxgen.quant.planar import block_size
 
 # From NVIDIA's data sheet and CUDA's guide for compute capability 9.0; the driver and runtime versions decide which
@@ -112,7 +113,13 @@ def abstract_model(config: MistralConfig, group_size: int | None, options: argpa
             packed = jax.ShapeDtypeStruct((rows, columns // 2), jnp.uint8)
             scale = jax.ShapeDtypeStruct((rows, groups), jnp.dtype(options.scale_dtype))
             planar = 0 if options.xla else block_size(columns // groups)
-            linear.weight = QuantizedWeight(Int4(packed, scale, planar=planar))
+            weight: Weight = Int4(packed, scale, planar=planar)
+            if options.rank:
+                down, up = (
+                    jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((options.rank, columns), (rows, options.rank))
+                )
+                weight = Adapted(weight, down, up)
+            linear.weight = QuantizedWeight(weight)
     return model
 
 
@@ -328,6 +335,7 @@ def main() -> None:
     parser.add_argument(
         "--scale-dtype", default="bfloat16", help="of int4 weights: float16 as imported ones often have"
     )
+    parser.add_argument("--rank", type=int, default=0, help="of a LoRA adapter beside every int4 weight")
     parser.add_argument("--card", choices=list(CARDS), default="h200")
     parser.add_argument("--xla", action="store_true", help="without the kernels of jaxgen.kernels")
     parser.add_argument("--fallback", action="store_true", help="int4 without experimental compiler options")

@@ -16,6 +16,8 @@ from jaxgen.generation.programs import compiled
 from jaxgen.generation.programs.compiled import Stage
 from jaxgen.generation.programs.weights import split
 from jaxgen.lowering import Target, tracing_for
+from jaxgen.models.layers import QuantizedWeight
+from jaxgen.quant.adapted import Adapted
 from tests.reference.golden import GOLDEN, RUNS, generate, load, new_tokens
 
 # XLA's default kinds of commands and WHILE; the loop stands alone in its graph, where XLA wants five thunks.
@@ -23,7 +25,7 @@ ONE_GRAPH = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE",
     "xla_gpu_graph_min_graph_size": 1,
 }
-FROM_CPU = ("greedy", "seed 1", "filters", "prompt lookup", "int4")  # of the runs in tests/reference/golden.json
+FROM_CPU = ("greedy", "seed 1", "int4", "prompt lookup")  # of the runs in tests/reference/golden.json
 
 
 def golden(report: Any, tiny: bool) -> None:
@@ -99,7 +101,7 @@ def strict(report: Any, tiny: bool, model: Any, kind: str) -> None:
     report.attempt("promises", {"what": f"strict, {kind}: to the last bit"}, 5, run)
 
 
-def steps(report: Any, model: Any, kind: str) -> None:
+def steps(report: Any, model: Any, kind: str, shapes: tuple[tuple[int, int], ...]) -> None:
     """Logits of kernels against those of XLA's form: a step of some rows, and a few tokens of some rows."""
 
     def compiled_for(target: Target) -> Any:
@@ -135,7 +137,7 @@ def steps(report: Any, model: Any, kind: str) -> None:
             return {"error": _relative(got, expected), "keys_differ_by": same[:2]}
         return {"error": _relative(got, expected)}
 
-    for rows, new in ((1, 1), (8, 1), (1, 5), (8, 5)):
+    for rows, new in shapes:
         what = {"what": f"logits, {kind}: kernels against XLA", "rows": rows, "tokens": new}
         report.attempt("promises", what, 5, lambda r=rows, n=new: run(r, n))
 
@@ -145,14 +147,26 @@ def _relative(got: Any, expected: Any) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
+def adapted(model: Any) -> Any:
+    """With a LoRA adapter of rank 16 beside every quantised weight."""
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
+            weight = linear.weight[...]
+            shapes = (16, weight.shape[1]), (weight.shape[0], 16)
+            down, up = (jax.random.normal(jax.random.key(i), s, jnp.bfloat16) * 0.02 for i, s in enumerate(shapes))
+            linear.weight = QuantizedWeight(Adapted(weight, down, up))
+    return model
+
+
 def promises(report: Any, tiny: bool, random_model: Any) -> None:
-    """All of them."""
-    for kind in ("int4", "bfloat16"):
-        model = random_model(config(tiny), kind == "int4")
-        steps(report, model, kind)
-        strict(report, tiny, model, kind)
-    in_16_bits(report)
+    """All of them; the widest first."""
     golden(report, tiny)
+    in_16_bits(report)
+    for kind in ("bfloat16", "int4"):
+        strict(report, tiny, random_model(config(tiny), kind == "int4"), kind)
+    steps(report, adapted(random_model(config(tiny), True)), "int4 with an adapter", ((1, 1), (8, 1)))
+    steps(report, random_model(config(tiny), False), "bfloat16", ((1, 5), (1, 1), (8, 1)))
+    steps(report, random_model(config(tiny), True), "int4", ((1, 5), (1, 1), (8, 1)))
 
 
 def as_one_graph(program: Program) -> Program:
@@ -166,7 +180,7 @@ def as_one_graph(program: Program) -> Program:
     return program._replace(decode=stage)
 
 
-def one_graph(report: Any, tiny: bool, random_model: Any, large: MistralConfig) -> None:
+def one_graph(report: Any, tiny: bool, random_model: Any) -> None:
     """The loop as one graph: its tokens over many steps and early ends are those of the other; and its time."""
 
     def tokens_of(program: Program, request: Request) -> tuple[np.ndarray, np.ndarray, float]:
@@ -179,11 +193,11 @@ def one_graph(report: Any, tiny: bool, random_model: Any, large: MistralConfig) 
 
     def many(model: Any, batch: int, calls: int, new: int) -> dict[str, Any]:
         ids, graph, total, differ, early = np.random.default_rng(0).integers(0, 4096, (batch, 16)), None, 0, 0, 0
-        seconds = [0.0, 0.0]
+        seconds, ends = [0.0, 0.0], []
         for call in range(calls):
             # Some calls end early: a row where one of these comes up, the call where all rows have.
-            eos = [10, 11, 12, 13]
-            options = {"max_new_tokens": new, "do_sample": True, "eos_token_id": eos}
+            eos = list(range(10, 26))
+            options = {"max_new_tokens": new, "do_sample": True, "temperature": 50.0, "top_k": 0, "eos_token_id": eos}
             request = prepare(model, ids, None, resolve(options, None, GenerationConfig()), seed=call)
             program = program_for(model, request)
             graph = graph or as_one_graph(program)
@@ -191,30 +205,24 @@ def one_graph(report: Any, tiny: bool, random_model: Any, large: MistralConfig) 
             differ += not all((a == b).all() for a, b in zip(found[0][:2], found[1][:2], strict=True))
             made = int(found[0][1].max()) - ids.shape[1]
             total, early = total + made, early + (made < new)
+            ends.append(made)
             if call > 0:
                 seconds = [seconds[i] + found[i][2] / made for i in range(2)]
         count = max(1, calls - 1)
         us = {
             f"us_per_step_{name}": round(1e6 * s / count, 1) for name, s in zip(("now", "graph"), seconds, strict=True)
         }
-        return {"steps": total, "calls": calls, "ended_early": early, "calls_that_differ": differ, **us}
+        return {
+            "steps": total,
+            "calls": calls,
+            "ended_early": early,
+            "lengths": ends,
+            "calls_that_differ": differ,
+            **us,
+        }
 
     model = random_model(config(tiny), True)
     for batch in (1, 8):
-        calls, new = (6, 16) if tiny else (16, 700)
+        calls, new = (4, 16) if tiny else (12, 600)
         what = {"what": "many steps", "batch": batch}
         report.attempt("graph", what, 10, lambda b=batch, c=calls, n=new: many(model, b, c, n))
-    del model
-    model = random_model(large, True)
-
-    def timed(batch: int) -> dict[str, Any]:
-        ids = np.random.default_rng(0).integers(0, large.vocab_size, (batch, 32 if tiny else 448))
-        request = prepare(model, ids, None, resolve({"max_new_tokens": 129}, None, GenerationConfig()))
-        program, times = program_for(model, request), {}
-        for name, one in (("now", program), ("graph", as_one_graph(program))):
-            least = min(tokens_of(one, request)[2] for _ in range(4))
-            times[f"ms_per_step_{name}"] = round(1e3 * least / 128, 3)
-        return times
-
-    for batch in (1,) if tiny else (1, 8):
-        report.attempt("graph", {"what": "int4", "batch": batch}, 20, lambda b=batch: timed(b))

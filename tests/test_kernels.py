@@ -21,6 +21,7 @@ from jaxgen.generation.programs.compiled import Stage
 from jaxgen.kernels import backend, dense_row, dense_rows, int4_row, int4_rows, step, tiles
 from jaxgen.kernels.add_norm import add_norm
 from jaxgen.kernels.attend import attend, splits_for, takes
+from jaxgen.kernels.products import AdaptedProducts
 from jaxgen.kernels.write_down import write_down
 from jaxgen.lowering import Target, device_runs_kernels, tracing_for
 from jaxgen.models.layers import QuantizedWeight
@@ -101,6 +102,14 @@ def test_int4_products(out: int, inputs: int, group: int, offset: bool, dtype: A
     got = int4_row.int4_row_product(x, tile=tile, swiglu=True, norm=(norm_weight, EPS), **one)
     assert relative(got, swiglu(after_norm)) < 2 * CLOSE[dtype]
 
+    down, up = normal(rng, (3, inputs), dtype) / 16, normal(rng, (out, 3), dtype) / 16
+    adapted = AdaptedProducts(Adapted(weight, down, up), interpret=True)
+    whole = exact + wide(up) @ wide(down)
+    got = adapted.row(x, norm=(norm_weight, EPS), residual=residual)
+    assert relative(got, normed(wide(x), norm_weight) @ whole.T + wide(residual)) < CLOSE[dtype]
+    got = adapted.row(x, norm=(norm_weight, EPS), swiglu=True)
+    assert relative(got, swiglu(normed(wide(x), norm_weight) @ whole.T)) < 2 * CLOSE[dtype]
+
     rows = normal(rng, (5, inputs), dtype)
     columns = int4_rows.as_columns(rows)
     parts = int4_rows.int4_rows_product(columns, tile=int4_rows.Tile(outputs=16, splits=2), **one)
@@ -108,6 +117,10 @@ def test_int4_products(out: int, inputs: int, group: int, offset: bool, dtype: A
     assert relative(wide(parts).sum(0)[:5], wide(rows) @ exact.T) < CLOSE[dtype]
     got = int4_rows.int4_rows_product(columns, tile=int4_rows.Tile(outputs=16), swiglu=True, **one)
     assert relative(got.T[:5], swiglu(wide(rows) @ exact.T)) < 2 * CLOSE[dtype]
+    got = adapted.columns(columns, 5)
+    assert relative(wide(got).sum(0)[:5], wide(rows) @ whole.T) < CLOSE[dtype]
+    got = adapted.columns(columns, 5, swiglu=True)
+    assert relative(got.T[:5], swiglu(wide(rows) @ whole.T)) < 2 * CLOSE[dtype]
 
 
 @settings(max_examples=4, deadline=None)
@@ -301,6 +314,7 @@ STEPS = [
     ("permuted", 3, False),
     ("table", 1, False),
     ("adapted", 1, False),
+    ("adapted", 3, False),
 ]
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxgen.kernels import backend
 from jaxgen.kernels.backend import pl
-from jaxgen.kernels.int4_row import pairs
+from jaxgen.kernels.int4_row import write_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +55,7 @@ def _kernel(
     sums = total.sum(1)
     if eps is not None:
         sums = sums * lax.rsqrt(squares.sum(0) / inputs + eps)
-    if swiglu:
-        gate, up = pairs(sums[:, None])
-        sums = (gate * jax.nn.sigmoid(gate) * up)[:, 0]
-        rows = backend.clamped(pl.program_id(0) * (tile.rows // 2), tile.rows // 2, outputs // 2)
-    if residual:
-        sums = sums + others[0][rows].astype(jnp.float32)
-    out[rows] = sums.astype(out.dtype)
+    write_row(out, sums, rows, outputs, others[0] if residual else None, swiglu)
 
 
 def dense_row_product(

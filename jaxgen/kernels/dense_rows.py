@@ -34,10 +34,10 @@ class Tile:
 
 def tile_for(outputs: int, inputs: int, swiglu: bool) -> Tile:
     """Enough programs to fill a GPU, each with at least 1,024 columns; `swiglu` allows no split."""
-    splits = 1
-    while not swiglu and -(-outputs // 64) * splits < _PROGRAMS and inputs // (2 * splits) >= 1024:
+    splits, rows = 1, 64 if outputs > 512 else 16
+    while not swiglu and -(-outputs // rows) * splits < _PROGRAMS and inputs // (2 * splits) >= 1024:
         splits *= 2
-    return Tile(splits=splits)
+    return Tile(outputs=rows, splits=splits)
 
 
 def _kernel(weight: Any, x: Any, out: Any, *, tile: Tile, swiglu: bool, interpret: bool) -> None:

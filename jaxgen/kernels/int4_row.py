@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 from jaxgen.kernels import backend
 from jaxgen.kernels.backend import pl
+from jaxgen.kernels.low_rank import added_to_row
 from jaxgen.quant.int4 import Int4
 
 # For code j of a word: how far to shift it (left is negative), and the bit where it then stands.
@@ -80,7 +81,7 @@ def _add_words(words: Array, xs: list[Array], start: Array, interpret: bool) -> 
 
 def _kernel(
     *references: Any, tile: Tile, per_scale: int, has_offset: bool, eps: float | None, swiglu: bool, residual: bool,
-    interpret: bool,
+    low_rank: bool, interpret: bool,
 ) -> None:  # fmt: skip
     words, scales, x, *others, out = references
     offsets = others.pop(0) if has_offset else None
@@ -132,12 +133,19 @@ def _kernel(
     if eps is not None:
         mean = squares.reshape(tile.blocks * width).sum(0) / (8 * blocks * width)
         sums = sums * lax.rsqrt(mean + eps)
+    if low_rank:
+        sums = added_to_row(sums, rows, others.pop(0), others.pop(0))
+    write_row(out, sums, rows, outputs, others[0] if residual else None, swiglu)
+
+
+def write_row(out: Any, sums: Float[Array, " n"], rows: Array, outputs: int, residual: Any, swiglu: bool) -> None:
+    """A program's sums, or the activations of their pairs, with the residual added if there is one."""
     if swiglu:
         gate, up = pairs(sums[:, None])
-        sums = (gate * jax.nn.sigmoid(gate) * up)[:, 0]
-        rows = backend.clamped(pl.program_id(0) * (tile.rows // 2), tile.rows // 2, outputs // 2)
-    if residual:
-        sums = sums + others[0][rows].astype(jnp.float32)
+        sums, size = (gate * jax.nn.sigmoid(gate) * up)[:, 0], len(rows) // 2
+        rows = backend.clamped(pl.program_id(0) * size, size, outputs // 2)
+    if residual is not None:
+        sums = sums + residual[rows].astype(jnp.float32)
     out[rows] = sums.astype(out.dtype)
 
 
@@ -154,6 +162,7 @@ def int4_row_product(
     *,
     norm: tuple[Float[Array, " I"], float] | None = None,
     residual: Float[Array, "1 O"] | None = None,
+    low_rank: tuple[Float[Array, "1 r"], Float[Array, "O r"]] | None = None,
     swiglu: bool = False,
     tile: Tile = Tile(),
     interpret: bool = False,
@@ -161,7 +170,7 @@ def int4_row_product(
     """`x @ weight.T` for one row and a planar weight without permutation, summed in float32 and rounded to x's dtype.
 
     `norm`: weight and eps of an RMS norm of x. `swiglu`: P is O / 2, from gates in the even outputs and ups in the odd
-    ones. `residual` is added before rounding.
+    ones. `residual` is added before rounding. `low_rank`: hidden numbers and what multiplies them, see `low_rank.py`.
     """
     outputs, inputs = weight.shape
     width = weight.planar // 8
@@ -170,10 +179,12 @@ def int4_row_product(
     arguments = [words, weight.scale, x.reshape(blocks, 8, width)]
     arguments += [] if weight.offset is None else [weight.offset]
     arguments += [] if norm is None else [norm[0].reshape(blocks, 8, width)]
+    arguments += [] if low_rank is None else [low_rank[0][0], low_rank[1]]
     arguments += [] if residual is None else [residual[0]]
     kernel = functools.partial(
         _kernel, tile=tile, per_scale=blocks // weight.scale.shape[1], has_offset=weight.offset is not None,
-        eps=None if norm is None else norm[1], swiglu=swiglu, residual=residual is not None, interpret=interpret,
+        eps=None if norm is None else norm[1], swiglu=swiglu, residual=residual is not None,
+        low_rank=low_rank is not None, interpret=interpret,
     )  # fmt: skip
     out = jax.ShapeDtypeStruct((outputs // 2 if swiglu else outputs,), x.dtype)
     grid = (pl.cdiv(outputs, tile.rows),)

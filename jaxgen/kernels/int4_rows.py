@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 from jaxgen.kernels import backend
 from jaxgen.kernels.backend import pl
 from jaxgen.kernels.int4_row import pairs
+from jaxgen.kernels.low_rank import added_to_rows
 from jaxgen.quant.int4 import Int4
 
 
@@ -72,7 +73,7 @@ def _unpack(words: Array, scale: Array, offset: Array | None, j: int, interpret:
 
 def _kernel(
     *references: Any, tile: Tile, per_scale: int, has_offset: bool, swiglu: bool, width: int,
-    interpret: bool,
+    low_rank: bool, interpret: bool,
 ) -> None:  # fmt: skip
     words, scales, x, *offsets, out = references
     outputs, words_per_row = words.shape
@@ -108,6 +109,8 @@ def _kernel(
 
     first = pl.program_id(1) * steps
     total = lax.fori_loop(first, first + steps, body, jnp.zeros((tile.outputs, len(rows)), jnp.float32))
+    if low_rank:
+        total = added_to_rows(total, rows_out, *offsets[-2:], interpret)
     write_sums(out, total, rows_out, tile.outputs, outputs, swiglu)
 
 
@@ -136,6 +139,7 @@ def int4_rows_product(
     x: Float[Array, "I M"],
     weight: Int4,
     *,
+    low_rank: tuple[Float[Array, "S M r"], Float[Array, "O r"]] | None = None,
     swiglu: bool = False,
     tile: Tile = Tile(),
     interpret: bool = False,
@@ -144,15 +148,18 @@ def int4_rows_product(
 
     In float32 as `tile.splits` sums that are to be added, or in x's dtype if that is one. `swiglu`: `[O / 2, M]`, the
     columns of the next product, from gates in the even outputs and ups in the odd ones; nothing is split then.
+    `low_rank`: hidden numbers, as parts, and what multiplies them, see `low_rank.py`.
     """
     outputs, inputs = weight.shape
     width, rows = weight.planar // 8, x.shape[1]
     words = lax.bitcast_convert_type(weight.packed.reshape(outputs, inputs // 8, 4), jnp.uint32)
     arguments = [words, weight.scale, x]
     arguments += [] if weight.offset is None else [weight.offset]
+    arguments += [] if low_rank is None else [*low_rank]
     kernel = functools.partial(
         _kernel, tile=tile, per_scale=inputs // weight.planar // weight.scale.shape[1],
-        has_offset=weight.offset is not None, swiglu=swiglu, width=width, interpret=interpret,
+        has_offset=weight.offset is not None, swiglu=swiglu, width=width,
+        low_rank=low_rank is not None, interpret=interpret,
     )  # fmt: skip
     dtype = x.dtype if tile.splits == 1 else jnp.float32
     shape = (outputs // 2, rows) if swiglu else (tile.splits, rows, outputs)

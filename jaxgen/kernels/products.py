@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxgen.kernels import tiles
+from jaxgen.kernels import dense_row, tiles
 from jaxgen.kernels.dense_row import dense_row_product
 from jaxgen.kernels.dense_rows import dense_rows_product
 from jaxgen.kernels.int4_row import int4_row_product
@@ -33,7 +33,7 @@ class Products:
         """Whether `columns` multiplies so many rows."""
         return False
 
-    def columns(self, x: Float[Array, "I M"], rows: int, swiglu: bool = False) -> Array:
+    def columns(self, x: Float[Array, "I M"], rows: int, swiglu: bool = False, **beside: Any) -> Array:
         """The product of several rows that lie as columns: sums of it, or with `swiglu` the columns of the next."""
         raise NotImplementedError
 
@@ -62,7 +62,7 @@ class DenseProducts(Products):
         """From 2 rows on, up to MOST_ROWS."""
         return self._read() and 1 < rows <= MOST_ROWS
 
-    def columns(self, x: Float[Array, "I M"], rows: int, swiglu: bool = False) -> Array:
+    def columns(self, x: Float[Array, "I M"], rows: int, swiglu: bool = False, **beside: Any) -> Array:
         """See `dense_rows_product`."""
         return dense_rows_product(x, self.weight.array.astype(x.dtype), swiglu=swiglu, interpret=self.interpret)
 
@@ -87,10 +87,10 @@ class Int4Products(Products):
         """From 2 rows on, up to MOST_ROWS."""
         return self._read() and 1 < rows <= MOST_ROWS
 
-    def columns(self, x: Float[Array, "I M"], rows: int, swiglu: bool = False) -> Array:
+    def columns(self, x: Float[Array, "I M"], rows: int, swiglu: bool = False, **beside: Any) -> Array:
         """See `int4_rows_product`."""
         tile = tiles.rows_tile(rows, *self.weight.shape, swiglu)
-        return int4_rows_product(x, self.weight, swiglu=swiglu, tile=tile, interpret=self.interpret)
+        return int4_rows_product(x, self.weight, swiglu=swiglu, tile=tile, interpret=self.interpret, **beside)
 
     def alone(self, x: Float[Array, "B I"]) -> Float[Array, "B O"]:
         """By these kernels, also of permuted weights."""
@@ -106,11 +106,32 @@ class Int4Products(Products):
 
 
 class AdaptedProducts(Products):
-    """The base's product, and the correction."""
+    """The base's product, and the correction: inside it where the base has kernels."""
 
     weight: Adapted
 
+    @property
+    def _base(self) -> Products:
+        return self.weight.base.kernels(self.interpret)
+
+    def row(self, x: Float[Array, "1 I"], **around: Any) -> Array | None:
+        """As the base, with one more launch."""
+        down, up = (jnp.asarray(part, x.dtype) for part in (self.weight.down, self.weight.up))
+        tile = dense_row.Tile(rows=2, columns=1024)
+        hidden = dense_row_product(x, down, norm=around.get("norm"), tile=tile, interpret=self.interpret)
+        return self._base.row(x, low_rank=(hidden, up), **around)
+
+    def reads_columns(self, rows: int) -> bool:
+        """As the base."""
+        return self._base.reads_columns(rows)
+
+    def columns(self, x: Float[Array, "I M"], rows: int, swiglu: bool = False, **beside: Any) -> Array:
+        """As the base, with one more launch."""
+        down, up = (jnp.asarray(part, x.dtype) for part in (self.weight.down, self.weight.up))
+        hidden = dense_rows_product(x, down, interpret=self.interpret)
+        return self._base.columns(x, rows, swiglu, low_rank=(hidden, up))
+
     def alone(self, x: Float[Array, "B I"]) -> Float[Array, "B O"]:
         """Added in float32, and rounded once more."""
-        base = self.weight.base.kernels(self.interpret).alone(x).astype(jnp.float32)
+        base = self._base.alone(x).astype(jnp.float32)
         return (base + self.weight.correction(x)).astype(x.dtype)

@@ -77,6 +77,14 @@ def test_other_groups_scales_and_cards_have_kernels_as_well(options: tuple[str, 
         assert row["alias_bytes"] >= row["kv_bytes"]
 
 
+def test_an_adapter_costs_one_launch_for_each_linear_layer():
+    for row in decode(2, "--rank", "16", "--batch", "1", "8"):
+        one = row["batch"] == 1
+        assert row["launches_per_layer"] == (6 if one else 8) + 4
+        assert row["kernels"]["int4_row" if one else "int4_rows"] == 8
+        assert row["loop_weight_buffers"] == 0
+
+
 def test_without_kernels_every_linear_layer_is_one_fusion_that_reads_int4():
     """The form for GPUs that run none, and where their compiler refuses one."""
     for row in decode(2, "--xla"):
