@@ -191,6 +191,19 @@ def prefill_row(model: Any, length: int) -> dict[str, Any]:
     }
 
 
+def prompts_row(model: Any, rows: int, length: int) -> dict[str, Any]:
+    """What memory many long prompts take at once, at most: with the weights, with their cache, and beside both."""
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length))
+    request = prepare(model, ids, None, resolve({"max_new_tokens": 8}, None, GenerationConfig()))
+    state = prefill(program_for(model, request), request)
+    jax.block_until_ready(state.lengths)
+    cache = sum(x.nbytes for x in jax.tree.leaves(state.cache))
+    found = {"cache_gb": round(cache / 1e9, 3), **memory()}
+    if "peak_gb" in found:
+        found["beside_gb"] = round(found["peak_gb"] - found["cache_gb"] - weight_bytes(model) / 1e9, 3)
+    return found
+
+
 def memory() -> dict[str, Any]:
     """Device memory in use now, and at most so far."""
     stats = jax.devices()[0].memory_stats() or {}
@@ -294,6 +307,9 @@ def prefilling(report: Report, tiny: bool) -> None:
         for length in (2048,) if not tiny else (64,):
             what = {"weights": weights, "prompt": length}
             report.attempt("prefill", what, 20, lambda n=length: prefill_row(model, n))  # noqa: B023
+        rows, length = (32, 2048) if not tiny else (4, 64)
+        what = {"weights": weights, "prompt": length, "batch": rows}
+        report.attempt("prompts", what, 20, lambda r=rows, n=length: prompts_row(model, r, n))  # noqa: B023
         del model
 
 

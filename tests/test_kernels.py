@@ -5,6 +5,7 @@ What a GPU's compiler makes of them stands in tests/aot, what a GPU computes in 
 
 import dataclasses
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jaxgen.kernels.attend import attend, splits_for, takes
 from jaxgen.kernels.products import AdaptedProducts
 from jaxgen.kernels.write_down import write_down
 from jaxgen.lowering import Target, device_runs_kernels, tracing_for
+from jaxgen.models import causal_lm
 from jaxgen.models.layers import QuantizedWeight
 from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
 from jaxgen.quant.adapted import Adapted
@@ -382,6 +384,16 @@ def test_devices_that_run_kernels():
     assert all(device_runs_kernels(device(*d)) for d in runs)
     assert not any(device_runs_kernels(device(*d)) for d in not_these)
     assert not device_runs_kernels(jax.devices("cpu")[0])
+
+
+def test_a_model_on_several_devices_is_not_for_kernels(monkeypatch: pytest.MonkeyPatch):
+    """XLA would gather its weights for them."""
+    monkeypatch.setattr(causal_lm, "device_runs_kernels", lambda device: True)
+    model = MistralForCausalLM(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    assert model.decodes_with_kernels
+    norm = SimpleNamespace(weight=SimpleNamespace(devices=lambda: {"first", "second"}, dtype=jnp.dtype("bfloat16")))
+    monkeypatch.setattr(model.model, "norm", norm)
+    assert not model.decodes_with_kernels
 
 
 @pytest.mark.slow

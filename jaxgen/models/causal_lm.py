@@ -59,8 +59,12 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
 
     @property
     def decodes_with_kernels(self) -> bool:
-        """Whether the kernels of `jaxgen.kernels` can carry out a decode step of this model, where it is."""
-        return self._fits_kernels and device_runs_kernels(self.device)
+        """Whether the kernels of `jaxgen.kernels` can carry out a decode step of this model, where it is.
+
+        Not over several devices: XLA cannot divide a kernel among them, and would gather the weights at each step.
+        """
+        one = len(self.model.norm.weight.devices()) == 1
+        return one and self._fits_kernels and device_runs_kernels(self.device)
 
     @property
     def _fits_kernels(self) -> bool:
