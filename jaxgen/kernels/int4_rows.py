@@ -75,7 +75,7 @@ def _kernel(
     *references: Any, tile: Tile, per_scale: int, has_offset: bool, swiglu: bool, width: int,
     low_rank: bool, interpret: bool,
 ) -> None:  # fmt: skip
-    words, scales, x, *offsets, out = references
+    words, scales, x, *others, out = references
     outputs, words_per_row = words.shape
     clamped = backend.clamped_pairs if swiglu else backend.clamped
     rows_out = clamped(pl.program_id(0) * tile.outputs, tile.outputs, outputs)
@@ -99,7 +99,7 @@ def _kernel(
             word, block = jnp.minimum(word, words_per_row - 1), jnp.minimum(block, words_per_row // width - 1)
         packed = words[rows_out[:, None], word[None, :]]
         scale = spread(scales, block)
-        offset = spread(offsets[0], block) if has_offset else None
+        offset = spread(others[0], block) if has_offset else None
         column = word // width * (8 * width) + word % width
         for j in range(8):
             mask = None if inside is None else jnp.broadcast_to(inside[:, None], (tile.words, len(rows)))
@@ -110,7 +110,8 @@ def _kernel(
     first = pl.program_id(1) * steps
     total = lax.fori_loop(first, first + steps, body, jnp.zeros((tile.outputs, len(rows)), jnp.float32))
     if low_rank:
-        total = added_to_rows(total, rows_out, *offsets[-2:], interpret)
+        hidden, up = others[-2:]
+        total = added_to_rows(total, rows_out, hidden, up, interpret)
     write_sums(out, total, rows_out, tile.outputs, outputs, swiglu)
 
 
