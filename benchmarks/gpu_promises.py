@@ -196,7 +196,7 @@ def one_graph(report: Any, tiny: bool, random_model: Any) -> None:
         seconds, ends = [0.0, 0.0], []
         for call in range(calls):
             # Some calls end early: a row where one of these comes up, the call where all rows have.
-            eos = list(range(10, 26))
+            eos = list(range(10, 10 + (512 if tiny else 16)))
             options = {"max_new_tokens": new, "do_sample": True, "temperature": 50.0, "top_k": 0, "eos_token_id": eos}
             request = prepare(model, ids, None, resolve(options, None, GenerationConfig()), seed=call)
             program = program_for(model, request)
