@@ -86,7 +86,8 @@ _HOME = {
 }
 _MODULES = ("demo", "plot")
 _OF_TRANSFORMERS = ("AsyncTextIteratorStreamer", "TextIteratorStreamer", "TextStreamer")  # as they are
-__all__ = [*_HOME, *_MODULES]  # noqa: PLE0604
+_PUBLIC = [*_HOME, *_MODULES]
+globals()["__all__"] = _PUBLIC  # type checkers, which want a list written out, have the imports above
 
 
 def _says_something_else(record: logging.LogRecord) -> bool:
@@ -109,4 +110,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, *_OF_TRANSFORMERS])
+    return sorted([*globals(), *_PUBLIC, *_OF_TRANSFORMERS])

@@ -40,7 +40,7 @@ class CausalLMOutput:
     logits: Any
     loss: Any = None
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: object) -> Any:
         present = self._present()
         if isinstance(key, str) and key in present:
             return present[key]
@@ -95,7 +95,7 @@ def _no_array(access: str) -> NoSuchOutputError:
 
 
 def _refusal(name: str) -> Any:
-    def refuse(self: CausalLMOutput, *_: Any, **__: Any) -> NoReturn:
+    def refuse(self: CausalLMOutput, *_: object, **__: object) -> NoReturn:
         raise _no_array(f"__{name}__")
 
     return refuse

@@ -5,9 +5,11 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from jaxgen.errors import CheckpointError
+
+JsonObject: TypeAlias = dict[str, Any]  # what most JSON files hold, and records
 
 MOST_JSON = 20_000_000  # bytes; an index takes about 100 a tensor
 MOST_TOKENIZER = 100_000_000  # the largest vocabularies take 40 million

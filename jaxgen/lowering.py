@@ -89,7 +89,7 @@ def check_process() -> None:
         )
 
 
-def device_runs_kernels(device: Any) -> bool:
+def device_runs_kernels(device: object) -> bool:
     """Whether a device is an NVIDIA GPU of compute capability 8.0 or newer: those that `jaxgen.kernels` is for."""
     capability = str(getattr(device, "compute_capability", ""))
     if getattr(device, "platform", "") != "gpu" or not capability.replace(".", "").isdigit():

@@ -102,7 +102,7 @@ class GenerationMixin:
         row_ids: object = None,
         streamer: object = None,
         chunk_size: int | None = None,
-        **options: Any,
+        **options: object,
     ) -> "Int32[np.ndarray, 'R total'] | GenerateOutput":
         """Generate text ids as transformers' `generate` does: same names, same defaults, same layout.
 
@@ -145,7 +145,7 @@ class GenerationMixin:
         self,
         texts: "str | list[dict[str, Any]] | Sequence[str | list[dict[str, Any]]]",
         *,
-        tokenizer: Any = None,
+        tokenizer: object = None,
         chunk_size: int = 1,
         **options: Unpack[StreamArguments],
     ) -> "TextStream":
@@ -163,7 +163,7 @@ class GenerationMixin:
 
         return stream(self, texts, tokenizer=tokenizer, chunk_size=chunk_size, **options)
 
-    def score(self, texts: "str | list[str]", *, tokenizer: Any = None, batch_size: int = 8) -> "list[TextScore]":
+    def score(self, texts: "str | list[str]", *, tokenizer: object = None, batch_size: int = 8) -> "list[TextScore]":
         """The log-probability of every token of some texts, each given the tokens before it.
 
         `tokenizer` defaults to the checkpoint's. Raises `JaxgenError` for a text of fewer than two tokens, or longer
@@ -177,7 +177,7 @@ class GenerationMixin:
         return score(self, texts, tokenizer, batch_size)
 
     def compute_transition_scores(
-        self, sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False
+        self, sequences: object, scores: object, beam_indices: object = None, normalize_logits: bool = False
     ) -> Float[np.ndarray, "R N"]:
         """The score of each generated token, from `output_scores=True`: as transformers' method of this name.
 
@@ -211,7 +211,7 @@ class GenerationMixin:
         config = resolve(fields, generation_config, self.stored_generation_config)
         return prepare(self, input_ids, attention_mask, config, key, seed, row_ids, extras)
 
-    def _feed(self, streamer: Any, request: Request, chunk_size: int | None) -> Any:
+    def _feed(self, streamer: object, request: Request, chunk_size: int | None) -> Any:
         """Generate under the eyes of a streamer; the state at the end."""
         from jaxgen.text.streamers import check_streamer, feed
 
@@ -262,7 +262,7 @@ class GenerationMixin:
         return ModelDefaults(self)
 
     @generation_config.setter
-    def generation_config(self, config: Any) -> None:
+    def generation_config(self, config: object) -> None:
         known = isinstance(config, GenerationConfig)
         self.set_stored_generation_config(copy.copy(config) if known else GenerationConfig.from_hf(config))
         self.generation_assigned = Untracked(None)
@@ -294,10 +294,10 @@ def generate(
     model: Any,
     input_ids: Int[Array | np.ndarray, "B T"],
     attention_mask: "Int[Array | np.ndarray, 'B T'] | Bool[Array | np.ndarray, 'B T'] | None" = None,
-    key: Any = None,
+    key: object = None,
     config: GenerationConfig | None = None,
-    row_ids: Any = None,
-    **extras: Any,
+    row_ids: object = None,
+    **extras: object,
 ) -> "Int[Array, 'R total'] | dict[str, Array]":
     """Generate as a pure function: no buckets, no checks of values, usable inside jit and under vmap over keys.
 

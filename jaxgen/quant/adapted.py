@@ -33,7 +33,7 @@ class Adapted(Weight):
         """`(out, in)`."""
         return self.base.shape
 
-    def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "O I"]:
+    def dequantize(self, dtype: object = jnp.float32) -> Float[Array, "O I"]:
         """The weight as one matrix after all, computed in float32 and rounded once."""
         up, down = jnp.asarray(self.up, jnp.float32), jnp.asarray(self.down, jnp.float32)
         return (self.base.dequantize() + jnp.matmul(up, down, precision="highest")).astype(dtype)

@@ -86,6 +86,6 @@ class BitsAndBytesConfig:
             )
 
 
-def _is_default(name: str, value: Any, default: Any) -> bool:
+def _is_default(name: str, value: object, default: object) -> bool:
     """Whether a field holds its default, as it is here or as transformers writes it down."""
     return value is None or value == default or str(value).removeprefix("torch.") == _WRITTEN.get(name)

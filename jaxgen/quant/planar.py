@@ -23,7 +23,7 @@ def block_size(group_size: int) -> int:
     return size if size in _BLOCKS else 0
 
 
-def to_planar(x: Any, block: int) -> Any:
+def to_planar(x: object, block: int) -> Any:
     """The last axis in the order in which planar blocks store their columns; as it is for a block of 0.
 
     Numpy in, numpy out.
@@ -34,7 +34,7 @@ def to_planar(x: Any, block: int) -> Any:
     return _swapped(x, block, 8)
 
 
-def from_planar(x: Any, block: int) -> Any:
+def from_planar(x: object, block: int) -> Any:
     """The inverse of `to_planar`."""
     return _swapped(x, block, block // 8)
 

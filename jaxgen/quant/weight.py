@@ -52,7 +52,7 @@ class Weight(ABC):
         """`(out, in)`."""
 
     @abstractmethod
-    def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "O I"]:
+    def dequantize(self, dtype: object = jnp.float32) -> Float[Array, "O I"]:
         """The matrix in HF's order of columns, computed in float32 and rounded once."""
 
     def matmul(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
@@ -149,11 +149,11 @@ class Floats(Weight):
         return DenseProducts(self, interpret)
 
 
-def as_weight(value: Any) -> Weight:
+def as_weight(value: object) -> Weight:
     """A weight as it is, an array as `Floats`."""
     return value if isinstance(value, Weight) else Floats(value)
 
 
-def matmul(x: Float[Array, "*rows I"], weight: Any) -> Float[Array, "*rows O"]:
+def matmul(x: Float[Array, "*rows I"], weight: object) -> Float[Array, "*rows O"]:
     """`x @ weight.T`, for an array or a `Weight`."""
     return as_weight(weight).matmul(x)

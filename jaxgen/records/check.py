@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxgen.errors import JaxgenError
+from jaxgen.files import JsonObject
 from jaxgen.generation.choosing.sample import random_key
 
 # What Python's parser makes of JSON: a bool is no int here, and 1.0 is none either.
@@ -24,7 +25,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def check(fields: dict[str, Any]) -> None:
+def check(fields: JsonObject) -> None:
     """Raise `JaxgenError`, naming the field and its value, for what is no record, is damaged, or contradicts itself."""
     _match("", fields, _schema())
     for number, entry in enumerate(fields["generations"]):
@@ -36,18 +37,18 @@ def logprobs_sha256(rows: Iterable[Any]) -> str:
     return hashlib.sha256(b"".join(np.asarray(row, "<f4").tobytes() for row in rows)).hexdigest()
 
 
-def cut(value: Any, most: int = 60) -> str:
+def cut(value: object, most: int = 60) -> str:
     """A value in at most a line."""
     text = json.dumps(value) if isinstance(value, dict | list | str) else repr(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 @functools.cache
-def _schema() -> dict[str, Any]:
+def _schema() -> JsonObject:
     return json.loads((Path(__file__).parent / "record.schema.json").read_text(encoding="utf-8"))
 
 
-def _match(where: str, value: Any, schema: dict[str, Any]) -> None:
+def _match(where: str, value: object, schema: JsonObject) -> None:
     """Raise for a value that the schema does not describe: what of JSON Schema `record.schema.json` uses."""
     if "$ref" in schema:
         schema = _schema()["$defs"][schema["$ref"].rpartition("/")[2]] | schema
@@ -74,13 +75,13 @@ def _match(where: str, value: Any, schema: dict[str, Any]) -> None:
         _match_number(where, value, schema)
 
 
-def _match_number(where: str, value: int | float, schema: dict[str, Any]) -> None:
+def _match_number(where: str, value: int | float, schema: JsonObject) -> None:
     low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
     if not low <= value <= high or value in (math.inf, -math.inf):
         raise _no_record(where, value, f"is not between {low} and {high}")
 
 
-def _match_object(where: str, value: dict[str, Any], schema: dict[str, Any]) -> None:
+def _match_object(where: str, value: JsonObject, schema: JsonObject) -> None:
     fields, others = schema.get("properties", {}), schema.get("additionalProperties", True)
     for name in schema.get("required", []):
         if name not in value:
@@ -94,7 +95,7 @@ def _match_object(where: str, value: dict[str, Any], schema: dict[str, Any]) -> 
         _match(_inside(where, name), item, of if isinstance(of, dict) else {})
 
 
-def _match_array(where: str, value: list[Any], schema: dict[str, Any]) -> None:
+def _match_array(where: str, value: list[Any], schema: JsonObject) -> None:
     if len(value) < schema.get("minItems", 0):
         raise _no_record(where, value, f"has fewer than {schema['minItems']} items")
     items = schema.get("items", {})
@@ -104,7 +105,7 @@ def _match_array(where: str, value: list[Any], schema: dict[str, Any]) -> None:
         _match(f"{where}[{index}]", item, items)
 
 
-def _are_good_ints(values: list[Any], schema: dict[str, Any]) -> bool:
+def _are_good_ints(values: list[Any], schema: JsonObject) -> bool:
     known = schema.get("type") == "integer" and {*schema} <= {"type", "minimum", "maximum", "description"}
     if not known or not values or any(type(value) is not int for value in values):
         return False
@@ -116,11 +117,11 @@ def _inside(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
 
 
-def _no_record(where: str, value: Any, what: str) -> JaxgenError:
+def _no_record(where: str, value: object, what: str) -> JaxgenError:
     return JaxgenError(f"not a record: {where}={cut(value)} {what}")
 
 
-def _fit_together(where: str, entry: dict[str, Any]) -> None:
+def _fit_together(where: str, entry: JsonObject) -> None:
     """Raise for an entry whose fields contradict each other."""
     prompts, rows = len(entry["prompt_ids"]), len(entry["output_ids"])
     samples = entry["config"].get("num_return_sequences", 1)

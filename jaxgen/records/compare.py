@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgen.files import JsonObject
 from jaxgen.generation.results.score import token_logprobs
 from jaxgen.records.check import cut, logprobs_sha256
 
@@ -14,7 +15,7 @@ _OUTCOME = {"output_ids", "finish_reason", "logprobs", "logprobs_sha256"}
 _MODEL = ("architecture", "config_sha256", "dtype", "weights")
 
 
-def until_the_clock(entry: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+def until_the_clock(entry: JsonObject, now: JsonObject) -> JsonObject:
     """What came out, of rows that `max_time` ended only as far as the record goes: what follows was never made."""
     if "max_time" not in entry["config"]:
         return now
@@ -27,7 +28,7 @@ def until_the_clock(entry: dict[str, Any], now: dict[str, Any]) -> dict[str, Any
     return now | {"output_ids": ids, "logprobs": logprobs, "logprobs_sha256": sha256, "finish_reason": reasons}
 
 
-def outcome_difference(model: Any, entry: dict[str, Any], now: dict[str, Any]) -> str | None:
+def outcome_difference(model: Any, entry: JsonObject, now: JsonObject) -> str | None:
     """Where tokens or reasons first differ, tokens with both candidates' probabilities; None if none does."""
     if (old_rows := len(entry["output_ids"])) != (new_rows := len(now["output_ids"])):
         return f"the record has {old_rows} rows, the replay {new_rows}"
@@ -52,7 +53,7 @@ def outcome_difference(model: Any, entry: dict[str, Any], now: dict[str, Any]) -
     return None
 
 
-def logprobs_difference(entry: dict[str, Any], now: dict[str, Any]) -> float | None:
+def logprobs_difference(entry: JsonObject, now: JsonObject) -> float | None:
     """The largest difference of log-probabilities of the same tokens; None if all are equal to the last bit."""
     pairs = [(numbers(old), numbers(new)) for old, new in zip(entry["logprobs"], now["logprobs"], strict=True)]
     if all(np.array_equal(old, new, equal_nan=True) for old, new in pairs):
@@ -61,13 +62,13 @@ def logprobs_difference(entry: dict[str, Any], now: dict[str, Any]) -> float | N
     return max(float(np.where(np.isnan(gap), np.inf, gap).max(initial=0)) for gap in apart)
 
 
-def other_difference(entry: dict[str, Any], now: dict[str, Any]) -> str | None:
+def other_difference(entry: JsonObject, now: JsonObject) -> str | None:
     """The first of all other fields that is not as the record states it."""
     skipped = _NOT_COMPARED | (_OUTCOME - {"logprobs_sha256"}) | ({"shapes"} if entry["helpers"] else set())
     return _first_other({k: v for k, v in entry.items() if k not in skipped}, now)
 
 
-def model_difference(stated: dict[str, Any], now: dict[str, Any]) -> str | None:
+def model_difference(stated: JsonObject, now: JsonObject) -> str | None:
     """The first fact of a model, whose weights are the recorded ones, that is not as the record states it."""
     difference = _first_other({name: stated.get(name) for name in _MODEL}, now)
     return None if difference is None else f"model.{difference}"
@@ -78,7 +79,7 @@ def numbers(row: list[float | None]) -> np.ndarray:
     return np.array(row, np.float32)
 
 
-def _first_other(stated: dict[str, Any], now: dict[str, Any]) -> str | None:
+def _first_other(stated: JsonObject, now: JsonObject) -> str | None:
     for name, old in stated.items():
         new = now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):

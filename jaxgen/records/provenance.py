@@ -16,7 +16,7 @@ from flax import nnx
 
 import jaxgen
 from jaxgen.errors import JaxgenError
-from jaxgen.files import read_bytes, read_json
+from jaxgen.files import JsonObject, read_bytes, read_json
 from jaxgen.generation.programs import compiled
 from jaxgen.generation.programs.weights import references, same_arrays, split
 from jaxgen.quant.weight import as_weight
@@ -28,7 +28,7 @@ _known_files: dict[tuple[str, int, int], str] = {}
 _known_weights: list[tuple[tuple[Any, ...], str]] = []  # references to the last weights that were read, their digest
 
 
-def model_of(model: Any) -> dict[str, Any]:
+def model_of(model: Any) -> JsonObject:
     """What is to be known of a model: where it is from, and what its weights are.
 
     `id` and `revision` are those of the Hugging Face hub, or "demo"; a local directory has neither, since a record
@@ -39,7 +39,7 @@ def model_of(model: Any) -> dict[str, Any]:
     return {**_origin(directory), "files": _files(directory, _WEIGHTS), **facts_of(model)}
 
 
-def facts_of(model: Any) -> dict[str, Any]:
+def facts_of(model: Any) -> JsonObject:
     """What a model is, wherever it is from: its kind, its config and its weights in memory."""
     config = json.dumps(model.config.to_hf(), sort_keys=True, default=str)
     return {
@@ -51,7 +51,7 @@ def facts_of(model: Any) -> dict[str, Any]:
     }
 
 
-def tokenizer_of(model: Any, tokenizer: Any = None) -> dict[str, Any]:
+def tokenizer_of(model: object, tokenizer: object = None) -> JsonObject:
     """The sha256 of the files of a tokenizer, by default the checkpoint's, and of its chat template as it is now."""
     place = getattr(model if tokenizer is None else tokenizer, "name_or_path", None)
     directory = Path(place) if place and Path(place).is_dir() else None
@@ -63,7 +63,7 @@ def tokenizer_of(model: Any, tokenizer: Any = None) -> dict[str, Any]:
     }
 
 
-def environment(model: Any) -> dict[str, Any]:
+def environment(model: Any) -> JsonObject:
     """Versions, device, mesh and XLA's options: what decides the last bits. No host names, no paths."""
     leaf = jax.tree.leaves(split(model)[1])[0]
     devices = sorted(leaf.sharding.device_set, key=lambda device: device.id)
@@ -78,7 +78,7 @@ def environment(model: Any) -> dict[str, Any]:
     }
 
 
-def compiler_options(model: Any, strict: bool) -> dict[str, Any]:
+def compiler_options(model: Any, strict: bool) -> JsonObject:
     """XLA's options of the decode executable, as far as jaxgen chooses them."""
     return dict(compiled.stages_for(model, split(model)[1], strict)[1].compiler_options)
 
@@ -100,7 +100,7 @@ def parameters_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _origin(directory: Path | None) -> dict[str, Any]:
+def _origin(directory: Path | None) -> JsonObject:
     """Hub id and commit, from where the Hugging Face cache puts a snapshot."""
     from jaxgen import demo
 

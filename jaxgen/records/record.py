@@ -14,9 +14,11 @@ import jax
 import numpy as np
 
 from jaxgen.errors import JaxgenError
-from jaxgen.files import read_bytes
+from jaxgen.files import JsonObject, read_bytes
 from jaxgen.generation.choosing.sample import SAMPLER_VERSION
 from jaxgen.generation.options.table import DEFAULT_NEW_TOKENS
+from jaxgen.generation.prepare import Request
+from jaxgen.generation.prompts.prefill import Negative, Prompts
 from jaxgen.paths import as_path
 from jaxgen.records.check import check, cut, logprobs_sha256
 from jaxgen.records.provenance import compiler_options, environment, model_of, tokenizer_of
@@ -42,10 +44,10 @@ class Record:
     True
     """
 
-    model: dict[str, Any]
-    tokenizer: dict[str, Any]
-    environment: dict[str, Any]
-    generations: list[dict[str, Any]]
+    model: JsonObject
+    tokenizer: JsonObject
+    environment: JsonObject
+    generations: list[JsonObject]
 
     @classmethod
     def of(cls, outputs: Iterable[Any]) -> "Record":
@@ -62,7 +64,7 @@ class Record:
         """Raise `JaxgenError`, naming the field, if this is none that `output.record` makes, or contradicts itself."""
         check(self._fields())
 
-    def _fields(self) -> dict[str, Any]:
+    def _fields(self) -> JsonObject:
         return {"schema": SCHEMA, "version": VERSION, **dataclasses.asdict(self)}
 
     def to_json(self) -> str:
@@ -124,8 +126,8 @@ class Record:
 class Recording:
     """Remembers what calls of `generate` were and gave, without their caches, until their `record` is asked for."""
 
-    def __init__(self, tokenizer: Any = None):
-        self.tokenizer, self.entries, self.origin = tokenizer, list[dict[str, Any]](), None
+    def __init__(self, tokenizer: object = None):
+        self.tokenizer, self.entries, self.origin = tokenizer, list[JsonObject](), None
 
     def add(self, output: Any) -> None:
         """Remember an output; raises `JaxgenError` if it is of another model than those before."""
@@ -143,7 +145,7 @@ class Recording:
         return Record(model_of(model), tokenizer_of(model, self.tokenizer), environment(model), self.entries)
 
 
-def generation_of(output: Any) -> dict[str, Any]:
+def generation_of(output: Any) -> JsonObject:
     """One entry of a record: the call, and what came out."""
     request = output.origin.request
     width = request.input_ids.shape[1]
@@ -176,7 +178,7 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _config(request: Any, rows: int) -> dict[str, Any]:
+def _config(request: Request, rows: int) -> JsonObject:
     """The fields that were in effect, as JSON has them; how the result is returned decides no token."""
     config = request.config
     fields = {k: v for k, v in config.to_hf().items() if not k.startswith("output_") and k != "return_dict_in_generate"}
@@ -186,17 +188,17 @@ def _config(request: Any, rows: int) -> dict[str, Any]:
     return json.loads(json.dumps(fields))
 
 
-def _key_data(key: Any, rows: int) -> list[Any]:
+def _key_data(key: jax.Array, rows: int) -> list[Any]:
     data = np.asarray(jax.random.key_data(key))
     return (data[:rows] if key.ndim else data).tolist()
 
 
-def _rows_of(prompts: Any, rows: int) -> list[list[int]]:
+def _rows_of(prompts: Prompts | Negative, rows: int) -> list[list[int]]:
     """Each row's real tokens."""
     return [ids[:count].tolist() for ids, count in zip(prompts.tokens[:rows], prompts.lengths[:rows], strict=True)]
 
 
-def _shapes(request: Any) -> dict[str, Any]:
+def _shapes(request: Request) -> JsonObject:
     prompts, length = request.prompts.tokens.shape
     layout = request.layout
     return {
@@ -214,6 +216,6 @@ def _given(value: Any) -> bool:
     return value is not None and (callable(value) or len(value) > 0)
 
 
-def _short(values: Any) -> list[float | None]:
+def _short(values: object) -> list[float | None]:
     """float32 numbers in the fewest digits that give them back; None for what JSON cannot hold."""
     return [float(str(x)) if np.isfinite(x) else None for x in np.asarray(values, np.float32)]

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxgen.errors import JaxgenError, UnsupportedError
+from jaxgen.files import JsonObject
 from jaxgen.generation.choosing.sample import SAMPLER_VERSION
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.programs.strict import Strict
@@ -53,7 +54,7 @@ class _CannotCompareError(Exception):
 
 
 def replay(
-    record: "Record | str | os.PathLike[str]", model: Any = None, *, load_model: bool = False, **python: Any
+    record: "Record | str | os.PathLike[str]", model: object = None, *, load_model: bool = False, **python: object
 ) -> Replay:
     """Run a record (or the file of one) again, and compare with it whatever it states of what came out.
 
@@ -105,7 +106,7 @@ def source_of(record: Record) -> str | None:
     return f"{constants.ENDPOINT}/{name}, " + ("its newest revision" if revision is None else f"revision {revision}")
 
 
-def _compared(record: Record, model: Any, results: list[dict[str, Any]]) -> Replay:
+def _compared(record: Record, model: object, results: list[JsonObject]) -> Replay:
     """The answer, by all that the record states: outcome first, then its last bits, then what else it says of them."""
     pairs = [(entry, until_the_clock(entry, now)) for entry, now in zip(record.generations, results, strict=True)]
     places = [f"generation {number}: " if len(pairs) > 1 else "" for number in range(len(pairs))]
@@ -127,7 +128,7 @@ def _compared(record: Record, model: Any, results: list[dict[str, Any]]) -> Repl
     return Replay(IDENTICAL, IDENTICAL) if message is None else Replay(SAME_TOKENS, f"{_ALL_SAME}, but {message}")
 
 
-def _model_of(record: Record, given: Any, load_model: bool) -> Any:
+def _model_of(record: Record, given: object, load_model: bool) -> Any:
     """The model to run, whose weights are the recorded ones."""
     from jaxgen import demo
     from jaxgen.convert.load import AutoModelForCausalLM
@@ -162,7 +163,7 @@ def _model_of(record: Record, given: Any, load_model: bool) -> Any:
     return _checked(model, known)
 
 
-def _checked(model: Any, known: dict[str, Any]) -> Any:
+def _checked(model: object, known: JsonObject) -> Any:
     digest = parameters_sha256(model)
     if digest != known["parameters_sha256"]:
         raise _CannotCompareError(
@@ -172,7 +173,7 @@ def _checked(model: Any, known: dict[str, Any]) -> Any:
     return model
 
 
-def _again(model: Any, number: int, entry: dict[str, Any], python: dict[str, Any]) -> dict[str, Any]:
+def _again(model: Any, number: int, entry: JsonObject, python: JsonObject) -> JsonObject:
     """The entry that running it again gives."""
     config = GenerationConfig(**entry["config"])
     if config.do_sample and entry["sampler_version"] != SAMPLER_VERSION:

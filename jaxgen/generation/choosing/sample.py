@@ -35,7 +35,7 @@ class FreshSeed(int):
     """A seed that nobody asked for: where nothing is drawn, nothing needs to be said about it."""
 
 
-def random_key(key: Any, seed: Any) -> tuple[Key[Array, "*rows"], int | tuple[int, ...] | None]:
+def random_key(key: object, seed: Any) -> tuple[Key[Array, "*rows"], int | tuple[int, ...] | None]:
     """The key of a call, and the seed it came from (None when a key was given); or one of each per row.
 
     `key` is a typed key, or a raw uint32 threefry key; `seed` is any Python int. An array of typed keys, or a list of
@@ -92,7 +92,7 @@ def padded_key(key: Key[Array, "*rows"], rows: int = 0) -> Key[Array, "*rows_out
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))  # pyright: ignore[reportArgumentType]
 
 
-def row_id_words(row_ids: Any, rows: int) -> UInt32[np.ndarray, "B 2"]:
+def row_id_words(row_ids: object, rows: int) -> UInt32[np.ndarray, "B 2"]:
     """Each row's id as two 32-bit words; ids are ints or strings, by default the row's index.
 
     Raises `JaxgenError` for a wrong number of ids or an id of another type.

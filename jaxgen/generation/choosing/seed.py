@@ -1,7 +1,5 @@
 """Where the seeds of calls come from that name none: the operating system, or one number for a whole script."""
 
-from typing import Any
-
 import numpy as np
 
 from jaxgen.errors import JaxgenError
@@ -9,7 +7,7 @@ from jaxgen.errors import JaxgenError
 _of_script: list[np.random.SeedSequence] = []  # one, once `set_seed` was called
 
 
-def set_seed(seed: Any) -> None:
+def set_seed(seed: object) -> None:
     """Decide the randomness of every later call that samples without `key` and `seed`, as HF's function does.
 
     The first such call, the second, and so on each have a seed of their own, the same in every run of a script (and

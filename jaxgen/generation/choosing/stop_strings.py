@@ -52,7 +52,7 @@ class StopStrings:
     longest: Int[Array, ""]  # bytes in the longest stop string
 
     @classmethod
-    def of(cls, tokenizer: Any, strings: Any, vocab_size: int) -> "StopStrings":
+    def of(cls, tokenizer: object, strings: object, vocab_size: int) -> "StopStrings":
         """The automaton of `strings` (a str or several) for a model with `vocab_size` tokens.
 
         `tokenizer` is one of transformers'. Building takes some tenths of a second the first time a large
@@ -94,7 +94,7 @@ class StopStrings:
         return entry >> 1, (entry & 1).astype(bool)
 
 
-def checked_strings(strings: Any) -> tuple[str, ...]:
+def checked_strings(strings: object) -> tuple[str, ...]:
     """`stop_strings` as the user passes it, as a tuple.
 
     Raises `JaxgenError`, naming the index and the value, unless it is a non-empty str or a non-empty sequence of
@@ -283,7 +283,7 @@ def _decoded(tokenizer: Any, before: list[str], token: str) -> bytes:
     return added.encode()
 
 
-def _decoder_kinds(decoder: Any) -> set[str]:
+def _decoder_kinds(decoder: object) -> set[str]:
     """The names of a `tokenizers` decoder and of those inside it; empty for None."""
     if decoder is None:
         return set()

@@ -23,7 +23,9 @@ class Arguments(NamedTuple):
     options: dict[str, Any]
 
 
-def sorted_out(input_ids: Any, attention_mask: Any, generation_config: Any, options: Mapping[str, Any]) -> Arguments:
+def sorted_out(
+    input_ids: object, attention_mask: object, generation_config: object, options: Mapping[str, Any]
+) -> Arguments:
     """Read what HF takes too: `inputs=`, a tokenizer's whole output as the prompt, `generation_config` in second place.
 
     `token_type_ids` are dropped, as in HF. Raises `JaxgenError` for what is given twice.
@@ -45,12 +47,12 @@ def sorted_out(input_ids: Any, attention_mask: Any, generation_config: Any, opti
     return Arguments(input_ids, attention_mask, generation_config, rest)
 
 
-def _only(name: str, value: Any, other: Any) -> Any:
+def _only(name: str, value: object, other: object) -> Any:
     """The one of two that is given."""
     if value is not None and other is not None:
         raise JaxgenError(f"{name} was given twice")
     return other if value is None else value
 
 
-def _is_config(value: Any) -> bool:
+def _is_config(value: object) -> bool:
     return callable(getattr(value, "to_dict", None)) and not hasattr(value, "shape")

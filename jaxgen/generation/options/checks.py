@@ -26,7 +26,7 @@ def plain(value: Any) -> Any:
 def integer(minimum: int) -> Check:
     """An int of at least `minimum` that fits 32 bits."""
 
-    def check(name: str, value: Any) -> int:
+    def check(name: str, value: object) -> int:
         if isinstance(value, int | np.integer) and value > _INT32_MAX:
             raise JaxgenError(f"{name}={shown(value)} must be an int of at most {_INT32_MAX}")
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < minimum:
@@ -52,33 +52,33 @@ def number(interval: str) -> Check:
     return check
 
 
-def flag(name: str, value: Any) -> bool:
+def flag(name: str, value: object) -> bool:
     """True or False."""
     if not isinstance(value, bool):
         raise JaxgenError(f"{name}={shown(value)} must be True or False")
     return value
 
 
-def token_ids(name: str, value: Any) -> int | tuple[int, ...]:
+def token_ids(name: str, value: object) -> int | tuple[int, ...]:
     """One token id, or several."""
     return id_list(name, value) if isinstance(value, tuple) else integer(0)(name, value)
 
 
-def id_list(name: str, value: Any) -> tuple[int, ...]:
+def id_list(name: str, value: object) -> tuple[int, ...]:
     """Token ids."""
     if not isinstance(value, tuple):
         raise JaxgenError(f"{name}={shown(value)} must be a list of token ids")
     return tuple(integer(0)(name, item) for item in value)
 
 
-def id_lists(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
+def id_lists(name: str, value: object) -> tuple[tuple[int, ...], ...]:
     """Non-empty sequences of token ids."""
     if not isinstance(value, tuple) or not all(isinstance(item, tuple) and item for item in value):
         raise JaxgenError(f"{name}={shown(value)} must be a list of non-empty lists of token ids")
     return tuple(id_list(name, item) for item in value)
 
 
-def biases(name: str, value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
+def biases(name: str, value: object) -> tuple[tuple[tuple[int, ...], float], ...]:
     """HF's two forms of `sequence_bias`: `{(id, ...): bias}`, or `[[[id, ...], bias], ...]`."""
     pairs = tuple(value.items()) if isinstance(value, Mapping) else value
     if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
@@ -88,17 +88,17 @@ def biases(name: str, value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
     return tuple((sequence, bias(name, pair[1])) for sequence, pair in zip(ids, pairs, strict=True))
 
 
-def decay(name: str, value: Any) -> tuple[int, float]:
+def decay(name: str, value: object) -> tuple[int, float]:
     """HF's `(start, factor)`."""
     if not isinstance(value, tuple) or len(value) != 2:
         raise JaxgenError(f"{name}={shown(value)} must be (start, factor)")
     return integer(0)(name, value[0]), number("(0, inf)")(name, value[1])
 
 
-def choice(*values: Any) -> Check:
+def choice(*values: object) -> Check:
     """One of a few values."""
 
-    def check(name: str, value: Any) -> Any:
+    def check(name: str, value: object) -> Any:
         if not any(type(value) is type(known) and value == known for known in values):
             raise UnsupportedError(
                 f"{name}={shown(value)} is not supported; choose from {', '.join(map(repr, values))}"

@@ -12,7 +12,7 @@ class Refused:
     harmless: tuple[Any, ...] = ()  # besides None
     changes_tokens: bool = True  # False: in a stored file it is passed over
 
-    def takes(self, value: Any) -> bool:
+    def takes(self, value: object) -> bool:
         """Whether this value asks for nothing."""
         known = type(value) in (bool, int, float, str, list, dict)
         return value is None or (known and any(value == harmless for harmless in self.harmless))

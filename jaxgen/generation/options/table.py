@@ -58,7 +58,7 @@ class Option:
         """What a call must have for it to do anything."""
         return "do_sample=True" if self.only_sampling else "num_beams of at least 2" if self.only_beams else ""
 
-    def is_on(self, value: Any) -> bool:
+    def is_on(self, value: object) -> bool:
         """Whether the processor has anything to do."""
         always = self.processor is not None and self.processor.always
         return value is not None and (always or value != self.off)
@@ -217,7 +217,7 @@ class Options:
     prefill_chunk_size: int | None = _cache(integer(1), "read prompts so many tokens at a time")
 
 
-def _argument(says: str, processor: type[Processor] | None = None, **columns: Any) -> Any:
+def _argument(says: str, processor: type[Processor] | None = None, **columns: object) -> Any:
     return _row("Arguments", lambda _, value: value, says, processor, **columns)
 
 
@@ -253,13 +253,13 @@ class Extras:
 OPTIONS, ARGUMENTS = _rows(Options), _rows(Extras)
 
 
-def checked(name: str, value: Any, sampled: bool) -> Any:
+def checked(name: str, value: object, sampled: bool) -> Any:
     """A user's value as a `GenerationConfig` holds it, which is `sampled` from or not; raises `JaxgenError`."""
     unused = value is None or (not sampled and out_of_range(name, value))
     return plain(value) if unused else OPTIONS[name].check(name, plain(value))
 
 
-def out_of_range(name: str, value: Any) -> str | None:
+def out_of_range(name: str, value: object) -> str | None:
     """Why sampling cannot use this number; None if it can, or if it is no number at all.
 
     Greedy search takes it all the same, such as `temperature=0`, as in transformers.

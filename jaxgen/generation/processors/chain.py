@@ -13,9 +13,9 @@ def chain_of(
     config: GenerationConfig,
     vocab_size: int,
     *,
-    user: Any = (),
+    user: object = (),
     beams: bool = False,
-    prefix_allowed_tokens_fn: Any = None,
+    prefix_allowed_tokens_fn: object = None,
 ) -> tuple[Processor, ...]:
     """The processors that an effective configuration switches on: `entry(logits [R, V] float32, rows) -> logits`.
 

@@ -37,7 +37,7 @@ class AllowedTokens:
         as_pytree(self.function, "AllowedTokens")
 
 
-def as_pytree(function: Any, name: str) -> Any:
+def as_pytree(function: object, name: str) -> Any:
     """`function` as something that jit takes as an argument: static, unless it is a pytree of its own numbers.
 
     Raises `JaxgenError` for what cannot be called, or not be compared with the function of the next call.
@@ -62,7 +62,7 @@ class UserProcessors(Processor):
     functions: tuple[Any, ...]
 
     @classmethod
-    def of(cls, value: Any, call: Call) -> "UserProcessors":
+    def of(cls, value: object, call: Call) -> "UserProcessors":
         if callable(value) or not isinstance(value, Iterable):
             raise JaxgenError(f"logits_processor={value!r} must be a list of functions")
         return cls(tuple(as_pytree(function, f"logits_processor[{i}]") for i, function in enumerate(value)))
@@ -88,7 +88,7 @@ class AllowedPrefixes(Processor):
     beams: bool = static()
 
     @classmethod
-    def of(cls, value: Any, call: Call) -> "AllowedPrefixes":
+    def of(cls, value: object, call: Call) -> "AllowedPrefixes":
         kind = _AllowedByTrace if isinstance(value, AllowedTokens) else AllowedPrefixes
         function = value.function if isinstance(value, AllowedTokens) else value
         return kind(as_pytree(function, "prefix_allowed_tokens_fn"), call.beams)
@@ -96,7 +96,7 @@ class AllowedPrefixes(Processor):
     def __call__(self, logits: Logits, rows: Rows) -> Logits:
         number, vocab_size = logits.shape
 
-        def ask(function: Any, *row_arrays: Any) -> np.ndarray:
+        def ask(function: Any, *row_arrays: object) -> np.ndarray:
             tokens, lengths, prompts, running = (np.asarray(array) for array in row_arrays)
             allowed = np.ones((number, vocab_size), bool)
             try:
@@ -125,7 +125,7 @@ class _AllowedByTrace(AllowedPrefixes):
         return _restrict(logits, rows, allowed, self.beams)
 
 
-def _listed(tokens: Any, prompt: int, vocab_size: int) -> Bool[np.ndarray, " V"]:
+def _listed(tokens: object, prompt: int, vocab_size: int) -> Bool[np.ndarray, " V"]:
     ids = np.asarray(tokens)
     if ids.size == 0:
         raise JaxgenError(f"prefix_allowed_tokens_fn allowed no token for row {prompt}: the constraint cannot be met")

@@ -57,10 +57,10 @@ class Processor:
         settings = [field.name for field in fields if field.metadata.get("static")]
         keys = [jax.tree_util.GetAttrKey(name) for name in numbers]
 
-        def flatten(self: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        def flatten(self: object) -> tuple[list[Any], tuple[Any, ...]]:
             return [getattr(self, name) for name in numbers], tuple(getattr(self, name) for name in settings)
 
-        def flatten_with_keys(self: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        def flatten_with_keys(self: object) -> tuple[list[Any], tuple[Any, ...]]:
             leaves, static = flatten(self)
             return list(zip(keys, leaves, strict=True)), static
 
@@ -81,7 +81,7 @@ class Processor:
         return cls(**{field.name: as_number(value) for field in numbers})  # one or none
 
     @staticmethod
-    def tokens_in(value: Any) -> Iterable[int]:
+    def tokens_in(value: object) -> Iterable[int]:
         """The token ids in the value of its option, which must be in the vocabulary."""
         return ()
 

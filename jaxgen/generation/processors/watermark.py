@@ -75,7 +75,7 @@ class WatermarkingConfig:
         raise JaxgenError(f"watermarking_config: {field}={shown(getattr(self, field))} must be {expected}")
 
     @classmethod
-    def from_hf(cls, value: Any) -> "WatermarkingConfig":
+    def from_hf(cls, value: object) -> "WatermarkingConfig":
         """Read transformers' form, an object or a dict. Raises `UnsupportedError` for SynthID, `JaxgenError` else."""
         if isinstance(value, cls):
             return value
@@ -108,15 +108,15 @@ class WatermarkingConfig:
         return np.array(min(round(self.greenlist_ratio * (1 << 32)), (1 << 32) - 1), np.uint32)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _root(words: Any) -> Key[Array, ""]:
+def _root(words: object) -> Key[Array, ""]:
     return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
 
@@ -178,7 +178,7 @@ class Selfhash(Watermark):
         return logits.at[jnp.arange(len(logits))[:, None], best].add(added, unique_indices=True)
 
 
-def _selfhash(root: Key[Array, ""], preceding: Any, token: Int[Array, ""], width: Any) -> UInt32[Array, ""]:
+def _selfhash(root: Key[Array, ""], preceding: Any, token: Int[Array, ""], width: object) -> UInt32[Array, ""]:
     """The token's word, where `preceding(n)` is the token n places before it."""
 
     def smaller(back: Int[Array, ""], least: UInt32[Array, ""]) -> UInt32[Array, ""]:
@@ -235,7 +235,7 @@ class WatermarkDetector:
         self.vocab_size, self.bos_token_id = model_config.vocab_size, model_config.bos_token_id
         self.ignore_repeated_ngrams = ignore_repeated_ngrams
 
-    def __call__(self, input_ids: Any, z_threshold: float = 3.0, return_dict: bool = False) -> Any:
+    def __call__(self, input_ids: object, z_threshold: float = 3.0, return_dict: bool = False) -> Any:
         """Whether each row of `input_ids` [B, T] is watermarked: bool [B], its z-score exceeds `z_threshold`.
 
         With `return_dict` a `WatermarkDetectorOutput`, the numbers behind it. A BOS that all rows begin with is not
@@ -252,7 +252,7 @@ class WatermarkDetector:
         p_value = np.array([0.5 * math.erfc(z / math.sqrt(2)) for z in z_score])
         return WatermarkDetectorOutput(scored, green, green / scored, z_score, p_value, prediction, 1 - p_value)
 
-    def _read(self, input_ids: Any) -> Int[np.ndarray, "B T"]:
+    def _read(self, input_ids: object) -> Int[np.ndarray, "B T"]:
         try:
             ids = np.asarray(input_ids)
         except ValueError as error:

@@ -47,7 +47,7 @@ class Stage:
         self.traces, self._refused = 0, False
         self._options = jit_options.get("compiler_options", {})
 
-        def counted(*args: Any) -> Any:
+        def counted(*args: object) -> Any:
             self.traces += 1  # Python runs this only while tracing
             with tracing_for(compiled_for):
                 return function(*args)
@@ -60,7 +60,7 @@ class Stage:
         """Those that a call is compiled with, as far as is known by now."""
         return self.otherwise.compiler_options if self._refused and self.otherwise else self._options
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> Any:
         """Run, and log if that took a compilation."""
         if self._refused and self.otherwise is not None:
             return self.otherwise(*args)
@@ -185,7 +185,7 @@ _kernels_on_gpu, _kernels_int4_on_gpu, _strict_kernels_on_gpu = (
 )
 
 
-def stages_for(model: Any, weights: list[Any], strict: bool = False) -> tuple[Stage, Stage]:
+def stages_for(model: object, weights: list[Any], strict: bool = False) -> tuple[Stage, Stage]:
     """Prefill and decode as they run fastest where these weights are, or so that their sums have one order.
 
     `weights` are the model's, as `jaxgen.generation.programs.weights.split` lists them.

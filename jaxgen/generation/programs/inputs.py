@@ -125,7 +125,7 @@ def _value(config: GenerationConfig, name: str) -> Any:
     return OPTIONS[name].default if value is None else value
 
 
-def _functions(name: str, value: Any) -> tuple[Any, ...]:
+def _functions(name: str, value: object) -> tuple[Any, ...]:
     """One function or several; transformers' own classes, which want torch, are refused by name."""
     # HF's own lists can be called as well.
     functions = () if value is None else (value,) if callable(value) and not isinstance(value, list) else value
@@ -148,7 +148,7 @@ def _functions(name: str, value: Any) -> tuple[Any, ...]:
     return tuple(functions)
 
 
-def _is_of_transformers(function: Any) -> bool:
+def _is_of_transformers(function: object) -> bool:
     """Whether it is an instance of one of transformers' classes, whatever arguments its own class takes."""
     return any(base.__module__.split(".")[0] == "transformers" for base in type(function).__mro__)
 

@@ -6,7 +6,6 @@ slots attention sums over. XLA chooses its kernels, and so the order of its sums
 """
 
 import dataclasses
-from typing import Any
 
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.options.checks import integer
@@ -47,7 +46,7 @@ class Strict:
             object.__setattr__(self, name, bucket(integer(1)(f"strict: {name}", getattr(self, name))))
 
     @classmethod
-    def of(cls, value: Any) -> "Strict | None":
+    def of(cls, value: object) -> "Strict | None":
         """What the user gave: True, None, False or a `Strict`."""
         if value is None or value is False:
             return None
@@ -57,7 +56,7 @@ class Strict:
             raise JaxgenError(f"strict={value!r} must be True, or a jaxgen.Strict(rows=, tokens=)")
         return value
 
-    def check(self, config: GenerationConfig, past: Any) -> None:
+    def check(self, config: GenerationConfig, past: object) -> None:
         """Raise for options that would choose another shape."""
         for name, given in {"past_key_values": past, "max_cache_len": config.max_cache_len}.items():
             if given is not None:

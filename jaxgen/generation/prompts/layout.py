@@ -58,7 +58,7 @@ def pad_to(array: Any, shape: tuple[int, ...], fill: int = 0) -> Any:
 
 
 def checked_prompt(
-    input_ids: Any, attention_mask: Any, vocab_size: int, names: tuple[str, str] = ("input_ids", "attention_mask")
+    input_ids: object, attention_mask: object, vocab_size: int, names: tuple[str, str] = ("input_ids", "attention_mask")
 ) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
     """Ids and mask as numpy arrays, after every check that needs no model.
 
@@ -89,7 +89,7 @@ def checked_prompt(
     return ids.astype(np.int32), mask
 
 
-def _mask(attention_mask: Any, shape: tuple[int, ...], names: tuple[str, str]) -> np.ndarray:
+def _mask(attention_mask: object, shape: tuple[int, ...], names: tuple[str, str]) -> np.ndarray:
     ids_name, name = names
     mask = _table(attention_mask, name, allow_bool=True)
     if mask.shape != shape:
@@ -100,7 +100,7 @@ def _mask(attention_mask: Any, shape: tuple[int, ...], names: tuple[str, str]) -
     return mask.astype(bool)
 
 
-def _table(values: Any, name: str, allow_bool: bool = False) -> np.ndarray:
+def _table(values: object, name: str, allow_bool: bool = False) -> np.ndarray:
     if isinstance(values, str) or (isinstance(values, list | tuple) and values and isinstance(values[0], str)):
         raise JaxgenError(
             f"{name} is a text; make ids of it: tokenizer(texts, padding=True, return_tensors='np'), or give the text "

@@ -83,7 +83,7 @@ class PastKeyValues:
                 return 0  # the ring has turned past what the next token would look at
         return known
 
-    def _check(self, prompts: Prompts, layout: BatchLayout, rows: int, model: Any) -> None:
+    def _check(self, prompts: Prompts, layout: BatchLayout, rows: int, model: object) -> None:
         if prompts.negative is not None:
             raise JaxgenError("past_key_values and guidance_scale exclude each other: the negative rows have no past")
         if len(self.lengths) not in (1, rows):

@@ -101,7 +101,7 @@ class GenerateOutput:
         return html(self)
 
 
-def collect(model: Any, request: Request, state: Any, started: float = 0.0) -> "np.ndarray | GenerateOutput":
+def collect(model: Any, request: Request, state: object, started: float = 0.0) -> "np.ndarray | GenerateOutput":
     """Fetch a finished state and lay it out; raises `NonFiniteLogitsError` if a row ran into NaN.
 
     `started` is when the call did, in seconds since 1970.

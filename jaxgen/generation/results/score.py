@@ -93,7 +93,7 @@ _packed_logprobs = jax.jit(_logprobs, static_argnums=0)
 
 
 def transition_scores(
-    sequences: Any, scores: Any, beam_indices: Any, normalize_logits: bool
+    sequences: object, scores: Any, beam_indices: object, normalize_logits: bool
 ) -> Float[np.ndarray, "R N"]:
     """As `GenerationMixin.compute_transition_scores`. Source: transformers, the method of this name."""
     table = np.stack([np.asarray(step, np.float32) for step in scores], axis=1)
