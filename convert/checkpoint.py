@@ -4,13 +4,14 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, UInt8
 from safetensors import SafetensorError, safe_open
 
 from jaxgen.errors import CheckpointError
@@ -58,6 +59,16 @@ class Wanted(NamedTuple):
     dtypes: tuple[str, ...] = tuple(DTYPES)
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """How a tensor that a format stores in its own way becomes float32, some rows at a time."""
+
+    code: str  # the dtype in the file
+    rows: Callable[
+        [UInt8[np.ndarray, "O I"], int], Float[np.ndarray, "O I"]
+    ]  # of one byte each, and the first's number
+
+
 class Checkpoint:
     """The tensors of a checkpoint directory, in one file named `weights` or in the shards of an index.
 
@@ -73,6 +84,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self.problems: list[str] = []
         self.unreadable: set[str] = set()
+        self.decoders: dict[str, Decoder] = {}  # of tensors whose dtype is "F32": what `read_into` reads them as
         self._scratch = bytearray()
         # Also what is not needed beside the weights must be no other thing than a file.
         names = (WEIGHTS, INDEX, OLD_GPTQ) if weights == WEIGHTS else (weights,)
@@ -97,13 +109,18 @@ class Checkpoint:
         long, most of it spent by the kernel on clearing pages. Not mapped: a file cut short meanwhile would kill
         the process. Raises `CheckpointError` if reading fails.
         """
-        info = self.tensors[name]
+        info, decoder = self.tensors[name], self.decoders.get(name)
         step = max(1, _CHUNK_BYTES * len(target) // info.nbytes)
         try:
             with (self.directory / info.shard).open("rb", buffering=0) as file:
                 file.seek(info.begin)
                 for start in range(0, len(target), step):
                     rows = target[start : start + step]
+                    if decoder is not None:
+                        stored = self._read_chunk(file, rows.size).reshape(-1, info.shape[-1])
+                        first = start * info.shape[0] // len(target)
+                        rows[...] = decoder.rows(stored, first).reshape(rows.shape)
+                        continue
                     chunk = self._read_chunk(file, rows.size * DTYPES[info.dtype].itemsize)
                     rows[...] = chunk.view(DTYPES[info.dtype]).reshape(rows.shape)
         except OSError as error:
@@ -116,14 +133,14 @@ class Checkpoint:
         _fill(file, room)
         return np.frombuffer(room, np.uint8)
 
-    def read(self, name: str) -> np.ndarray:
-        """A whole tensor in its own dtype. Raises `CheckpointError` if reading fails."""
-        info = self.tensors[name]
-        return self.read_bytes(name).view((DTYPES | _INTEGERS)[info.dtype]).reshape(info.shape)
+    def read(self, name: str, info: TensorInfo | None = None) -> np.ndarray:
+        """A whole tensor in its own dtype; `info` for one beside `tensors`. Raises `CheckpointError` if that fails."""
+        info = info or self.tensors[name]
+        return self.read_bytes(name, info).view((DTYPES | _INTEGERS)[info.dtype]).reshape(info.shape)
 
-    def read_bytes(self, name: str) -> np.ndarray:
+    def read_bytes(self, name: str, info: TensorInfo | None = None) -> np.ndarray:
         """The bytes of a tensor. Raises `CheckpointError` if reading fails."""
-        info = self.tensors[name]
+        info = info or self.tensors[name]
         tensor = np.empty(info.nbytes, np.uint8)
         try:
             with (self.directory / info.shard).open("rb", buffering=0) as file:

@@ -28,6 +28,7 @@ from .atomic import resumable_directory
 from .calibration import read_calibration
 from .checkpoint import DTYPES, INDEX, Checkpoint
 from .companions import Companions
+from .composite import text_model
 from .files import require
 from .fingerprint import fingerprint
 from .formats import FIELDS, detect
@@ -236,6 +237,7 @@ def _plain(place: Path) -> tuple[dict[str, Any], Checkpoint]:
     if said := next((name for name in FIELDS if fields.get(name)), None):
         raise JaxgenError(f"{place} is already quantised (config.json has {said!r}); {advice}")
     checkpoint = Checkpoint(place)
+    fields = text_model(fields, checkpoint)
     fields, stored_as = detect(fields, checkpoint)
     if stored_as is not None:
         raise JaxgenError(f"{place} is already quantised ({stored_as.name}); {advice}")

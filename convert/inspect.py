@@ -37,9 +37,9 @@ def describe(name_or_path: "str | os.PathLike[str]", dtype: str = "auto") -> str
         "attention": _attention(config),
         "parameters": f"{count:,}",
         "files": _files(checkpoint),
-        **({"format": f"{stored_as.name}: {_size(packed_bytes)}"} if stored_as else {}),
+        **({"format": stored_as.name + (f": {_size(packed_bytes)}" if packed_bytes else "")} if stored_as else {}),
         f"as {chosen.name}": _size(loaded)
-        + (", about: weights of four bits as large as in the files" if stored_as else ""),
+        + (", about: weights of four bits as large as in the files" if packed_bytes else ""),
         "cache": f"{_size(per_token)} per token and row, {_size(row)} for a row of {_longest(config):,} tokens",
         "device": f"{device.device_kind}: {_fits(device, loaded, row)}",
     }
@@ -67,7 +67,10 @@ def _attention(config: DecoderConfig) -> str:
 
 
 def _files(checkpoint: Checkpoint) -> str:
-    dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})
+    decoders = checkpoint.decoders
+    dtypes = sorted(
+        {decoders[name].code if name in decoders else info.dtype for name, info in checkpoint.tensors.items()}
+    )
     shards = {info.shard for info in checkpoint.tensors.values()}
     return f"{', '.join(dtypes)}, {_size(checkpoint.total_bytes)} in {len(shards)} file(s)"
 

@@ -1,6 +1,5 @@
 """From a Hugging Face checkpoint to a Flax NNX module, one tensor at a time."""
 
-import dataclasses
 import logging
 import os
 import re
@@ -28,6 +27,7 @@ from .adapter import FILES as ADAPTER_FILES
 from .adapter import Adapter
 from .assemble import Assembler
 from .checkpoint import DTYPES, Checkpoint, Wanted
+from .composite import text_model
 from .files import is_there, require
 from .formats import FIELDS, Format, detect
 from .formats.bitsandbytes import BitsAndBytes
@@ -168,6 +168,7 @@ def open_checkpoint(place: Path) -> tuple[DecoderConfig, Checkpoint, Format | No
         raise JaxgenError(f"{place} has no config.json, but {', '.join(files)}: choose one with gguf_file={files[0]!r}")
     fields = read_json(require(place / "config.json", "a model"))
     checkpoint = Checkpoint(place)
+    fields = text_model(fields, checkpoint)
     try:
         plain, stored_as = detect(fields, checkpoint)
     except UnsupportedError as error:  # of the quantisation, whose advice is in vain if the model is refused as well
@@ -242,7 +243,7 @@ def check_tensors(
     if config.num_hidden_layers > layers:
         claimed = f"{checkpoint.described_by} has num_hidden_layers={config.num_hidden_layers}"
         problems.append(f"{claimed}, the weights have {layers}")
-        config = dataclasses.replace(config, num_hidden_layers=max(layers, 1))
+        config = config.of_fewer_layers(max(layers, 1))
     parts = [part for group in parameter_parts(config).values() for part in group]
     wanted: dict[str, Wanted] = {}
     for part in parts:

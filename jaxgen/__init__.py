@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from jaxgen.models.families import AutoConfig as AutoConfig
     from jaxgen.models.llama import LlamaConfig as LlamaConfig
     from jaxgen.models.llama import LlamaForCausalLM as LlamaForCausalLM
+    from jaxgen.models.ministral import MinistralConfig as MinistralConfig
+    from jaxgen.models.ministral import MinistralForCausalLM as MinistralForCausalLM
+    from jaxgen.models.ministral3 import Ministral3Config as Ministral3Config
+    from jaxgen.models.ministral3 import Ministral3ForCausalLM as Ministral3ForCausalLM
     from jaxgen.models.mistral import MistralConfig as MistralConfig
     from jaxgen.models.mistral import MistralForCausalLM as MistralForCausalLM
     from jaxgen.models.qwen2 import Qwen2Config as Qwen2Config
@@ -68,6 +72,10 @@ _HOME = {
     "MistralForCausalLM": "jaxgen.models.mistral",
     "NonFiniteLogitsError": "jaxgen.errors",
     "PastKeyValues": "jaxgen.generation.prompts.past_key_values",
+    "MinistralConfig": "jaxgen.models.ministral",
+    "MinistralForCausalLM": "jaxgen.models.ministral",
+    "Ministral3Config": "jaxgen.models.ministral3",
+    "Ministral3ForCausalLM": "jaxgen.models.ministral3",
     "Qwen2Config": "jaxgen.models.qwen2",
     "Qwen2ForCausalLM": "jaxgen.models.qwen2",
     "Qwen3Config": "jaxgen.models.qwen3",

@@ -4,13 +4,15 @@ Letters, here and in every annotation: B batch, T query, S slots, D model, N hea
 H head dim, F feed-forward, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.linear import product
 from jaxgen.lowering import target
-from jaxgen.models.rope import Scaling, plain_frequencies
+from jaxgen.models.rope import Scaling, Yarn, plain_frequencies
 
 # Queries are taken this many at a time, so that scores take B*N*BLOCK*T floats and not B*N*T*T.
 QUERY_BLOCK = 512
@@ -24,7 +26,12 @@ def query_block(length: int) -> int:
     return QUERY_BLOCK if length % QUERY_BLOCK == 0 else length
 
 
-Rotation = tuple[Float[Array, "#B T half"], Float[Array, "#B T half"]]
+class Rotation(NamedTuple):
+    """The rotary tables of some positions, and what queries there are multiplied by, if anything."""
+
+    cos: Float[Array, "#B T half"]
+    sin: Float[Array, "#B T half"]
+    query_scale: Float[Array, "#B T"] | None = None
 
 
 def rope(
@@ -40,15 +47,22 @@ def rope(
     angles = positions[..., None].astype(jnp.float32) * frequencies
     tables = jnp.cos(angles), jnp.sin(angles)
     cos, sin = tables if amplitude == 1 else (table * jnp.float32(amplitude) for table in tables)
-    return cos.astype(dtype), sin.astype(dtype)
+    scale = scaling.query_scale(positions) if isinstance(scaling, Yarn) else None
+    return Rotation(cos.astype(dtype), sin.astype(dtype), None if scale is None else scale.astype(dtype))
 
 
 def rotate(x: Float[Array, "B T *heads H"], rotation: Rotation) -> Float[Array, "B T *heads H"]:
     """Rotate the pairs (i, i + H/2) of every head: HF's half-split layout, not the interleaved one."""
     head_axes = tuple(range(2, x.ndim - 1))
-    cos, sin = (jnp.expand_dims(table, head_axes) for table in rotation)
+    cos, sin = (jnp.expand_dims(table, head_axes) for table in rotation[:2])
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def rotate_queries(x: Float[Array, "B T *heads H"], rotation: Rotation) -> Float[Array, "B T *heads H"]:
+    """As `rotate`, and then scaled where the rotation says so."""
+    x, scale = rotate(x, rotation), rotation.query_scale
+    return x if scale is None else x * jnp.expand_dims(scale, tuple(range(2, x.ndim)))
 
 
 def attend(

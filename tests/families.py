@@ -65,6 +65,37 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     },
 }  # fmt: skip
+LLAMA_4 = YARN | {
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+CONFIGS |= {
+    "ministral": {
+        "model_type": "ministral", **_SMALL, "num_hidden_layers": 3, "sliding_window": 11, "rope_theta": 1000000.0,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
+    "ministral, all sliding": {"model_type": "ministral", **_SMALL, "sliding_window": 7, "tie_word_embeddings": True},
+    "ministral, alternating": {
+        "model_type": "ministral", **_SMALL, "num_hidden_layers": 4, "num_key_value_heads": 1, "head_dim": 12,
+        "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "ministral3": {
+        "model_type": "ministral3", **_SMALL, "rope_parameters": {**LLAMA_4, "rope_theta": 1000000.0, "type": "yarn"},
+    },
+    "ministral3, tied, steep": {
+        "model_type": "ministral3", **_SMALL, "tie_word_embeddings": True, "num_key_value_heads": 4,
+        "rope_parameters": {**LLAMA_4, "rope_theta": 10000.0, "llama_4_scaling_beta": 0.7, "factor": 8.0},
+    },
+    "ministral3, window": {
+        "model_type": "ministral3", **_SMALL, "head_dim": 32, "sliding_window": 13,
+        "rope_parameters": {
+            **LLAMA_4, "rope_theta": 1000000.0, "original_max_position_embeddings": 8, "max_position_embeddings": 128,
+        },
+    },
+}  # fmt: skip
 SCALED = [name for name in CONFIGS if name not in ("llama, as Llama 2", "qwen3", "qwen3, tied")]
 ORIGINAL_CONTEXT = 32  # of those that say one
 
@@ -117,3 +148,56 @@ HUB: dict[str, dict[str, Any]] = {
     | {"max_position_embeddings": 131072}
     | {"rope_scaling": YARN | {"attn_factor": 0.8782488562869419, "original_max_position_embeddings": 32768}},
 }
+
+# Of Mistral's later models, from memory of the hub's config.json files; those of Mistral 7B and Nemo are in
+# tests/hf_files.py. Ministral 8B's has no layer_types in its first form: with them, transformers reads `ministral`.
+_MISTRAL = {
+    name: value for name, value in _PLAIN.items() if name not in ("attention_bias", "tie_word_embeddings")
+} | {
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "bos_token_id": 1, "eos_token_id": 2,
+    "head_dim": 128, "hidden_size": 5120, "intermediate_size": 32768, "max_position_embeddings": 32768,
+    "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+    "rope_theta": 100000000.0, "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 131072,
+}  # fmt: skip
+_MINISTRAL_3 = {
+    "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 14336, "max_position_embeddings": 262144, "model_type": "ministral3",
+    "num_attention_heads": 32, "num_hidden_layers": 34, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+    "rope_parameters": {
+        "beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1, "mscale": 1.0,
+        "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384, "rope_theta": 1000000.0, "rope_type": "yarn",
+        "type": "yarn",
+    },
+    "sliding_window": None, "use_cache": True, "vocab_size": 131072,
+}  # fmt: skip
+HUB |= {
+    "Mistral-Small-24B-Instruct-2501": _MISTRAL,
+    "Ministral-8B-Instruct-2410": _MISTRAL
+    | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "sliding_window": 32768}
+    | {"architectures": ["MinistralForCausalLM"], "layer_types": [
+        kind for _ in range(9) for kind in ("full_attention", *("sliding_attention",) * 3)]},
+    "Ministral-3-8B, text": _MINISTRAL_3 | {"architectures": ["Ministral3ForCausalLM"], "tie_word_embeddings": False},
+}  # fmt: skip
+# Of models that see, whose text model is read.
+SEEING: dict[str, dict[str, Any]] = {
+    "Mistral-Small-3.1-24B-Instruct-2503": {
+        "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "image_token_index": 10,
+        "multimodal_projector_bias": False, "projector_hidden_act": "gelu", "spatial_merge_size": 2,
+        "text_config": {
+            name: _MISTRAL[name] for name in _MISTRAL
+            if name not in ("architectures", "bos_token_id", "eos_token_id", "tie_word_embeddings", "torch_dtype")
+        } | {"max_position_embeddings": 131072, "rope_theta": 1000000000.0},
+        "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0", "vision_feature_layer": -1,
+        "vision_config": {"head_dim": 64, "hidden_size": 1024, "model_type": "pixtral", "num_hidden_layers": 24},
+    },
+    "Ministral-3-8B-Instruct-2512": {
+        "architectures": ["Mistral3ForConditionalGeneration"], "dtype": "bfloat16", "image_token_index": 10,
+        "model_type": "mistral3", "multimodal_projector_bias": False, "projector_hidden_act": "gelu",
+        "quantization_config": {
+            "activation_scheme": "static", "dequantize": False, "quant_method": "fp8", "weight_block_size": None,
+            "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+        },
+        "spatial_merge_size": 2, "text_config": _MINISTRAL_3, "transformers_version": "5.0.0.dev0",
+        "vision_config": {"head_dim": 64, "hidden_size": 1024, "model_type": "pixtral"}, "vision_feature_layer": -1,
+    },
+}  # fmt: skip

@@ -49,7 +49,7 @@ def hf_tensors(config: dict[str, Any], code: str = "F32", seed: int = 0) -> dict
 
 def safetensors_bytes(tensors: dict[str, np.ndarray], header: dict[str, Any] | None = None) -> bytes:
     """The file format written out: length, JSON header, data; `header` replaces entries of the true one."""
-    codes = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+    codes = {np.dtype(dtype): code for code, dtype in {**DTYPES, "F8_E4M3": ml_dtypes.float8_e4m3fn}.items()}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, tensor in tensors.items():

@@ -23,14 +23,13 @@ from jaxgen.models.protocol import CausalLM
 from jaxgen.models.rope import Llama3, plain_frequencies
 from jaxgen.models.tensors import logical_axes, parameter_parts
 from jaxgen.quant import Int4
-from tests.families import CONFIGS, HUB, LLAMA3, YARN
+from tests.families import CONFIGS, HUB, LLAMA3, LLAMA_4, YARN
 from tests.gguf_files import gguf_file
 from tests.helpers import padded, some_slow
 from tests.hf_files import write_hf
 from tests.rows import BATCH, rows_of, same
 
 BOTH = ["llama, as Llama 3.2", "qwen3, biases, yarn"]
-both = pytest.mark.parametrize("name", BOTH)
 every = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -64,7 +63,10 @@ def logits(model: Any, ids: Any) -> np.ndarray:
     return np.asarray(model(jnp.asarray(ids)).logits)
 
 
-@pytest.fixture(scope="module", params=BOTH)
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2, windows", "ministral", "ministral3, window")]
+
+
+@pytest.fixture(scope="module", params=[*BOTH, *SLOWER])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load(written(tmp_path_factory.mktemp("family"), request.param))
 
@@ -112,7 +114,7 @@ def test_an_assistant_of_another_family(model: Any, tmp_path: Path):
     np.testing.assert_array_equal(model.generate(ids, assistant_model=assistant, **options), expected)
 
 
-@both
+@pytest.mark.parametrize("name", [*BOTH, *SLOWER])
 def test_int4_is_the_model_of_the_rounded_weights(name: str, tmp_path: Path):
     path = written(tmp_path / "plain", name, hidden_size=64, intermediate_size=128, head_dim=32)
     loaded, plain, ids = load(path, quantization_config=Int4Config(group_size=64)), load(path), [[5, 9, 7, 30, 41, 2]]
@@ -235,7 +237,7 @@ def test_gguf_of_others(name: str, architecture: str, rotate: bool, tmp_path: Pa
     np.testing.assert_array_equal(logits(model, ids), logits(load(tmp_path / "hf"), ids))
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama, as Llama 3.2"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama, as Llama 3.2", *SLOWER])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_decode_step_of_kernels(name: str, rows: int):
     """In bfloat16, so as near as two orders of rounding are."""
@@ -302,6 +304,12 @@ def test_every_parameter_has_axes_and_a_place(name: str):
     ({"model_type": "qwen2", "num_hidden_layers": 1, "layer_types": ["sliding_attention"]}, "there is no sliding_win"),
     ({"model_type": "qwen2", "num_hidden_layers": 1, "layer_types": ["linear_attention"]}, "layer_types=.*must be one"),
     ({"model_type": "qwen2", "max_window_layers": -1}, "max_window_layers=-1 must be an int from 0 on"),
+    ({"model_type": "ministral", "sliding_window": None, "layer_types": ["sliding_attention"] * 32}, "no sliding_win"),
+    ({"model_type": "mistral", "num_hidden_layers": 3, "layer_types": ["full_attention"]}, "MinistralConfig: layer_ty"),
+    ({"model_type": "ministral3", "layer_types": ["full_attention"]}, "layer_types=.* is not supported"),
+    ({"model_type": "ministral3", "rope_parameters": LLAMA_4 | {"rope_type": "linear"}}, "rope_type='yarn'"),
+    ({"model_type": "ministral3", "rope_parameters": LLAMA_4 | {"llama_4_scaling_beta": "1"}}, "beta='1' must be"),
+    ({"model_type": "llama", "rope_parameters": LLAMA_4}, "llama_4_scaling_beta=0.1 is of Ministral 3"),
     ({"model_type": "qwen3", "layer_types": 3}, "layer_types=3"),
     ({"model_type": "qwen3", "attention_bias": 1}, "attention_bias=1 must be true or false"),
     ({"model_type": "qwen3", "num_experts": 8}, "num_experts=8 is not a field of Qwen3Config"),
@@ -316,6 +324,10 @@ def test_configs_of_the_hub_are_read(name: str, caplog: pytest.LogCaptureFixture
     config = config_from_hf(HUB[name])
     assert config_from_hf(config.to_hf()) == config
     assert family_of(config).__name__ == HUB[name]["architectures"][0]
+    told = {key: value for key, value in HUB[name].items() if hasattr(config, key) and key not in ("model_type",)}
+    for key, value in told.items():
+        if key not in ("rope_scaling", "rope_parameters", "sliding_window", "layer_types", "use_cache"):
+            assert getattr(config, key) == (tuple(value) if isinstance(value, list) else value), key
     assert ("attn_factor" in caplog.text) == (name == "DeepSeek-R1-0528-Qwen3-8B")
 
 

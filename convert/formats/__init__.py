@@ -1,4 +1,4 @@
-"""The 4-bit formats of the hub, one file each: their tensors are read as a `Weight`, and never requantised."""
+"""The formats of the hub, one file each: tensors of 4 bits are read as a `Weight`, and never requantised."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -51,6 +51,7 @@ _OPENERS = {
     "intel/auto-round": ("autoround", "open_autoround"),  # until April 2025
     "bitsandbytes": ("bitsandbytes", "open_bitsandbytes"),
     "mlx": ("mlx", "open_mlx"),
+    "fp8": ("fp8", "open_fp8"),
 }
 
 # What readers look for, and do without where it is absent: a damaged name must not pass for an absent one.
@@ -59,11 +60,18 @@ _NAMES = frozenset(
     quant_method bits group_size sym desc_act static_groups checkpoint_format format is_marlin_format pack_dtype adapter
     lm_head dynamic zero_point version backend modules_to_not_convert packing_format extra_config act_bits super_bits
     rotation_config data_type config_groups ignore kv_cache_scheme transform_config sparsity_config load_in_4bit
-    load_in_8bit _load_in_4bit _load_in_8bit mode
+    load_in_8bit _load_in_4bit _load_in_8bit mode activation_scheme weight_block_size scale_fmt
     """.split()
 )
 
-_PACKED = (".qweight", ".weight_packed", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".W_q")
+_PACKED = (
+    ".qweight",
+    ".weight_packed",
+    ".quant_state.bitsandbytes__nf4",
+    ".quant_state.bitsandbytes__fp4",
+    ".W_q",
+    ".weight_scale_inv",
+)
 
 
 def detect(fields: dict[str, Any], checkpoint: Checkpoint) -> tuple[dict[str, Any], Format | None]:

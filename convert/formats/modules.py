@@ -21,7 +21,7 @@ Settings = Callable[[str], Mapping[str, Any] | None]
 
 _READ = (
     "compressed-tensors (pack-quantized), GPTQ, AWQ (GEMM), AutoRound (in the layouts of these two), "
-    "bitsandbytes (NF4, FP4), MLX and GGUF, of 4 bits each"
+    "bitsandbytes (NF4, FP4), MLX and GGUF, of 4 bits each, and fp8"
 )
 
 

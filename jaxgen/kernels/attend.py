@@ -274,14 +274,14 @@ def attend_plainly(
     cache: LayerCache,
 ) -> tuple[Float[Array, "BT K G H"], LayerCache]:
     """The same in plain JAX."""
-    from jaxgen.attention import rotate
+    from jaxgen.attention import Rotation, rotate
 
     def by_row(x: Array) -> Array:
         return x.reshape(*reading.positions.shape, *x.shape[1:])
 
     dtype = rotation[0].dtype
     fused = by_row(qkv.astype(jnp.float32).sum(0).astype(dtype))
-    tables = (by_row(rotation[0]), by_row(rotation[1]))
+    tables = Rotation(by_row(rotation[0]), by_row(rotation[1]))
     queries, keys = (rotate(x, tables) for x in (fused[..., :-2, :], fused[..., -2, :]))
     mixed, cache = cache.attend(queries, keys, fused[..., -1, :], reading)
     return mixed.reshape(-1, *mixed.shape[2:]), cache

@@ -53,15 +53,24 @@ def _layers(
 ) -> tuple[Array, Array | None, KVCache]:
     """The residual stream after all layers, as two addends, and the cache."""
     x, delta, caches = model.model.embed_tokens(tokens), None, []
-    cosine, sine = (table.reshape(len(tokens), -1) for table in model.rotation(reading.positions))
+    cosine, sine, scale = model.rotation(reading.positions)
+    rotation = cosine.reshape(len(tokens), -1), sine.reshape(len(tokens), -1)
+    scale = None if scale is None else scale.reshape(-1, 1, 1, 1)
     for layer, before in zip(model.model.layers, cache, strict=True):
-        x, delta, after = _layer(layer, x, delta, (cosine, sine), reading, before, interpret)
+        x, delta, after = _layer(layer, x, delta, rotation, scale, reading, before, interpret)
         caches.append(after)
     return x, delta, caches
 
 
 def _layer(
-    layer: Any, x: Array, delta: Array | None, rotation: Any, reading: Reading, cache: LayerCache, interpret: bool
+    layer: Any,
+    x: Array,
+    delta: Array | None,
+    rotation: Any,
+    query_scale: Array | None,
+    reading: Reading,
+    cache: LayerCache,
+    interpret: bool,
 ) -> tuple[Array, Array | None, LayerCache]:
     attention, mlp, rows = layer.self_attn, layer.mlp, len(x)
     qkv_proj, o_proj, gate_up_proj, down_proj = (
@@ -71,7 +80,7 @@ def _layer(
     with jax.named_scope("attention"):
         x, qkv = normed_product(x, delta, layer.input_layernorm, qkv_proj, interpret)
         qkv = qkv.reshape(*qkv.shape[:2], attention.kv_heads, attention.groups + 2, attention.head_dim)
-        qkv = _finished_heads(attention, qkv, x.dtype)
+        qkv = _finished_heads(attention, qkv, query_scale, x.dtype)
         columns = columns_for(rows) if o_proj.reads_columns(rows) else 0
         mixed, cache = cache.attend_by_kernel(qkv, rotation, reading, columns=columns, interpret=interpret)
         mixed = mixed if columns else mixed.reshape(rows, -1)
@@ -83,15 +92,19 @@ def _layer(
     return x, delta, cache
 
 
-def _finished_heads(attention: Any, qkv: Float[Array, "S M K P H"], dtype: Any) -> Float[Array, "S M K P H"]:
-    """Biases and norms per head, which the kernel of attention knows nothing of; XLA makes one launch of them."""
+def _finished_heads(
+    attention: Any, qkv: Float[Array, "S M K P H"], query_scale: Array | None, dtype: Any
+) -> Float[Array, "S M K P H"]:
+    """Biases, norms and scales of heads, which the kernel of attention knows nothing of: one launch, made by XLA."""
     bias = attention.qkv_proj.bias
-    if bias is None and not attention.qk_norm:
+    if bias is None and not attention.qk_norm and query_scale is None:
         return qkv
     total = qkv.astype(jnp.float32).sum(0).astype(dtype)
     if bias is not None:
         total = total + bias[...].reshape(total.shape[1:])
     queries, keys, values = attention.heads(total)
+    if query_scale is not None:  # before they are rotated, which is the same but for the rounding
+        queries = jnp.concatenate([queries[: len(query_scale)] * query_scale, queries[len(query_scale) :]])
     return jnp.concatenate([queries, keys[..., None, :], values[..., None, :]], axis=-2)[None]
 
 

@@ -76,6 +76,7 @@ class DecoderConfig:
     model_type: ClassVar[str]
     architecture: ClassVar[str]
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
+    scales_queries: ClassVar[bool] = False  # by their positions, where the rope's parameters say so
     fixed_fields: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     ignored_fields: ClassVar[frozenset[str]] = frozenset()
 
@@ -117,6 +118,9 @@ class DecoderConfig:
         problems += [] if problems else self._wrong_layers()
         if not problems and self.head_size % 2:
             problems.append(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        beta = getattr(self.rope_scaling, "llama_4_scaling_beta", None)
+        if not problems and beta is not None and not self.scales_queries:
+            problems.append(f"rope_scaling.llama_4_scaling_beta={beta!r} is of Ministral 3, and not of this family")
         if not problems and isinstance(self.rope_scaling, rope.Yarn) and self.rope_theta == 1:
             problems.append(
                 f"rope_theta={self.rope_theta} must not be 1 with rope_type='yarn', which divides by its log"
@@ -192,7 +196,7 @@ class DecoderConfig:
         if refusal := cls._refusal("model_type", fields["model_type"]):  # whose other fields say nothing to us
             raise UnsupportedError(f"config: {refusal}")
         known = cls._checks()
-        if "layer_types" not in known and cls.sliding_window is None and all_full(fields.get("layer_types")):
+        if not {"layer_types", "sliding_window"} & known.keys() and all_full(fields.get("layer_types")):
             del fields["layer_types"]  # transformers 5 writes it also where all layers are alike
         refused = [refusal for name, value in fields.items() if (refusal := cls._refusal(name, value))]
         kept: dict[str, Any] = {
@@ -253,6 +257,11 @@ class DecoderConfig:
     def rope_parameters(self) -> dict[str, Any]:
         """As transformers 5 has them."""
         return rope.to_hf(self.rope_scaling) | {"rope_theta": self.rope_theta}
+
+    def of_fewer_layers(self, layers: int) -> Self:
+        """The same with its first layers only, of which there is at least one."""
+        kinds = {} if self.layer_types is None else {"layer_types": self.layer_types[:layers]}
+        return dataclasses.replace(self, num_hidden_layers=layers, **kinds)
 
     def _wrong_layers(self) -> list[str]:
         """What is wrong with `layer_types`."""

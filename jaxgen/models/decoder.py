@@ -22,6 +22,7 @@ from jaxgen.attention import (
     attention_weights,
     rope,
     rotate,
+    rotate_queries,
 )
 from jaxgen.cache import LayerCache, Reading
 from jaxgen.models.config import DecoderConfig
@@ -57,7 +58,7 @@ class Attention(nnx.Module):
         """Rotated queries and keys, and values."""
         fused = self.qkv_proj(x).reshape(*x.shape[:2], self.kv_heads, self.groups + 2, self.head_dim)
         queries, keys, values = self.heads(fused)
-        return rotate(queries, rotation), rotate(keys, rotation), values
+        return rotate_queries(queries, rotation), rotate(keys, rotation), values
 
     def heads(
         self, fused: Float[Array, "*rows K P H"]

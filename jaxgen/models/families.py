@@ -14,10 +14,35 @@ if TYPE_CHECKING:
 # `model_type` of config.json: the module of jaxgen.models, and its class.
 _FAMILIES = {
     "llama": ("llama", "LlamaForCausalLM"),
+    "ministral": ("ministral", "MinistralForCausalLM"),
+    "ministral3": ("ministral3", "Ministral3ForCausalLM"),
     "mistral": ("mistral", "MistralForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
 }
+
+# `model_type` of models that see too: that of the text model in their `text_config`, where it does not say.
+_COMPOSITE = {"mistral3": "mistral"}
+
+
+def is_composite(fields: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a model that has a text model inside."""
+    kind = fields.get("model_type")
+    return isinstance(kind, str) and kind in _COMPOSITE
+
+
+def text_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the text model: all, or those that a model that sees has in its `text_config`."""
+    found = dict(fields)
+    if is_composite(fields):
+        text = fields.get("text_config")
+        if not isinstance(text, Mapping):
+            raise JaxgenError(f"config: text_config={text!r:.80} must be an object, which describes the text model")
+        tied = fields.get("tie_word_embeddings")  # as in transformers, where the outer one counts, and is true
+        found = {"model_type": _COMPOSITE[fields["model_type"]], **text, "tie_word_embeddings": tied is not False}
+    if found.get("model_type") == "mistral" and found.get("layer_types") is not None:  # as transformers' AutoConfig
+        found["model_type"] = "ministral"
+    return found
 
 
 def family(model_type: Any) -> "type[DecoderForCausalLM]":
@@ -42,7 +67,7 @@ def family_of(config: DecoderConfig) -> "type[DecoderForCausalLM]":
 
 def config_from_hf(source: "str | os.PathLike[str] | Mapping[str, Any]") -> DecoderConfig:
     """`from_hf` of the family that the config belongs to; raises as that, and `UnsupportedError` for other families."""
-    fields = read_config(source)
+    fields = text_fields(read_config(source))
     return family(fields.get("model_type")).config_class.from_hf(fields)
 
 
@@ -61,5 +86,6 @@ class AutoConfig:
         'MistralConfig'
         """
         read, fields = config_of(pretrained_model_name_or_path, **options)
+        read = text_fields(read)
         kind = family(read.get("model_type")).config_class
         return kind.from_hf(kind.replaced(read, fields))

@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
 logger = logging.getLogger("jaxgen")
 
@@ -78,6 +79,7 @@ class Yarn:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    llama_4_scaling_beta: float | None = None  # of Ministral 3: how much queries grow with each original context
 
     @property
     def amplitude(self) -> float:
@@ -104,6 +106,16 @@ class Yarn:
         kept = _F32(1) - ramp
         stretched = _F32(1) / (_F32(self.factor) * (_F32(1) / plain))
         return stretched * (_F32(1) - kept) + plain * kept
+
+    def query_scale(self, positions: Int[Array, "B T"]) -> Float[Array, "B T"] | None:
+        """What rotated queries are multiplied by, in float32, if they are.
+
+        Source: transformers `get_llama_4_attn_scale`.
+        """
+        if self.llama_4_scaling_beta is None:
+            return None
+        contexts = (positions // self.original_max_position_embeddings).astype(jnp.float32)
+        return 1 + jnp.float32(self.llama_4_scaling_beta) * jnp.log(1 + contexts)
 
     def _turns_at(self, turns: float, size: int, theta: float) -> float:
         """The dimension that rotates so many times within the original context."""
@@ -189,6 +201,8 @@ def _scaling(
         logger.warning(
             "config: %s.attn_factor=%.60r has no effect, as in transformers, which reads attention_factor", name, value
         )
+    if "llama_4_scaling_beta" in given:
+        given.pop("max_position_embeddings", None)  # which Ministral 3's repeat
     if given.get("partial_rotary_factor") == 1.0:
         del given["partial_rotary_factor"]
     if "original_max_position_embeddings" in known:
