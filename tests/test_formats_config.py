@@ -46,7 +46,7 @@ def scheme(**weights: Any) -> dict[str, Any]:
 
 UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
     *(("awq", {"quant_method": name}, name) for name in (
-        "hqq", "torchao", "fp8", "mxfp4", "nvfp4", "marlin", "aqlm", "exl2", "eetq", "quark", "vptq", "bitnet")),
+        "hqq", "torchao", "fbgemm_fp8", "mxfp4", "nvfp4", "marlin", "aqlm", "exl2", "eetq", "quark", "vptq", "bitnet")),
     *(("awq", {"version": name}, name) for name in ("gemv", "gemv_fast", "llm-awq", "marlin")),
     ("awq", {"backend": "llm-awq"}, "llm-awq"),
     ("awq", {"bits": 8}, "AWQ with 8 bits"),
