@@ -192,6 +192,14 @@ def test_gguf_of_llama_3(tmp_path: Path):
         load(tmp_path / "other.gguf")
 
 
+def test_a_window_of_some_layers_is_not_read_from_gguf(tmp_path: Path):
+    config = config_from_hf(CONFIGS["qwen3"])
+    metadata = gguf_metadata(config, "qwen3") | {"qwen3.attention.sliding_window": 16}
+    (tmp_path / "m.gguf").write_bytes(gguf_file(metadata, tensors_of(config)))
+    with pytest.raises(UnsupportedError, match=r"sliding_window=16 is not supported with Qwen3ForCausalLM"):
+        load(tmp_path / "m.gguf")
+
+
 @pytest.mark.parametrize("factors, base, message", [
     (np.ones(5), 1e4, "each pair of head_dim"),
     (np.ones((2, 32)), 1e4, "each pair of head_dim"),

@@ -7,6 +7,7 @@ all of them.
 import dataclasses
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from jaxgen import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Strict
 from jaxgen.cache import LayerCache, Slots, of_layers, to_int8
+from jaxgen.convert.inspect import describe
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.prompts import memory
 from jaxgen.generation.searches.beam_cache import reordered
@@ -166,6 +168,14 @@ def test_memory_that_is_asked_for(pair, monkeypatch: pytest.MonkeyPatch):
     assert model.generate(IDS, MASK, max_new_tokens=80, eos_token_id=list(range(60))).shape[0] == rows
     with pytest.raises(JaxgenError, match="new tokens fit"):
         pair[1].generate(IDS, MASK, max_new_tokens=80)
+
+
+def test_inspect_counts_each_layer(pair, tmp_path: Path):
+    pair[0].save_pretrained(tmp_path / "saved")
+    text = describe(tmp_path / "saved", "float32")
+    assert "window 6 in 1 of 2 layers" in text
+    per_layer = 2 * 2 * 8 * 4
+    assert f"256 B per token and row, {per_layer * (128 + WINDOW) / 1000:.4g} kB for a row of 128 tokens" in text
 
 
 @settings(deadline=None, derandomize=True, max_examples=15)

@@ -157,6 +157,11 @@ class GgufCheckpoint(Checkpoint):
         fields = _fields(self.family.gguf.architecture, self.metadata, self.tensors)
         if _has_window(self.family):
             fields.setdefault("sliding_window", None)
+        if fields.get("sliding_window") is not None and _has(self.family, "layer_types"):
+            raise UnsupportedError(
+                f"attention.sliding_window={fields['sliding_window']!r:.80} is not supported with "
+                f"{kind.architecture}: the file does not say which layers have it"
+            )
         config = kind(**fields)
         return config if divisors is None else dataclasses.replace(config, rope_scaling=_llama3_of(divisors, config))
 
@@ -203,7 +208,11 @@ def _family(metadata: dict[str, Any]) -> Any:
 
 
 def _has_window(kind: Any) -> bool:
-    return any(field.name == "sliding_window" for field in dataclasses.fields(kind.config_class))
+    return _has(kind, "sliding_window")
+
+
+def _has(kind: Any, name: str) -> bool:
+    return any(field.name == name for field in dataclasses.fields(kind.config_class))
 
 
 def _fields(architecture: str, metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Any]:
