@@ -36,7 +36,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.gpu_promises import one_graph, promises
-from benchmarks.kernels import kernel_times
+from benchmarks.kernels import GROUPS, kernel_times, random_weight
 from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
 from jaxgen.cache import LayerCache, Reading, to_int8
 from jaxgen.generation.execute import advance, prefill, program_for
@@ -49,9 +49,8 @@ from jaxgen.kernels.dense_rows import dense_rows_product
 from jaxgen.kernels.int4_row import int4_row_product
 from jaxgen.kernels.int4_rows import as_columns, int4_rows_product
 from jaxgen.models.layers import QuantizedWeight
-from jaxgen.quant import Int4
+from jaxgen.quant import Int4, Lookup4
 
-GROUP = 128
 STEPS = 128  # tokens per timing of decode
 
 
@@ -114,8 +113,8 @@ def ceiling(report: Report, tiny: bool) -> float:
     return max(copied, read)
 
 
-def random_model(config: MistralConfig, int4: bool) -> Any:
-    """Random weights, made on the device, so small that activations stay finite; int4 linear layers if asked."""
+def random_model(config: MistralConfig, weights: str) -> Any:
+    """Random weights, made on the device, so small that activations stay finite; `weights` of the linear layers."""
     model = nnx.eval_shape(lambda: MistralForCausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     key = jax.random.key(0)
 
@@ -128,10 +127,8 @@ def random_model(config: MistralConfig, int4: bool) -> Any:
             module = getattr(module, name) if isinstance(name, str) else module[name]
         if len(shape) == 1:
             value: Any = nnx.Param(jnp.ones(shape, jnp.bfloat16))
-        elif int4 and "_proj" in str(path[-2]):
-            packed = jax.random.bits(key, (shape[0], shape[1] // 2), jnp.uint8)
-            scale = jnp.full((shape[0], shape[1] // GROUP), 0.004, jnp.bfloat16)
-            value = QuantizedWeight(Int4(packed, scale, planar=GROUP))
+        elif weights in GROUPS and "_proj" in str(path[-2]):
+            value = QuantizedWeight(random_weight(key, shape, weights))
         else:
             value = nnx.Param(jax.jit(floats, static_argnums=0)(shape))
         setattr(module, path[-1], value)
@@ -231,17 +228,22 @@ def check(report: Report, tiny: bool) -> None:
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
 
-    stored = Int4(
-        jnp.asarray(rng.integers(0, 256, (out, inputs // 2), np.uint8)),
-        jnp.asarray(rng.uniform(0.002, 0.02, (out, inputs // GROUP)), jnp.bfloat16),
-        jnp.asarray(rng.uniform(-0.02, 0.02, (out, inputs // GROUP)), jnp.bfloat16),
-    )
-    weight, exact = stored.for_kernels(), np.asarray(stored.dequantize(), np.float64)
+    packed = jnp.asarray(rng.integers(0, 256, (out, inputs // 2), np.uint8))
+
+    def uniform(least: float, most: float, *shape: int) -> jax.Array:
+        return jnp.asarray(rng.uniform(least, most, shape), jnp.float32)
+
+    groups = out, inputs // GROUPS["int4"]
+    scale, offset = (uniform(*limits, *groups).astype(jnp.bfloat16) for limits in ((0.002, 0.02), (-0.02, 0.02)))
+    table = Lookup4(packed, uniform(0.01, 0.1, out, inputs // GROUPS["nf4"]), uniform(-1, 1, 16))
     one, some, dense = normal(1, inputs), normal(8, inputs), normal(out, inputs)
     wide_one, wide_some = np.asarray(one, np.float64), np.asarray(some, np.float64)
-    report.add("check", kernel="int4_row", error=error(int4_row_product(one, weight, **platform), wide_one @ exact.T))
-    rows = int4_rows_product(as_columns(some), weight, **platform)[0, :8]
-    report.add("check", kernel="int4_rows", error=error(rows, wide_some @ exact.T))
+    for name, stored in (("int4", Int4(packed, scale, offset)), ("lookup", table)):
+        weight, exact = stored.for_kernels(), np.asarray(stored.dequantize(), np.float64)
+        result = int4_row_product(one, weight, **platform)
+        report.add("check", kernel=f"{name}_row", error=error(result, wide_one @ exact.T))
+        rows = int4_rows_product(as_columns(some), weight, **platform)[0, :8]
+        report.add("check", kernel=f"{name}_rows", error=error(rows, wide_some @ exact.T))
     product = dense_row_product(one, dense, **platform)
     report.add("check", kernel="dense_row", error=error(product, wide_one @ np.asarray(dense, np.float64).T))
     columns = dense_rows_product(as_columns(some), dense, **platform)
@@ -274,11 +276,12 @@ def check(report: Report, tiny: bool) -> None:
 
 def decoding(report: Report, tiny: bool, bandwidth: float) -> None:
     """Decode, int4 first; the long context last."""
-    for weights in ("int4", "bf16"):
-        model = random_model(shape(tiny), weights == "int4")
+    for weights in ("int4", "nf4", "bf16"):
+        model = random_model(shape(tiny), weights)
         jax.block_until_ready(nnx.state(model))
         report.add("model", weights=weights, weight_gb=round(weight_bytes(model) / 1e9, 3), **memory())
         contexts = [(1, 512), (8, 512), (32, 512)] + [(1, 4096), (8, 4096)] * (weights == "int4")
+        contexts = contexts[:2] if weights == "nf4" else contexts
         for batch, context in contexts if not tiny else [(1, 128), (8, 128)]:
             what = {"weights": weights, "batch": batch, "context": context}
             report.attempt("decode", what, 30, lambda b=batch, c=context: decode_row(model, b, c, bandwidth))  # noqa: B023
@@ -287,7 +290,7 @@ def decoding(report: Report, tiny: bool, bandwidth: float) -> None:
 
 def profiles(report: Report, tiny: bool) -> None:
     """What a step is made of: microseconds and launches per step of each kernel."""
-    model, steps = random_model(shape(tiny), True), 16
+    model, steps = random_model(shape(tiny), "int4"), 16
     for batch in (1, 8, 32) if not tiny else (1,):
         ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, 448 if not tiny else 48))
         settings = resolve({"max_new_tokens": STEPS + 1}, None, GenerationConfig())
@@ -303,7 +306,7 @@ def profiles(report: Report, tiny: bool) -> None:
 def prefilling(report: Report, tiny: bool) -> None:
     """Prompts of one row; and what memory many rows take."""
     for weights in ("int4", "bf16"):
-        model = random_model(shape(tiny), weights == "int4")
+        model = random_model(shape(tiny), weights)
         for length in (2048,) if not tiny else (64,):
             what = {"weights": weights, "prompt": length}
             report.attempt("prefill", what, 20, lambda n=length: prefill_row(model, n))  # noqa: B023

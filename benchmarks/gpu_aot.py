@@ -45,7 +45,7 @@ from jaxgen.generation.programs.weights import Structure
 from jaxgen.generation.prompts.prefill import Prompts
 from jaxgen.generation.searches.search import search_for
 from jaxgen.models.layers import QuantizedWeight
-from jaxgen.quant import Int4, Weight
+from jaxgen.quant import Int4, Lookup4, Weight
 from jaxgen.quant.adapted import Adapted
 from jaxgen.quant.planar import block_size
 
@@ -103,17 +103,21 @@ def shape_of_mistral_7b(layers: int) -> MistralConfig:
     return MistralConfig(num_hidden_layers=layers, sliding_window=4096, max_position_embeddings=32768)
 
 
-def abstract_model(config: MistralConfig, group_size: int | None, options: argparse.Namespace) -> Any:
-    """The model without its numbers: bfloat16, and int4 linear layers if there is a group size."""
+def abstract_model(config: MistralConfig, weights: str, group_size: int, options: argparse.Namespace) -> Any:
+    """The model without its numbers: bfloat16, and linear layers of a kind of weights."""
     model = nnx.eval_shape(lambda: MistralForCausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
-    if group_size is not None:
+    if weights != "bf16":
         for linear in linears(model):
             rows, columns = linear.weight.shape
             groups = 1 if group_size == -1 else columns // group_size
             packed = jax.ShapeDtypeStruct((rows, columns // 2), jnp.uint8)
-            scale = jax.ShapeDtypeStruct((rows, groups), jnp.dtype(options.scale_dtype))
             planar = 0 if options.xla else block_size(columns // groups)
-            weight: Weight = Int4(packed, scale, planar=planar)
+            if weights == "int4":
+                scale = jax.ShapeDtypeStruct((rows, groups), jnp.dtype(options.scale_dtype))
+                weight: Weight = Int4(packed, scale, planar=planar)
+            else:
+                scale, table = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, groups), (16,)))
+                weight = Lookup4(packed, scale, table, planar)
             if options.rank:
                 down, up = (
                     jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((options.rank, columns), (rows, options.rank))
@@ -189,7 +193,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row of the table."""
     config = shape_of_mistral_7b(layers)
-    model = abstract_model(config, group_size if weights == "int4" else None, options)
+    model = abstract_model(config, weights, group_size, options)
     start = time.perf_counter()
     lowered, compiler_options, cache = lower(stage, model, batch, options, gpu)
     for file in DUMP.iterdir():
@@ -198,22 +202,21 @@ def measure(
     seconds = time.perf_counter() - start
     memory = executable.memory_analysis()
     program = Program(executable.as_text())
-    linear_shapes = {linear.weight.shape for linear in linears(abstract_model(config, None, options))}
+    linear_shapes = {linear.weight.shape for linear in linears(abstract_model(config, "bf16", 0, options))}
     cache_shapes = {leaf.shape for leaf in jax.tree.leaves(cache)}
-    int4_linears = 4 * layers if weights == "int4" else 0
     return {
         "stage": stage,
         "weights": weights,
         "batch": batch,
         "layers": layers,
-        "group_size": group_size if weights == "int4" else None,
+        "group_size": group_size if weights != "bf16" else None,
         "temp_bytes": memory.temp_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
         "kv_bytes": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)),
         "loop_weight_buffers": program.weight_buffers(linear_shapes, cache_shapes) if program.has_loop else 0,
         "weight_transposes": program.weight_transposes(linear_shapes),
         "command_buffers": command_buffers(),
-        "linears": int4_linears,
+        "linears": 4 * layers if weights != "bf16" else 0,
         "fused_linears": program.fused_int4_linears(linear_shapes),
         "kernels": program.kernels(),
         "launches_per_layer": round(program.launches_in_layers(config.hidden_size) / layers, 2),
@@ -327,7 +330,7 @@ def _short(value: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", nargs="+", default=["decode", "prefill"], choices=["decode", "prefill"])
-    parser.add_argument("--weights", nargs="+", default=["int4", "bf16"], choices=["int4", "bf16"])
+    parser.add_argument("--weights", nargs="+", default=["int4", "bf16"], choices=["int4", "nf4", "bf16"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--layers", nargs="+", type=int, default=[2, 32])
     parser.add_argument("--group-size", nargs="+", type=int, default=[128])
@@ -346,7 +349,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="a list of objects, instead of the table")
     options = parser.parse_args()
     gpu, rows = device(options.card), []
-    sizes = {"int4": options.group_size, "bf16": [0]}
+    sizes = {"int4": options.group_size, "nf4": options.group_size, "bf16": [0]}
     for stage, layers, weights in itertools.product(options.stage, options.layers, options.weights):
         for group_size, batch in itertools.product(sizes[weights], options.batch):
             rows.append(measure(stage, weights, batch, layers, group_size, options, gpu))

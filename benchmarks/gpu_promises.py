@@ -163,10 +163,10 @@ def promises(report: Any, tiny: bool, random_model: Any) -> None:
     golden(report, tiny)
     in_16_bits(report)
     for kind in ("bfloat16", "int4"):
-        strict(report, tiny, random_model(config(tiny), kind == "int4"), kind)
-    steps(report, adapted(random_model(config(tiny), True)), "int4 with an adapter", ((1, 1), (8, 1)))
-    steps(report, random_model(config(tiny), False), "bfloat16", ((1, 5), (1, 1), (8, 1)))
-    steps(report, random_model(config(tiny), True), "int4", ((1, 5), (1, 1), (8, 1)))
+        strict(report, tiny, random_model(config(tiny), kind), kind)
+    steps(report, adapted(random_model(config(tiny), "int4")), "int4 with an adapter", ((1, 1), (8, 1)))
+    steps(report, random_model(config(tiny), "bfloat16"), "bfloat16", ((1, 5), (1, 1), (8, 1)))
+    steps(report, random_model(config(tiny), "int4"), "int4", ((1, 5), (1, 1), (8, 1)))
 
 
 def as_one_graph(program: Program) -> Program:
@@ -221,7 +221,7 @@ def one_graph(report: Any, tiny: bool, random_model: Any) -> None:
             **us,
         }
 
-    model = random_model(config(tiny), True)
+    model = random_model(config(tiny), "int4")
     for batch in (1, 8):
         calls, new = (4, 16) if tiny else (12, 600)
         what = {"what": "many steps", "batch": batch}

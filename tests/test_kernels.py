@@ -50,10 +50,12 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> jax.
     return jnp.asarray(rng.standard_normal(shape), dtype)
 
 
-def codes(weight: Int4) -> np.ndarray:
+def codes(weight: Int4 | Lookup4) -> np.ndarray:
     """The weight in float64, from its bytes, by the format's own words."""
     packed = np.asarray(weight.packed)
     q = np.stack([packed & 15, packed >> 4], -1).reshape(*weight.scale.shape, -1).astype(np.int64)
+    if isinstance(weight, Lookup4):
+        return (wide(weight.table)[q] * wide(weight.scale)[..., None]).reshape(weight.shape)
     q = np.where(q > 7, q - 16, q) * wide(weight.scale)[..., None]
     return (q if weight.offset is None else q + wide(weight.offset)[..., None]).reshape(weight.shape)
 
@@ -63,6 +65,12 @@ def int4_weight(rng: np.random.Generator, out: int, inputs: int, group: int, off
     shape = (out, inputs // group)
     scale = jnp.asarray(rng.uniform(0.002, 0.02, shape) * rng.choice([-1, 1], shape), jnp.bfloat16)
     return Int4(packed, scale, jnp.asarray(rng.uniform(-0.05, 0.05, shape), jnp.bfloat16) if offset else None)
+
+
+def table_weight(rng: np.random.Generator, out: int, inputs: int, block: int) -> Lookup4:
+    packed = jnp.asarray(rng.integers(0, 256, (out, inputs // 2), np.uint8))
+    scale = jnp.asarray(rng.uniform(0.02, 0.1, (out, inputs // block)), jnp.float32)
+    return Lookup4(packed, scale, jnp.asarray(rng.uniform(-1, 1, 16), jnp.float32))
 
 
 def swiglu(h: np.ndarray) -> np.ndarray:
@@ -86,9 +94,25 @@ SHAPES = [
 @pytest.mark.parametrize(("out", "inputs", "group", "offset", "dtype"), some_slow(SHAPES, lambda case: case[2] != 128))
 def test_int4_products(out: int, inputs: int, group: int, offset: bool, dtype: Any):
     rng = np.random.default_rng(inputs + out)
-    stored = int4_weight(rng, out, inputs, group, offset)
-    weight, exact = stored.for_kernels(), codes(stored)
-    assert weight.planar == min(group, 128)
+    check_products(rng, int4_weight(rng, out, inputs, group, offset), dtype)
+
+
+@pytest.mark.parametrize(
+    ("out", "inputs", "block", "dtype"),
+    some_slow(
+        [(10, 768, 64, jnp.bfloat16), (8, 1024, 128, jnp.float16), (12, 11008 // 4, 32, jnp.float16)],
+        lambda case: case[2] != 64,
+    ),
+)
+def test_products_with_a_table(out: int, inputs: int, block: int, dtype: Any):
+    rng = np.random.default_rng(inputs + out)
+    check_products(rng, table_weight(rng, out, inputs, block), dtype)
+
+
+def check_products(rng: np.random.Generator, stored: Int4 | Lookup4, dtype: Any) -> None:
+    """Of one row and of five, with all that may stand around them."""
+    (out, inputs), weight, exact = stored.shape, stored.for_kernels(), codes(stored)
+    assert weight.planar == min(stored.group_size, 128)
     np.testing.assert_array_equal(weight.as_stored().packed, stored.packed)
     np.testing.assert_allclose(wide(weight.dequantize()), exact, atol=1e-6)
 
@@ -126,16 +150,20 @@ def test_int4_products(out: int, inputs: int, group: int, offset: bool, dtype: A
 
 
 @settings(max_examples=4, deadline=None)
-@given(rows=st.sampled_from([2, 7, 16, 33, 64]), seed=st.integers(0, 99), splits=st.sampled_from([1, 2, 4]))
-def test_a_row_does_not_know_its_neighbours(rows: int, seed: int, splits: int):
+@given(
+    rows=st.sampled_from([2, 7, 16, 33, 64]), seed=st.integers(0, 99), splits=st.sampled_from([1, 2, 4]),
+    table=st.booleans(),
+)  # fmt: skip
+def test_a_row_does_not_know_its_neighbours(rows: int, seed: int, splits: int, table: bool):
     rng = np.random.default_rng(seed)
-    weight, x = int4_weight(rng, 16, 512, 64, True).for_kernels(), normal(rng, (rows, 512), jnp.bfloat16)
+    stored = table_weight(rng, 16, 512, 64) if table else int4_weight(rng, 16, 512, 64, True)
+    weight, x = stored.for_kernels(), normal(rng, (rows, 512), jnp.bfloat16)
     tile = int4_rows.Tile(outputs=16, splits=splits)
     base = int4_rows.int4_rows_product(int4_rows.as_columns(x), weight, tile=tile, interpret=True)
     others = normal(rng, (rows, 512), jnp.bfloat16).at[0].set(x[0]).at[-1].set(jnp.nan)
     got = int4_rows.int4_rows_product(int4_rows.as_columns(others), weight, tile=tile, interpret=True)
     np.testing.assert_array_equal(np.asarray(base[:, 0]), np.asarray(got[:, 0]))
-    assert relative(base.astype(jnp.float32).sum(0)[:rows], wide(x) @ codes(weight.as_stored()).T) < 5e-3
+    assert relative(base.astype(jnp.float32).sum(0)[:rows], wide(x) @ codes(stored).T) < 5e-3
 
 
 @pytest.mark.parametrize(("out", "inputs", "dtype"), [(16, 1024, jnp.bfloat16), (10, 700, jnp.float16)])
@@ -315,6 +343,7 @@ STEPS = [
     ("int4", 3, True),
     ("permuted", 3, False),
     ("table", 1, False),
+    ("table", 3, False),
     ("adapted", 1, False),
     ("adapted", 3, False),
 ]
@@ -363,9 +392,12 @@ def test_planar_order_is_only_a_layout():
     x = normal(rng, (3, 256), jnp.float32)
     np.testing.assert_array_equal(int4_matmul(x, stored.for_kernels()).shape, (3, 16))
     assert relative(int4_matmul(x, stored.for_kernels()), wide(x) @ codes(stored).T) < 1e-5
-    odd = int4_weight(rng, 16, 96, 48, False)
-    assert odd.for_kernels() is odd  # groups that kernels do not read stay as they are
+    for odd in (int4_weight(rng, 16, 96, 48, False), table_weight(rng, 16, 96, 48)):
+        assert odd.for_kernels() is odd  # groups that kernels do not read stay as they are
     assert stored.for_kernels().for_kernels().planar == 64
+    table = table_weight(rng, 16, 256, 64)
+    np.testing.assert_array_equal(table.for_kernels().dequantize(), table.dequantize())
+    assert relative(table.for_kernels().matmul(x), wide(x) @ codes(table).T) < 1e-5
 
 
 def test_tiles_cover_every_shape():

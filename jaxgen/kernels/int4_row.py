@@ -1,13 +1,9 @@
-"""The product of one row with an int4 weight, on a GPU: every weight is read once, and nothing else is large.
+"""The product of one row with a weight of 4-bit codes, on a GPU: every weight is read once, and nothing else is large.
 
 A program computes ROWS outputs. It holds their weights, a few blocks of columns at a time, as 32-bit words of eight
 codes each, beside the columns' x, and adds up in float32. The codes lie "planar" (`jaxgen.quant.planar`): code j of
-word t of a block stands for column `j * words + t` of the block, so that x is read as it lies.
-
-A code becomes a float without a conversion: it is put into the mantissa of 1.0, four bits wide at bit 12 or 16, with
-its sign bit flipped. That reads 1 + (q + 8) / 2048 or 1 + (q + 8) / 128, so x is multiplied by 2048 or 128 beforehand,
-and the constant part, (2048 + 8) x or (128 + 8) x, is taken off as the start of the sum. Per word: 4 shifts, 8 times
-"and with a mask, exclusive or with a constant" (one instruction, `lop3`), 8 fused multiply-adds.
+word t of a block stands for column `j * words + t` of the block, so that x is read as it lies. What number a code
+stands for is the business of `codes`.
 
 Around the product, where asked for: before it, the RMS norm of x, whose factor is one number for the whole row and is
 applied to the sums; after it, `silu(gate) * up` of neighbouring outputs, or the addition of a residual.
@@ -19,18 +15,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from jaxgen.kernels import backend
 from jaxgen.kernels.backend import pl
+from jaxgen.kernels.codes import Codes, codes_of
 from jaxgen.kernels.low_rank import added_to_row
 from jaxgen.quant.int4 import Int4
+from jaxgen.quant.lookup import Lookup4
 
-# For code j of a word: how far to shift it (left is negative), and the bit where it then stands.
-_PLAN = {3: (0, 12), 4: (0, 16), 6: (12, 12), 7: (12, 16), 1: (-8, 12), 2: (-8, 16), 0: (-12, 12), 5: (8, 12)}
-_UNIT = np.array([2048.0 if _PLAN[j][1] == 12 else 128.0 for j in range(8)], np.float32)
 _MOST_UNROLLED = 8
 
 
@@ -47,44 +41,13 @@ class Tile:
     ahead: bool = False
 
 
-def _assembly() -> str:
-    """start + sum over the codes of word $1: code_j * $(2 + j); start is $10."""
-    lines, shifted = ["{ .reg .b32 t<4>; .reg .b32 f; .reg .f32 a; mov.f32 a, $10;"], {0: "$1"}
-    for j, (shift, bit) in _PLAN.items():
-        if shift not in shifted:
-            name = shifted[shift] = f"t{len(shifted) - 1}"
-            # To the left by a multiplication: shifts share a pipeline with lop3, multiplications do not.
-            step = f"shr.u32 {name}, $1, {shift};" if shift > 0 else f"mul.lo.u32 {name}, $1, {1 << -shift};"
-            lines.append(step)
-        # 0x6a: the truth table of (a & b) ^ c
-        lines.append(f"lop3.b32 f, {shifted[shift]}, {0xF << bit:#x}, {0x3F800000 ^ (8 << bit):#x}, 0x6a;")
-        lines.append(f"fma.rn.f32 a, f, ${2 + j}, a;")
-    return " ".join([*lines, "mov.f32 $0, a; }"])
-
-
-_ASSEMBLY = _assembly()
-
-
-def _add_words(words: Array, xs: list[Array], start: Array, interpret: bool) -> Array:
-    """`start` + for each word the sum of its codes times the `xs` of their columns, times `_UNIT`."""
-    arguments = [words, *(jnp.broadcast_to(x, words.shape) for x in (*xs, start))]
-    if not interpret:
-        result = jax.ShapeDtypeStruct(words.shape, jnp.float32)
-        return backend.inline_assembly(_ASSEMBLY, arguments, "=f,r" + ",f" * 9, result)
-    total = arguments[-1]
-    for j, (shift, bit) in _PLAN.items():
-        moved = lax.shift_right_logical(words, jnp.uint32(shift)) if shift >= 0 else words << jnp.uint32(-shift)
-        mantissa = (moved & jnp.uint32(0xF << bit)) ^ jnp.uint32(0x3F800000 ^ (8 << bit))
-        total = total + lax.bitcast_convert_type(mantissa, jnp.float32) * arguments[1 + j]
-    return total
-
-
 def _kernel(
-    *references: Any, tile: Tile, per_scale: int, has_offset: bool, eps: float | None, swiglu: bool, residual: bool,
-    low_rank: bool, interpret: bool,
+    *references: Any, codes: Codes, tile: Tile, per_scale: int, has_offset: bool, eps: float | None, swiglu: bool,
+    residual: bool, low_rank: bool, interpret: bool,
 ) -> None:  # fmt: skip
     words, scales, x, *others, out = references
     offsets = others.pop(0) if has_offset else None
+    codes = codes.start(others, jnp.float32)
     norm = others.pop(0) if eps is not None else None
     outputs, blocks, width = words.shape
     fma = functools.partial(backend.fma, interpret=interpret)
@@ -110,10 +73,11 @@ def _kernel(
             if norm is not None:
                 squares = fma(value, value, squares)
                 value = value * norm[block[:, None], j, column[None, :]].astype(jnp.float32)
-            start = fma(value, jnp.full((), -(_UNIT[j] + 8), jnp.float32), start)
-            xs.append((value * _UNIT[j])[None])
+            if codes.zeros[j]:
+                start = fma(value, jnp.full((), -codes.zeros[j], jnp.float32), start)
+            xs.append((value * codes.units[j])[None])
             plain = plain if offsets is None else plain + value
-        total = fma(_add_words(packed, xs, start[None], interpret), scale[:, :, None], total)
+        total = fma(codes.add(packed, xs, start[None], interpret), scale[:, :, None], total)
         if offsets is not None:
             offset = offsets[rows[:, None], (block // per_scale)[None, :]].astype(jnp.float32)
             total = fma(plain[None], offset[:, :, None], total)
@@ -158,7 +122,7 @@ def pairs(rows: Float[Array, "two_n M"]) -> tuple[Float[Array, "n M"], Float[Arr
 
 def int4_row_product(
     x: Float[Array, "1 I"],
-    weight: Int4,
+    weight: Int4 | Lookup4,
     *,
     norm: tuple[Float[Array, " I"], float] | None = None,
     residual: Float[Array, "1 O"] | None = None,
@@ -177,17 +141,19 @@ def int4_row_product(
     blocks = inputs // weight.planar
     words = lax.bitcast_convert_type(weight.packed.reshape(outputs, blocks, width, 4), jnp.uint32)
     arguments = [words, weight.scale, x.reshape(blocks, 8, width)]
-    arguments += [] if weight.offset is None else [weight.offset]
+    codes, beside = codes_of(weight)
+    offset = weight.offset if isinstance(weight, Int4) else None
+    arguments += [*([] if offset is None else [offset]), *beside]
     arguments += [] if norm is None else [norm[0].reshape(blocks, 8, width)]
     arguments += [] if low_rank is None else [low_rank[0][0], low_rank[1]]
     arguments += [] if residual is None else [residual[0]]
     kernel = functools.partial(
-        _kernel, tile=tile, per_scale=blocks // weight.scale.shape[1], has_offset=weight.offset is not None,
+        _kernel, codes=codes, tile=tile, per_scale=blocks // weight.scale.shape[1], has_offset=offset is not None,
         eps=None if norm is None else norm[1], swiglu=swiglu, residual=residual is not None,
         low_rank=low_rank is not None, interpret=interpret,
     )  # fmt: skip
     out = jax.ShapeDtypeStruct((outputs // 2 if swiglu else outputs,), x.dtype)
     grid = (pl.cdiv(outputs, tile.rows),)
-    return backend.call(kernel, *arguments, grid=grid, out=out, name="int4_row", warps=tile.warps, interpret=interpret)[
-        None
-    ]
+    return backend.call(
+        kernel, *arguments, grid=grid, out=out, name=f"{codes.name}_row", warps=tile.warps, interpret=interpret
+    )[None]

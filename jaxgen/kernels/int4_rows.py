@@ -1,10 +1,8 @@
-"""The product of 2 to 64 rows with an int4 weight, on a GPU: every weight is read once, and meets the matrix units.
+"""The product of 2 to 64 rows with 4-bit codes, on a GPU: every weight is read once, and meets the matrix units.
 
 A program computes some outputs of all rows, over one of the parts that the columns are split into. It loads a tile of
 words (eight codes each, planar, see `int4_row`), turns code j of two neighbouring words into a pair of 16-bit floats,
-and multiplies that with the columns' x. One `lop3` puts two codes into the mantissas of two floats that then read
-136 + q (bfloat16; 1032 + q in float16), from which 136 is taken off: exact. Then comes the scale, with the offset if
-there is one: one rounding.
+with their scales in them (`codes`), and multiplies that with the columns' x.
 
 The rows come as columns: x transposed, `[I, M]`, filled up to the 16, 32 or 64 that the matrix units take, so that a
 tile of it is read in whole lines. What fills it up may be anything: each row's sums are its own.
@@ -24,9 +22,11 @@ from jaxtyping import Array, Float
 
 from jaxgen.kernels import backend
 from jaxgen.kernels.backend import pl
+from jaxgen.kernels.codes import Codes, codes_of
 from jaxgen.kernels.int4_row import pairs
 from jaxgen.kernels.low_rank import added_to_rows
 from jaxgen.quant.int4 import Int4
+from jaxgen.quant.lookup import Lookup4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,42 +40,13 @@ class Tile:
     stages: int = 3
 
 
-# Pairs of 16-bit floats, as words: 136 (in float16: 1032), one, and minus 136 (1032).
-_PAIRS = {"bfloat16": (0x43084308, 0x3F803F80, 0xC308C308), "float16": (0x64086408, 0x3C003C00, 0xE408E408)}
-_MINUS_ZERO = "0x80008000"  # adding it changes no number
-
-
-def _assembly(j: int, dtype: str, has_offset: bool) -> str:
-    """$0: code j of words $1 and $2, as floats times the scales $3, plus the offsets $4."""
-    base, one, minus_base = _PAIRS[dtype]
-    # Only fused multiply-adds: the A100 has no other arithmetic on pairs of bfloat16.
-    fma = "fma.rn.bf16x2" if dtype == "bfloat16" else "fma.rn.f16x2"
-    halves, shift = (0x5410, 4 * j) if j < 4 else (0x7632, 4 * (j - 4))
-    lines = ["{ .reg .b32 t, one, minus, zero;"]
-    lines += [f"mov.b32 one, {one:#x}; mov.b32 minus, {minus_base:#x}; mov.b32 zero, {_MINUS_ZERO};"]
-    lines += [f"prmt.b32 t, $1, $2, {halves:#x};"] + [f"shr.u32 t, t, {shift};"] * bool(shift)
-    lines += [f"lop3.b32 t, t, 0x000f000f, {base:#x}, 0x6a; {fma} t, t, one, minus;"]
-    return " ".join([*lines, f"{fma} $0, t, $3, {'$4' if has_offset else 'zero'}; }}"])
-
-
-def _unpack(words: Array, scale: Array, offset: Array | None, j: int, interpret: bool) -> Array:
-    """Code j of every word, scaled, in scale's dtype."""
-    dtype = scale.dtype
-    if interpret:
-        codes = lax.shift_right_logical(words, jnp.uint32(4 * j)) & jnp.uint32(15)
-        exact = ((codes ^ 8).astype(jnp.int32) - 8).astype(jnp.float32) * scale.astype(jnp.float32)
-        return (exact if offset is None else exact + offset.astype(jnp.float32)).astype(dtype)
-    code = _assembly(j, dtype.name, offset is not None)
-    result = jax.ShapeDtypeStruct(words.shape, dtype)
-    arguments = [words, scale] if offset is None else [words, scale, offset]
-    return backend.inline_assembly(code, arguments, "=r,r,r,r" + ",r" * (offset is not None), result, pack=2)
-
-
 def _kernel(
-    *references: Any, tile: Tile, per_scale: int, has_offset: bool, swiglu: bool, width: int,
+    *references: Any, codes: Codes, tile: Tile, per_scale: int, has_offset: bool, swiglu: bool, width: int,
     low_rank: bool, interpret: bool,
 ) -> None:  # fmt: skip
     words, scales, x, *others, out = references
+    offsets = others.pop(0) if has_offset else None
+    codes = codes.start(others, x.dtype)
     outputs, words_per_row = words.shape
     clamped = backend.clamped_pairs if swiglu else backend.clamped
     rows_out = clamped(pl.program_id(0) * tile.outputs, tile.outputs, outputs)
@@ -99,12 +70,12 @@ def _kernel(
             word, block = jnp.minimum(word, words_per_row - 1), jnp.minimum(block, words_per_row // width - 1)
         packed = words[rows_out[:, None], word[None, :]]
         scale = spread(scales, block)
-        offset = spread(others[0], block) if has_offset else None
+        offset = None if offsets is None else spread(offsets, block)
         column = word // width * (8 * width) + word % width
         for j in range(8):
             mask = None if inside is None else jnp.broadcast_to(inside[:, None], (tile.words, len(rows)))
             value = backend.load(x, ((column + j * width)[:, None], rows[None, :]), mask)
-            total = total + backend.dot(_unpack(packed, scale, offset, j, interpret), value, interpret)
+            total = total + backend.dot(codes.pairs(packed, scale, offset, j, interpret), value, interpret)
         return total
 
     first = pl.program_id(1) * steps
@@ -138,7 +109,7 @@ def as_columns(x: Float[Array, "B I"]) -> Float[Array, "I M"]:
 
 def int4_rows_product(
     x: Float[Array, "I M"],
-    weight: Int4,
+    weight: Int4 | Lookup4,
     *,
     low_rank: tuple[Float[Array, "S M r"], Float[Array, "O r"]] | None = None,
     swiglu: bool = False,
@@ -155,17 +126,19 @@ def int4_rows_product(
     width, rows = weight.planar // 8, x.shape[1]
     words = lax.bitcast_convert_type(weight.packed.reshape(outputs, inputs // 8, 4), jnp.uint32)
     arguments = [words, weight.scale, x]
-    arguments += [] if weight.offset is None else [weight.offset]
+    codes, beside = codes_of(weight)
+    offset = weight.offset if isinstance(weight, Int4) else None
+    arguments += [*([] if offset is None else [offset]), *beside]
     arguments += [] if low_rank is None else [*low_rank]
     kernel = functools.partial(
-        _kernel, tile=tile, per_scale=inputs // weight.planar // weight.scale.shape[1],
-        has_offset=weight.offset is not None, swiglu=swiglu, width=width,
+        _kernel, codes=codes, tile=tile, per_scale=inputs // weight.planar // weight.scale.shape[1],
+        has_offset=offset is not None, swiglu=swiglu, width=width,
         low_rank=low_rank is not None, interpret=interpret,
     )  # fmt: skip
     dtype = x.dtype if tile.splits == 1 else jnp.float32
     shape = (outputs // 2, rows) if swiglu else (tile.splits, rows, outputs)
     grid = (pl.cdiv(outputs, tile.outputs), tile.splits)
     return backend.call(
-        kernel, *arguments, grid=grid, out=jax.ShapeDtypeStruct(shape, dtype), name="int4_rows", warps=tile.warps,
-        stages=tile.stages, interpret=interpret,
+        kernel, *arguments, grid=grid, out=jax.ShapeDtypeStruct(shape, dtype), name=f"{codes.name}_rows",
+        warps=tile.warps, stages=tile.stages, interpret=interpret,
     )  # fmt: skip

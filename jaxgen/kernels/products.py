@@ -14,6 +14,7 @@ from jaxgen.kernels.int4_row import int4_row_product
 from jaxgen.kernels.int4_rows import as_columns, int4_rows_product
 from jaxgen.quant.adapted import Adapted
 from jaxgen.quant.int4 import Int4
+from jaxgen.quant.lookup import Lookup4
 from jaxgen.quant.weight import Floats, Weight
 
 MOST_ROWS = 64  # of a product; more are worth unpacking the weight for
@@ -67,20 +68,24 @@ class DenseProducts(Products):
         return dense_rows_product(x, self.weight.array.astype(x.dtype), swiglu=swiglu, interpret=self.interpret)
 
 
-class Int4Products(Products):
-    """Int4 in planar order: a kernel for one row, and one for several."""
+class CodedProducts(Products):
+    """Int4, or a table, in planar order: a kernel for one row, and one for several."""
 
-    weight: Int4
+    weight: Int4 | Lookup4
+
+    @property
+    def _permutation(self) -> Array | None:
+        return self.weight.permutation if isinstance(self.weight, Int4) else None
 
     def _read(self) -> bool:
         """Whether the kernels read this weight as it is."""
-        return bool(self.weight.planar) and self.weight.permutation is None
+        return bool(self.weight.planar) and self._permutation is None
 
     def row(self, x: Float[Array, "1 I"], **around: Any) -> Array | None:
         """Of planar weights without permutation."""
         if not self._read():
             return None
-        tile = tiles.row_tile(*self.weight.shape)
+        tile = tiles.row_tile(*self.weight.shape, self.weight.planar)
         return int4_row_product(x, self.weight, tile=tile, interpret=self.interpret, **around)
 
     def reads_columns(self, rows: int) -> bool:
@@ -94,11 +99,12 @@ class Int4Products(Products):
 
     def alone(self, x: Float[Array, "B I"]) -> Float[Array, "B O"]:
         """By these kernels, also of permuted weights."""
-        if self.weight.planar and self.weight.permutation is not None:
+        if self.weight.planar and self._permutation is not None:
             plain = dataclasses.replace(self.weight, permutation=None)
-            return plain.kernels(self.interpret).alone(jnp.take(x, self.weight.permutation, axis=-1))
-        if self._read() and len(x) == 1:
-            return int4_row_product(x, self.weight, tile=tiles.row_tile(*self.weight.shape), interpret=self.interpret)
+            return plain.kernels(self.interpret).alone(jnp.take(x, self._permutation, axis=-1))
+        result = self.row(x) if len(x) == 1 else None
+        if result is not None:
+            return result
         if self.reads_columns(len(x)):
             parts = self.columns(as_columns(x), len(x))
             return parts[:, : len(x)].astype(jnp.float32).sum(0).astype(x.dtype)

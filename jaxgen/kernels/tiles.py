@@ -30,9 +30,10 @@ _ROWS: dict[tuple[int, int, int], int4_rows.Tile] = {
 _PROGRAMS = 192
 
 
-def row_tile(outputs: int, inputs: int) -> int4_row.Tile:
-    """For one row."""
-    return _ROW.get((outputs, inputs)) or int4_row.Tile(rows=8 if outputs >= 6144 else 4, ahead=True)
+def row_tile(outputs: int, inputs: int, block: int = 128) -> int4_row.Tile:
+    """For one row, and blocks of so many columns: as many words at a time, whatever blocks they belong to."""
+    tile = _ROW.get((outputs, inputs)) or int4_row.Tile(rows=8 if outputs >= 6144 else 4, ahead=True)
+    return dataclasses.replace(tile, blocks=tile.blocks * 128 // block)
 
 
 def rows_tile(rows: int, outputs: int, inputs: int, swiglu: bool) -> int4_rows.Tile:

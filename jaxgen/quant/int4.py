@@ -107,9 +107,9 @@ class Int4(Weight):
 
     def kernels(self, interpret: bool = False) -> "Products":
         """Kernels for one row and for several."""
-        from jaxgen.kernels.products import Int4Products
+        from jaxgen.kernels.products import CodedProducts
 
-        return Int4Products(self, interpret)
+        return CodedProducts(self, interpret)
 
 
 def int4_matmul(x: Float[Array, "*rows I"], weight: Int4) -> Float[Array, "*rows O"]:

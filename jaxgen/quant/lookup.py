@@ -1,14 +1,21 @@
 """The lookup-table weight: bitsandbytes' NF4 and FP4, kept as they are."""
 
 import dataclasses
-from typing import Any, no_type_check
+import math
+from typing import TYPE_CHECKING, Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxgen.lowering import own_rules
+from jaxgen.linear import linear
+from jaxgen.lowering import own_rules, target
+from jaxgen.quant.matmul import FUSED_ROWS
+from jaxgen.quant.planar import block_size, from_planar, swap_order, to_planar
 from jaxgen.quant.weight import Weight
+
+if TYPE_CHECKING:
+    from jaxgen.kernels.products import Products
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +32,7 @@ class Lookup4(Weight):
     packed: Any  # uint8 [O, I/2]: codes 0 to 15, the even column in the low nibble
     scale: Any  # float [O, blocks]
     table: Any  # float [16]
+    planar: int = dataclasses.field(default=0, metadata={"static": True})  # columns per block, or 0: `planar.py`
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,7 +51,37 @@ class Lookup4(Weight):
     @own_rules()
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "O I"]:
         """The weight, computed in float32 and rounded once."""
+        return from_planar(self._as_it_lies(), self.planar).astype(dtype)
+
+    def matmul(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
+        """`x @ weight.T`, by kernels where they are to be used and rows are few."""
+        rows = math.prod(x.shape[:-1])
+        if target().kernels and self.planar and x.dtype.itemsize == 2 and rows <= FUSED_ROWS:
+            return self.kernels().alone(x.reshape(rows, -1)).reshape(*x.shape[:-1], -1)
+        return linear(to_planar(x, self.planar), self._as_it_lies().astype(x.dtype))
+
+    @own_rules()
+    def _as_it_lies(self) -> Float[Array, "O I"]:
         wide = jnp.asarray(self.packed).astype(jnp.int32)
         codes = jnp.stack([wide & 15, wide >> 4], axis=-1).reshape(*self.scale.shape, self.group_size)
         values = jnp.asarray(self.table)[codes] * jnp.asarray(self.scale)[..., None].astype(jnp.float32)
-        return values.reshape(self.shape).astype(dtype)
+        return values.reshape(self.shape)
+
+    def for_kernels(self) -> "Lookup4":
+        """With columns in planar order, unless its blocks are none that kernels read."""
+        block = block_size(self.group_size)
+        if self.planar or not block:
+            return self
+        return dataclasses.replace(self, packed=swap_order(self.packed, block, 8), planar=block)
+
+    def as_stored(self) -> "Lookup4":
+        """The inverse of `for_kernels`."""
+        if not self.planar:
+            return self
+        return dataclasses.replace(self, packed=swap_order(self.packed, self.planar, self.planar // 8), planar=0)
+
+    def kernels(self, interpret: bool = False) -> "Products":
+        """Kernels for one row and for several."""
+        from jaxgen.kernels.products import CodedProducts
+
+        return CodedProducts(self, interpret)
