@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_aot.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BATCHES = (1, 8, 32)
 Row = dict[str, Any]
 
 
 @cache  # every test looks at the same compilations
-def rows(*options: str) -> list[Row]:
-    command = [sys.executable, str(SCRIPT), "--json", *options]
+def rows(*options: str, script: str = "gpu_aot.py") -> list[Row]:
+    command = [sys.executable, str(BENCHMARKS / script), "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
@@ -83,6 +83,27 @@ def test_an_adapter_costs_one_launch_for_each_linear_layer():
         assert row["launches_per_layer"] == (6 if one else 8) + 4
         assert row["kernels"]["int4_row" if one else "int4_rows"] == 8
         assert row["loop_weight_buffers"] == 0
+
+
+@pytest.mark.parametrize("card", ["h200", "a100"])
+def test_tables_of_16_numbers_have_kernels(card: str):
+    """NF4 and FP4 in blocks of 64: as many launches as int4, and no weight in memory."""
+    options = ("--stage", "decode", "--weights", "nf4", "--layers", "2", "--group-size", "64", "--card", card)
+    one, eight = rows(*options, "--batch", "1", "8")
+    assert one["kernels"]["lookup_row"] == eight["kernels"]["lookup_rows"] == 8
+    assert one["launches_per_layer"] <= 6
+    assert eight["launches_per_layer"] <= 8
+    for row in (one, eight):
+        assert row["loop_weight_buffers"] == row["weight_transposes"] == 0
+        assert row["command_buffers"] == 1
+        assert row["temp_bytes"] < 8_000_000
+
+
+def test_products_take_few_instructions_per_weight():
+    """They wait for arithmetic as much as for memory: another instruction per weight would show."""
+    most = {("int4", 1): 4.3, ("int4", 8): 3.5, ("nf4", 1): 4.4, ("nf4", 8): 4.1}
+    for row in rows(script="gpu_instructions.py"):
+        assert row["per_weight"] <= most[row["weights"], row["rows"]], row
 
 
 def test_without_kernels_every_linear_layer_is_one_fusion_that_reads_int4():
