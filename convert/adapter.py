@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgen.errors import CheckpointError
+from jaxgen.errors import CheckpointError, UnsupportedError
 from jaxgen.models.tensors import EMBEDDING, Part
 from jaxgen.quant import Weight
 from jaxgen.quant.adapted import Adapted
@@ -48,7 +48,12 @@ class Adapter:
     def problems(self, parts: Sequence[Part]) -> list[str]:
         """What keeps the adapter from fitting the base that `parts` make up; reads headers only."""
         linear = {_module(part): part for part in parts if len(part.shape) == 2 and part.name != EMBEDDING}
-        targets = {module: part for module, part in linear.items() if self._config.targets(module)}
+        # A router and its experts are linear layers to adapters that were trained with transformers 4, and only there.
+        targets = {
+            module: part
+            for module, part in linear.items()
+            if self._config.targets(module) and (not part.routed or self.adapts(part))
+        }
         problems = list(self._file.problems)
         if not targets:
             problems.append(f"target_modules={self._config.target_modules!r:.80} names no linear layer of the base")
@@ -117,8 +122,12 @@ class Adapter:
         """`base`, a parameter that `parts` are rows of, with their changes in `dtype` beside it.
 
         The parts' A lie under each other; B of each fills its own rows and columns, and the rest is zero. Raises
-        `CheckpointError` for values beyond float16.
+        `CheckpointError` for values beyond float16, and `UnsupportedError` for experts.
         """
+        if parts[0].routed:
+            raise UnsupportedError(
+                f"{_WEIGHTS}: {_module(parts[0])!r}: changes of experts are not kept beside four bits; {MERGE}"
+            )
         factors = [self._factors(part) for part in parts]
         downs = np.concatenate([down for down, _ in factors])
         ups = np.zeros((base.shape[0], len(downs)), np.float32)

@@ -47,7 +47,7 @@ class Assembler:
             weight = first.join(others, lambda arrays: _interleaved(parts, arrays, shape[0]))
             if weight is not None:
                 return self._adapted(parts, weight.bounded() if self.low_cpu_memory else weight)
-            names = ", ".join(part.name for part in parts)
+            names = ", ".join(part.name for part in parts[:3]) + (", ..." if len(parts) > 3 else "")
             logger.warning("%s are quantised in different ways; kept as %s instead", names, self.dtype.name)
         return self._dense(parts, shape)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import jaxgen
-from jaxgen.errors import CheckpointError, JaxgenError
+from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
 from jaxgen.files import read_json
 from jaxgen.models.config import DecoderConfig
 from jaxgen.models.families import config_from_hf
@@ -102,12 +102,17 @@ class _Conversion:
         if int4.lm_head and self.config.tie_word_embeddings:
             raise JaxgenError("convert: lm_head=True, but this model's head is its embedding, which stays as it is")
         check_tensors(self.checkpoint, self.config, None)
+        if calibration is not None and self.config.experts_field:
+            raise UnsupportedError(
+                f"convert: method={method!r} is not supported for models with experts ({self.config.architecture}), "
+                "few of which would see enough of the calibration text; method='rtn' is"
+            )
         parts = [part for group in parameter_parts(self.config).values() for part in group]
         self.planned = {part.name: self._planned(part) for part in parts}
         self.calibration = None if calibration is None else _calibration(directory, calibration, self.config)
         self.shards = plan_shards(parts, self._nbytes, limit)
         self.layouts = {shard: self._layout(parts) for shard, parts in self.shards.items()}
-        fields["quantization_config"] = packed.quantization_config(int4.group_size, ignore_head=not int4.lm_head)
+        fields["quantization_config"] = packed.quantization_config(int4.group_size, self._ignored(parts))
         self.companions = Companions(directory)
         self.small_files = {"config.json": json_bytes(fields)}
         if len(self.shards) > 1:
@@ -150,6 +155,12 @@ class _Conversion:
         for name, data in self.small_files.items():
             (place / name).write_bytes(data)
         self.companions.copy_to(place)
+
+    def _ignored(self, parts: list[Part]) -> list[str]:
+        """The linear layers that stay as they are: the head, where there is one or not, and routers."""
+        routers = [part.name for part in parts if part.routed and not self.int4.quantizes(part.name)]
+        names = [*routers, *([] if self.int4.lm_head else [HEAD])]
+        return [name.removesuffix(".weight") for name in names]
 
     def _source(self, shard: str) -> str:
         """A hash of all weights of the source that a file depends on beside those that the files before it do."""

@@ -51,8 +51,17 @@ def _architecture(config: DecoderConfig) -> str:
     tied = ", tied embeddings" if config.tie_word_embeddings else ""
     return (
         f"{config.architecture}: {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
-        f"feed-forward {config.intermediate_size}, vocabulary {config.vocab_size}{tied}"
+        f"{_feed_forward(config)}, vocabulary {config.vocab_size}{tied}"
     )
+
+
+def _feed_forward(config: DecoderConfig) -> str:
+    routing = [config.routing(layer) for layer in range(config.num_hidden_layers)]
+    sparse = [layer for layer in routing if layer is not None]
+    if not sparse:
+        return f"feed-forward {config.intermediate_size}"
+    some = f" in {len(sparse)} of {len(routing)} layers" if len(sparse) < len(routing) else ""
+    return f"{sparse[0].chosen} of {sparse[0].experts} experts of {sparse[0].size}{some}"
 
 
 def _attention(config: DecoderConfig) -> str:

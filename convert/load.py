@@ -39,6 +39,7 @@ from .progress import progress_bar
 logger = logging.getLogger("jaxgen")
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"model\.layers\.\d+\..*\.experts\.(\d+)\.")
 
 
 class AutoModelForCausalLM:
@@ -238,12 +239,20 @@ def check_tensors(
     """Raise one `CheckpointError` with everything that is wrong with checkpoint and adapter, if anything is."""
     problems = list(checkpoint.problems)
     names = checkpoint.tensors.keys() | checkpoint.unreadable
+    # A damaged count must not make us spell out a billion missing tensors.
     layers = len({match[1] for name in names if (match := _LAYER.match(name))})
-    # A damaged layer count must not make us spell out a billion missing tensors.
     if config.num_hidden_layers > layers:
         claimed = f"{checkpoint.described_by} has num_hidden_layers={config.num_hidden_layers}"
         problems.append(f"{claimed}, the weights have {layers}")
         config = config.of_fewer_layers(max(layers, 1))
+    experts = len({match[1] for name in names if (match := _EXPERT.match(name))})
+    routing = next(filter(None, map(config.routing, range(config.num_hidden_layers))), None)
+    if routing is not None and routing.experts > experts:
+        problems.append(
+            f"{checkpoint.described_by} has {config.experts_field}={routing.experts}, the weights have {experts}"
+        )
+        fewer = {config.experts_field: max(experts, 1), "num_experts_per_tok": min(routing.chosen, max(experts, 1))}
+        config = dataclasses.replace(config, **fewer)
     parts = [part for group in parameter_parts(config).values() for part in group]
     wanted: dict[str, Wanted] = {}
     for part in parts:

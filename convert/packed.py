@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import safe_open
 
 from jaxgen.errors import JaxgenError
-from jaxgen.models.tensors import HEAD, Part
+from jaxgen.models.tensors import Part
 from jaxgen.quant import Int4
 from jaxgen.quant.config import WHOLE_ROWS, check_group
 
@@ -51,8 +51,8 @@ def decode(name: str, file: Path) -> Int4:
     return Int4(from_words(words), scale)
 
 
-def quantization_config(group_size: int, ignore_head: bool) -> dict[str, Any]:
-    """The field of this name in config.json, every key as the library writes it."""
+def quantization_config(group_size: int, ignored: list[str]) -> dict[str, Any]:
+    """The field of this name in config.json, every key as the library writes it; `ignored`: modules as they were."""
     whole_rows = group_size == WHOLE_ROWS
     weights = {
         "num_bits": 4,
@@ -74,7 +74,7 @@ def quantization_config(group_size: int, ignore_head: bool) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": [HEAD.removesuffix(".weight")] if ignore_head else [],
+        "ignore": ignored,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "sparsity_config": {},

@@ -40,10 +40,14 @@ if TYPE_CHECKING:
     from jaxgen.models.ministral3 import Ministral3ForCausalLM as Ministral3ForCausalLM
     from jaxgen.models.mistral import MistralConfig as MistralConfig
     from jaxgen.models.mistral import MistralForCausalLM as MistralForCausalLM
+    from jaxgen.models.mixtral import MixtralConfig as MixtralConfig
+    from jaxgen.models.mixtral import MixtralForCausalLM as MixtralForCausalLM
     from jaxgen.models.qwen2 import Qwen2Config as Qwen2Config
     from jaxgen.models.qwen2 import Qwen2ForCausalLM as Qwen2ForCausalLM
     from jaxgen.models.qwen3 import Qwen3Config as Qwen3Config
     from jaxgen.models.qwen3 import Qwen3ForCausalLM as Qwen3ForCausalLM
+    from jaxgen.models.qwen3_moe import Qwen3MoeConfig as Qwen3MoeConfig
+    from jaxgen.models.qwen3_moe import Qwen3MoeForCausalLM as Qwen3MoeForCausalLM
     from jaxgen.quant.bitsandbytes import BitsAndBytesConfig as BitsAndBytesConfig
     from jaxgen.quant.config import Int4Config as Int4Config
     from jaxgen.records.record import Record as Record
@@ -70,6 +74,8 @@ _HOME = {
     "LogitsProcessorList": "jaxgen.generation.options.arguments",
     "MistralConfig": "jaxgen.models.mistral",
     "MistralForCausalLM": "jaxgen.models.mistral",
+    "MixtralConfig": "jaxgen.models.mixtral",
+    "MixtralForCausalLM": "jaxgen.models.mixtral",
     "NonFiniteLogitsError": "jaxgen.errors",
     "PastKeyValues": "jaxgen.generation.prompts.past_key_values",
     "MinistralConfig": "jaxgen.models.ministral",
@@ -80,6 +86,8 @@ _HOME = {
     "Qwen2ForCausalLM": "jaxgen.models.qwen2",
     "Qwen3Config": "jaxgen.models.qwen3",
     "Qwen3ForCausalLM": "jaxgen.models.qwen3",
+    "Qwen3MoeConfig": "jaxgen.models.qwen3_moe",
+    "Qwen3MoeForCausalLM": "jaxgen.models.qwen3_moe",
     "Record": "jaxgen.records.record",
     "StoppingCriteriaList": "jaxgen.generation.options.arguments",
     "Strict": "jaxgen.generation.programs.strict",

@@ -64,6 +64,31 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "qwen3", **_SMALL, "attention_bias": True, "rope_theta": 1000000.0,
         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     },
+    "mixtral": {
+        "model_type": "mixtral", **_SMALL, "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "output_router_logits": False, "router_aux_loss_coef": 0.02,
+    },
+    "mixtral, window": {
+        "model_type": "mixtral", **_SMALL, "sliding_window": 24, "num_local_experts": 8, "num_experts_per_tok": 3,
+    },
+    "mixtral, one of many, tied": {
+        "model_type": "mixtral", **_SMALL, "num_key_value_heads": 1, "tie_word_embeddings": True,
+        "num_local_experts": 40, "num_experts_per_tok": 1,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", **_SMALL, "rope_theta": 1000000.0, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "moe_intermediate_size": 20, "norm_topk_prob": True, "num_experts": 16, "num_experts_per_tok": 4,
+        "use_sliding_window": False, "sliding_window": None, "max_window_layers": 2,
+    },
+    "qwen3_moe, some layers, tied": {
+        "model_type": "qwen3_moe", **_SMALL, "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3],
+        "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2, "tie_word_embeddings": True,
+    },
+    "qwen3_moe, biases, yarn": {
+        "model_type": "qwen3_moe", **_SMALL, "attention_bias": True, "rope_theta": 1000000.0, "num_experts": 5,
+        "num_experts_per_tok": 5, "moe_intermediate_size": 16, "norm_topk_prob": False, "mlp_only_layers": [0],
+        "rope_scaling": {"type": "yarn", **YARN},
+    },
 }  # fmt: skip
 LLAMA_4 = YARN | {
     "beta_fast": 32.0,
@@ -96,7 +121,7 @@ CONFIGS |= {
         },
     },
 }  # fmt: skip
-SCALED = [name for name in CONFIGS if name not in ("llama, as Llama 2", "qwen3", "qwen3, tied")]
+SCALED = [name for name in CONFIGS if "scal" in str(CONFIGS[name]) or "factor" in str(CONFIGS[name])]
 ORIGINAL_CONTEXT = 32  # of those that say one
 
 

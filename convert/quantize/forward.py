@@ -74,7 +74,7 @@ def _gram(
 
 
 def _layer(config: DecoderConfig, weights: Weights) -> DecoderLayer:
-    make = functools.partial(DecoderLayer, config, dtype=jnp.dtype("float32"))
+    make = functools.partial(DecoderLayer, config, 0, dtype=jnp.dtype("float32"))
     graph, _ = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
     variables: dict[Any, Any] = {tuple(name.split(".")): nnx.Param(value) for name, value in weights.items()}
     return nnx.merge(graph, nnx.from_flat_state(variables))

@@ -70,7 +70,8 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
     def _fits_kernels(self) -> bool:
         size = self.config.head_size
         biased = self.config.o_bias or self.config.mlp_bias  # their sums end in kernels that know none
-        return self.dtype.itemsize == 2 and size >= 32 and size & (size - 1) == 0 and not biased
+        experts = any(self.config.routing(layer) is not None for layer in range(self.config.num_hidden_layers))
+        return self.dtype.itemsize == 2 and size >= 32 and size & (size - 1) == 0 and not biased and not experts
 
     def save_pretrained(self, directory: "str | os.PathLike[str]", **options: Any) -> None:
         """Write a Hugging Face checkpoint; options and errors as in `jaxgen.convert.save_pretrained`."""

@@ -77,6 +77,7 @@ class DecoderConfig:
     architecture: ClassVar[str]
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
     scales_queries: ClassVar[bool] = False  # by their positions, where the rope's parameters say so
+    field_checks: ClassVar[Mapping[str, tuple[Any, str]]] = {}  # of its own fields: a function, and what it wants
     fixed_fields: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     ignored_fields: ClassVar[frozenset[str]] = frozenset()
 
@@ -88,6 +89,7 @@ class DecoderConfig:
     o_bias: ClassVar[Any] = False
     mlp_bias: ClassVar[Any] = False
     qk_norm: ClassVar[Any] = False
+    experts_field: ClassVar[str | None] = None  # the field that says how many experts there are
 
     is_encoder_decoder = False
     _commit_hash = None  # which transformers' pipelines ask for before they say what they cannot run
@@ -125,6 +127,7 @@ class DecoderConfig:
             problems.append(
                 f"rope_theta={self.rope_theta} must not be 1 with rope_type='yarn', which divides by its log"
             )
+        problems += self._misfits() if not problems else []
         if problems:
             raise JaxgenError(f"{type(self).__name__}: " + "; ".join(problems))
         object.__setattr__(self, "head_dim", self.head_size)
@@ -151,6 +154,17 @@ class DecoderConfig:
 
     def __hash__(self) -> int:  # of what cannot change: jit compares static arguments by it
         return hash(tuple(getattr(self, name) for name in self._checks() if name not in _SETTABLE))
+
+    def _misfits(self) -> list[str]:
+        """What is wrong with a family's own fields, each of which is right by itself."""
+        experts, chosen = self.experts_field and getattr(self, self.experts_field), "num_experts_per_tok"
+        if experts and getattr(self, chosen) > experts:
+            return [f"{chosen}={getattr(self, chosen)} is more than {self.experts_field}={experts}"]
+        return []
+
+    def routing(self, layer: int) -> Any:
+        """How a layer's experts are chosen (`jaxgen.models.experts.Routing`); None where it has one feed-forward."""
+        return None
 
     @property
     def head_size(self) -> int:
@@ -203,7 +217,9 @@ class DecoderConfig:
             name: tuple(v) if isinstance(v, list) else v for name, v in fields.items() if name in known
         }
         context = fields.get("max_position_embeddings", known_default(cls, "max_position_embeddings"))
-        kept["rope_theta"], scaling, *(unfit, problems) = rope.read(fields, cls.rope_types, context)
+        kept["rope_theta"], scaling, *(unfit, problems) = rope.read(
+            fields, cls.rope_types, context, known_default(cls, "rope_theta")
+        )
         refused += unfit
         if "rope_scaling" in known:
             kept["rope_scaling"] = scaling
@@ -274,7 +290,7 @@ class DecoderConfig:
 
     def _scaling(self, given: Mapping[str, Any]) -> Any:
         fields, context = {"rope_scaling": given, "rope_theta": self.rope_theta}, self.max_position_embeddings
-        _, scaling, refused, problems = rope.read(fields, self.rope_types, context)
+        _, scaling, refused, problems = rope.read(fields, self.rope_types, context, self.rope_theta)
         if refused or problems:
             raise JaxgenError(f"{type(self).__name__}: {listed([*refused, *problems])}")
         return scaling
@@ -282,7 +298,8 @@ class DecoderConfig:
     @classmethod
     def _checks(cls) -> dict[str, tuple[Any, str]]:
         """Check and expectation of each field."""
-        return {field.name: _CHECKS[field.name] for field in dataclasses.fields(cls)}
+        known = {**_CHECKS, **cls.field_checks}
+        return {field.name: known[field.name] for field in dataclasses.fields(cls)}
 
     @classmethod
     def _fixed(cls) -> dict[str, tuple[Any, ...]]:
@@ -352,12 +369,13 @@ def read_config(source: "str | os.PathLike[str] | Mapping[str, Any]") -> dict[st
     return read_json(path)
 
 
-def _is_int(value: object, minimum: int) -> bool:
+def is_int(value: object, minimum: int) -> bool:
+    """From `minimum` to what int32 holds."""
     return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= _MOST
 
 
 def _is_positive_int(value: object) -> bool:
-    return _is_int(value, 1)
+    return is_int(value, 1)
 
 
 def _is_positive_number(value: object) -> bool:
@@ -365,18 +383,20 @@ def _is_positive_number(value: object) -> bool:
 
 
 def _is_token_id(value: object) -> bool:
-    return _is_int(value, -1)  # old configs write -1 for "none"
+    return is_int(value, -1)  # old configs write -1 for "none"
 
 
 # What int32 and float32 hold, in which the model is computed; the least is the least that is not rounded to nothing.
 _MOST, _LEAST_FLOAT, _MOST_FLOAT = 2**31 - 1, 1.1754944e-38, 3.4028235e38
+POSITIVE_INT = _is_positive_int, "a positive int below 2**31"
+TRUE_OR_FALSE = (lambda value: isinstance(value, bool)), "true or false"
 _CHECKS = {
     **dict.fromkeys(
         (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
         ),
-        (_is_positive_int, "a positive int below 2**31"),
+        POSITIVE_INT,
     ),
     **dict.fromkeys(("rms_norm_eps", "rope_theta"), (_is_positive_number, "a positive number that float32 holds")),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), (_is_token_id, "a token id, below 2**31")),
@@ -386,9 +406,9 @@ _CHECKS = {
     ),
     **dict.fromkeys(
         ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache", "use_sliding_window"),
-        (lambda value: isinstance(value, bool), "true or false"),
+        TRUE_OR_FALSE,
     ),
-    "max_window_layers": (lambda value: _is_int(value, 0), "an int from 0 on, below 2**31"),
+    "max_window_layers": (lambda value: is_int(value, 0), "an int from 0 on, below 2**31"),
     "layer_types": (
         lambda value: isinstance(value, tuple) and len(value) > 0 and all(kind in _LAYERS for kind in value),
         "one of 'full_attention' and 'sliding_attention' for each layer",

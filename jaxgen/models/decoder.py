@@ -7,7 +7,8 @@ decoding:
 - `mlp.gate_up_proj`: rows 2i and 2i + 1 are row i of HF's gate_proj and up_proj.
 
 Both keep what belongs to one key-value head, or one feed-forward unit, together: sharding the output rows needs
-no reshuffling. `models/tensors.py` maps HF's tensors to these names and back.
+no reshuffling. Where the config says so, the feed-forward is one of experts (`models/experts.py`).
+`models/tensors.py` maps HF's tensors to these names and back.
 """
 
 import jax
@@ -26,6 +27,7 @@ from jaxgen.attention import (
 )
 from jaxgen.cache import LayerCache, Reading
 from jaxgen.models.config import DecoderConfig
+from jaxgen.models.experts import SparseMLP
 from jaxgen.models.layers import Embedding, Linear, RMSNorm
 from jaxgen.residual import add_and_norm
 
@@ -91,13 +93,22 @@ class MLP(nnx.Module):
         pairs = gate_up.reshape(*gate_up.shape[:2], -1, 2)
         return self.down_proj(jax.nn.silu(pairs[..., 0]) * pairs[..., 1])
 
+    def step(self, x: Float[Array, "R 1 D"], rows: int) -> Float[Array, "B 1 D"]:
+        """Of the first rows only (`residual.add_and_norm`)."""
+        return self.down(self.gate_up_proj(x)[:rows])
+
 
 class DecoderLayer(nnx.Module):
     """One block: attention and feed-forward, each behind a norm and added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.self_attn = Attention(config, index, dtype=dtype, rngs=rngs)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        routing = config.routing(index)
+        self.mlp = (
+            MLP(config, dtype=dtype, rngs=rngs)
+            if routing is None
+            else SparseMLP(config.hidden_size, routing, dtype=dtype, rngs=rngs)
+        )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
@@ -139,8 +150,7 @@ class DecoderLayer(nnx.Module):
             delta = self.self_attn.output(mixed)
         with jax.named_scope("mlp"):
             x, normed = add_and_norm(x, delta, self.post_attention_layernorm)
-            gate_up = self.mlp.gate_up_proj(normed)[:rows]
-            return x, self.mlp.down(gate_up), cache
+            return x, self.mlp.step(normed, rows), cache
 
     def extend(
         self,

@@ -17,8 +17,10 @@ _FAMILIES = {
     "ministral": ("ministral", "MinistralForCausalLM"),
     "ministral3": ("ministral3", "Ministral3ForCausalLM"),
     "mistral": ("mistral", "MistralForCausalLM"),
+    "mixtral": ("mixtral", "MixtralForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "qwen3_moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
 }
 
 # `model_type` of models that see too: that of the text model in their `text_config`, where it does not say.

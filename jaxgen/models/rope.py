@@ -145,11 +145,13 @@ def to_hf(scaling: Any) -> dict[str, Any]:
     return {"rope_type": name_of(scaling), **kept}
 
 
-def read(fields: Mapping[str, Any], types: tuple[str, ...], context: Any) -> tuple[Any, Any, list[str], list[str]]:
+def read(
+    fields: Mapping[str, Any], types: tuple[str, ...], context: Any, base: float
+) -> tuple[Any, Any, list[str], list[str]]:
     """Base, scaling, what is refused and what is wrong, of a config.json in transformers' old or new spelling.
 
     `types`: the schemes that the family has; `context`: `max_position_embeddings`, which YaRN's fields are
-    completed by.
+    completed by; `base`: what it is where nothing says it.
     """
     bases = {"rope_theta": fields["rope_theta"]} if fields.get("rope_theta") is not None else {}
     scalings: dict[str, Any] = {}
@@ -175,8 +177,8 @@ def read(fields: Mapping[str, Any], types: tuple[str, ...], context: Any) -> tup
                 known = " or ".join(f"rope_type={kind!r}" for kind in types)
                 refused.append(f"{name}.{key:.80}={value!r:.80} is not supported; jaxgen implements {known}")
     if len(scalings) == 2 and "rope_theta" not in bases:  # transformers takes rope_scaling then, and its default
-        bases.setdefault("rope_scaling.rope_theta", 10000.0)
-    theta = next(iter(bases.values()), 10000.0)
+        bases.setdefault("rope_scaling.rope_theta", base)
+    theta = next(iter(bases.values()), base)
     if any(value != theta for value in bases.values()):
         problems.append(f"contradicting RoPE bases: {bases!r:.200}")
     scaling = next(iter(scalings.values()), None)

@@ -2,10 +2,14 @@
 
 import dataclasses
 import re
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxgen.models.config import DecoderConfig
+
+if TYPE_CHECKING:
+    from jaxgen.models.experts import Routing
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -27,6 +31,7 @@ class Part:
     within: tuple[int, ...]
     at: tuple[int | slice, ...] = ()
     has_bias: bool = False  # whether the model adds a bias to this weight's product
+    routed: bool = False  # whether it is of a router or its experts: no linear layer in transformers 5
 
     def view(self, parameter: np.ndarray) -> np.ndarray:
         """The part's rows as a view of the contiguous `parameter`, in HF's order.
@@ -43,7 +48,7 @@ def parameter_parts(config: DecoderConfig) -> dict[str, tuple[Part, ...]]:
     """
     table = _same(EMBEDDING, config.vocab_size, config.hidden_size)
     for index in range(config.num_hidden_layers):
-        table |= _layer_parts(f"model.layers.{index}.", config)
+        table |= _layer_parts(index, config)
     table |= _same("model.norm.weight", config.hidden_size)
     if not config.tie_word_embeddings:
         table |= _same(HEAD, config.vocab_size, config.hidden_size)
@@ -58,7 +63,8 @@ def is_legacy_buffer(name: str) -> bool:
 def logical_axes(config: DecoderConfig) -> dict[str, tuple[str | None, ...]]:
     """What each axis of each parameter stands for, by dotted path: what a mesh would be mapped to.
 
-    "heads" are key-value heads with all that belongs to them, "mlp" feed-forward units, "embed" the residual stream.
+    "heads" are key-value heads with all that belongs to them, "mlp" feed-forward units, "experts" whole experts one
+    after the other, "embed" the residual stream.
 
     >>> from jaxgen import MistralConfig
     >>> logical_axes(MistralConfig())["model.layers.0.self_attn.o_proj.weight"]
@@ -66,8 +72,9 @@ def logical_axes(config: DecoderConfig) -> dict[str, tuple[str | None, ...]]:
     """
     axes: dict[str, tuple[str | None, ...]] = {}
     for name in parameter_parts(config):
-        module, kind = name.split(".")[-2:]
+        owner, module, kind = ["", *name.split(".")][-3:]
         rows, columns = _AXES.get(module, (None, None))
+        rows, columns = ("experts", "mlp" if columns == "mlp" else columns) if owner == "experts" else (rows, columns)
         axes[name] = (rows, columns) if kind == "weight" and module in _AXES else (rows,)
     return axes
 
@@ -79,10 +86,12 @@ _AXES = {
     "gate_up_proj": ("mlp", "embed"),
     "down_proj": ("embed", "mlp"),
     "lm_head": ("vocab", "embed"),
+    "gate": (None, "embed"),
 }
 
 
-def _layer_parts(layer: str, config: DecoderConfig) -> dict[str, tuple[Part, ...]]:
+def _layer_parts(index: int, config: DecoderConfig) -> dict[str, tuple[Part, ...]]:
+    layer = f"model.layers.{index}."
     width, ffn, size = config.hidden_size, config.intermediate_size, config.head_size
     kv_heads, groups = config.num_key_value_heads, config.query_groups
     attention, mlp = f"{layer}self_attn.", f"{layer}mlp."
@@ -111,15 +120,38 @@ def _layer_parts(layer: str, config: DecoderConfig) -> dict[str, tuple[Part, ...
         table |= _same(f"{attention}o_proj.bias", width)
     if config.qk_norm:
         table |= _same(f"{attention}q_norm.weight", size) | _same(f"{attention}k_norm.weight", size)
-    table |= {f"{mlp}gate_up_proj.weight": gate_up("weight", width)}
-    if config.mlp_bias:
-        table |= {f"{mlp}gate_up_proj.bias": gate_up("bias")}
-    table |= _same(f"{mlp}down_proj.weight", width, ffn, has_bias=config.mlp_bias)
-    if config.mlp_bias:
-        table |= _same(f"{mlp}down_proj.bias", width)
+    routing = config.routing(index)
+    if routing is not None:
+        table |= _expert_parts(layer, config.hidden_size, routing)
+    else:
+        table |= {f"{mlp}gate_up_proj.weight": gate_up("weight", width)}
+        if config.mlp_bias:
+            table |= {f"{mlp}gate_up_proj.bias": gate_up("bias")}
+        table |= _same(f"{mlp}down_proj.weight", width, ffn, has_bias=config.mlp_bias)
+        if config.mlp_bias:
+            table |= _same(f"{mlp}down_proj.bias", width)
     return (
         table | _same(f"{layer}input_layernorm.weight", width) | _same(f"{layer}post_attention_layernorm.weight", width)
     )
+
+
+def _expert_parts(layer: str, width: int, routing: "Routing") -> dict[str, tuple[Part, ...]]:
+    """Of a router and its experts: the rows of each lie together, as those of one feed-forward."""
+    experts, size, every = routing.experts, routing.size, slice(None)
+    names = [[f"{layer}{name}.weight" for name in routing.names(expert)] for expert in range(experts)]
+    first, second = (experts, size, 2, width), (experts, width, size)
+    gates_and_ups = [
+        Part(name, (size, width), first, (expert, every, which), routed=True)
+        for expert, (gate, up, _) in enumerate(names)
+        for which, name in enumerate((gate, up))
+    ]
+    downs = [Part(down, (width, size), second, (expert,), routed=True) for expert, (*_, down) in enumerate(names)]
+    router = Part(f"{layer}{routing.router}.weight", (experts, width), (experts, width), routed=True)
+    return {
+        f"{layer}mlp.gate.weight": (router,),
+        f"{layer}mlp.experts.gate_up_proj.weight": tuple(gates_and_ups),
+        f"{layer}mlp.experts.down_proj.weight": tuple(downs),
+    }
 
 
 def _same(name: str, *shape: int, has_bias: bool = False) -> dict[str, tuple[Part, ...]]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxgen.linear import linear
 from jaxgen.quant.weight import Interleave, Weight
@@ -49,6 +49,11 @@ class Adapted(Weight):
     def rows(self, chosen: slice) -> "Adapted":
         """Some rows of the matrix."""
         return Adapted(self.base.rows(chosen), self.down, self.up[chosen])
+
+    def rows_from(self, start: Int[Array, ""], count: int) -> "Adapted":
+        """`count` rows from a traced one on."""
+        up = jax.lax.dynamic_slice_in_dim(self.up, start, count)
+        return Adapted(self.base.rows_from(start, count), self.down, up)
 
     def join(self, others: Sequence[Weight], interleave: Interleave) -> "Adapted | None":
         """None but of itself: a loader joins the bases, and then puts one correction beside them."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxgen.quant.int4 import Int4
     from jaxgen.quant.weight import Weight
 
+_LINEAR = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")  # the latter are Mixtral's experts
 GROUP_SIZES = (32, 64, 128)
 WHOLE_ROWS = -1  # HF's spelling: one scale per output row
 
@@ -28,7 +29,7 @@ class Quantization(ABC):
 
     def quantizes(self, name: str) -> bool:
         """Whether the HF tensor of this name is quantised: every linear layer's weight, and the head if asked."""
-        return (name == "lm_head.weight" and self.lm_head) or name.endswith("_proj.weight")
+        return (name == "lm_head.weight" and self.lm_head) or name.endswith(_LINEAR)
 
     @abstractmethod
     def check(self, shape: tuple[int, ...], name: str) -> None:

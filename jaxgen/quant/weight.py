@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxgen.linear import linear
 
@@ -72,6 +72,12 @@ class Weight(ABC):
         """Some rows of the matrix."""
         arrays = {name: getattr(self, name) for name in self.by_row}
         return dataclasses.replace(self, **{name: x[chosen] for name, x in arrays.items() if x is not None})
+
+    def rows_from(self, start: Int[Array, ""], count: int) -> "Weight":
+        """`count` rows from a traced one on."""
+        arrays = {name: getattr(self, name) for name in self.by_row}
+        taken = {n: jax.lax.dynamic_slice_in_dim(x, start, count) for n, x in arrays.items() if x is not None}
+        return dataclasses.replace(self, **taken)
 
     def join(self, others: "Sequence[Weight]", interleave: Interleave) -> "Weight | None":
         """The one weight that has the rows of this and the others, or None where no weight has them as they are."""

@@ -1,4 +1,4 @@
-"""Llama, Qwen2 and Qwen3 against transformers on torch, live: logits, tokens, beams, files, adapters, gradients."""
+"""Families beside Mistral against transformers on torch, live: logits, tokens, beams, files, adapters, gradients."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import jaxgen
-from jaxgen.models.families import config_from_hf
+from jaxgen.models.families import config_from_hf, families
 from tests.families import CONFIGS, HUB, ORIGINAL_CONTEXT
 from tests.oracle.beams import Watched, compare
 from tests.oracle.clear import agreed
@@ -23,6 +23,7 @@ from tests.reference.cases import Run, left_padded, with_holes
 pytestmark = pytest.mark.oracle
 
 every = pytest.mark.parametrize("name", CONFIGS)
+MOE = ["qwen3_moe, some layers, tied"]
 LENGTHS = (3, 30, 17)
 IGNORED = ("type", "attn_factor", "max_position_embeddings")  # of rope_parameters, by transformers too
 NEW = 64  # beyond the original context of 32 that the scaled ones were stretched from
@@ -51,6 +52,24 @@ def torch_model(name: str, directory: Path, **sizes: int) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+
+
+def of_experts(stacked: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What transformers 5 keeps in one array per layer, under the names that files have."""
+    tensors = {}
+    for key, array in stacked.items():
+        layer = key.partition("mlp.")[0]
+        if key.endswith("mlp.gate.weight"):  # by Mixtral's names too
+            tensors[f"{layer}block_sparse_moe.gate.weight"] = array
+        if key.endswith("mlp.experts.down_proj"):
+            names = ("mlp.experts.{}.down_proj", "block_sparse_moe.experts.{}.w2")
+            tensors |= {f"{layer}{n.format(e)}.weight": one for n in names for e, one in enumerate(array)}
+        if key.endswith("mlp.experts.gate_up_proj"):
+            for expert, both in enumerate(array):
+                for names, one in zip((("gate_proj", "w1"), ("up_proj", "w3")), np.split(both, 2), strict=True):
+                    tensors[f"{layer}mlp.experts.{expert}.{names[0]}.weight"] = one
+                    tensors[f"{layer}block_sparse_moe.experts.{expert}.{names[1]}.weight"] = one
+    return tensors
 
 
 def ours(directory: Path, **options: Any) -> Any:
@@ -98,15 +117,14 @@ def test_configs_mean_the_same_to_transformers(given: dict[str, Any]):
     assert config_from_hf(ours.to_hf()) == ours
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [jaxgen.LlamaConfig, jaxgen.Qwen2Config, jaxgen.Qwen3Config, jaxgen.MinistralConfig, jaxgen.Ministral3Config],
-)
+@pytest.mark.parametrize("kind", [kind.config_class for kind in families() if "Mistral" not in kind.__name__])
 def test_defaults_are_those_of_transformers(kind: Any):
     ours, theirs = kind(), transformers.AutoConfig.for_model(kind.model_type)
     names = names_of(kind)
-    names = [name for name in names if name != "head_dim" or getattr(theirs, name, None)]  # which some work out later
-    assert {key: getattr(ours, key) for key in names} == {key: getattr(theirs, key) for key in names}
+    names = [name for name in names if name != "head_dim" or getattr(theirs, name, None)]  # some compute it, as we do
+    told = {key: getattr(theirs, key) for key in names}
+    told = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+    assert {key: getattr(ours, key) for key in names} == told
     assert ours.layer_windows == windows_of(theirs)
     assert {k: v for k, v in theirs.rope_parameters.items() if k not in IGNORED} == ours.rope_parameters
 
@@ -150,12 +168,14 @@ def test_files_go_both_ways_bit_for_bit(name: str, tmp_path: Path):
     assert_close(live.prefill_logits(back, prompts()), live.prefill_logits(theirs, prompts()), atol=0)
 
 
-@pytest.mark.parametrize("name", ["llama, all biases, linear", "qwen3", "ministral3"])
+@pytest.mark.parametrize("name", ["llama, all biases, linear", "qwen3", "ministral3", *MOE])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_adapters_are_those_of_peft(name: str, tmp_path: Path):
     peft = pytest.importorskip("peft", reason="compares with peft")
     theirs = torch_model(name, tmp_path / "base")
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", task_type="CAUSAL_LM")
+    # "all-linear" means more to peft, beside experts: their stacked arrays.
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"] if name in MOE else "all-linear"
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=modules, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(theirs, config).eval()
     with torch.no_grad():
         for key, parameter in adapted.named_parameters():
@@ -167,7 +187,8 @@ def test_adapters_are_those_of_peft(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama, all biases, linear", "qwen3, biases, yarn", "ministral", "ministral3, window"]
+    "name",
+    ["llama, all biases, linear", "qwen3, biases, yarn", "ministral", "ministral3, window", "mixtral, window", *MOE],
 )
 def test_gradients_equal_torch(name: str, tmp_path: Path):
     theirs = torch_model(name, tmp_path)
@@ -181,6 +202,7 @@ def test_gradients_equal_torch(name: str, tmp_path: Path):
     np.testing.assert_allclose(float(loss), expected.item(), rtol=1e-5)
     found = {".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(gradients)}
     torch_gradients = {key: parameter.grad.numpy() for key, parameter in theirs.named_parameters()}
+    torch_gradients |= of_experts(torch_gradients)
     from jaxgen.models.tensors import parameter_parts
 
     for key, parts in parameter_parts(model.config).items():
