@@ -1,5 +1,6 @@
 """From a Hugging Face checkpoint to a Flax NNX module, one tensor at a time."""
 
+import dataclasses
 import logging
 import os
 import re

@@ -148,6 +148,19 @@ _QWEN3 = _PLAIN | {
     "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
     "use_sliding_window": False, "vocab_size": 151936,
 }  # fmt: skip
+_MIXTRAL = _PLAIN | {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32,
+    "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+    "output_router_logits": False, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02,
+    "sliding_window": None, "vocab_size": 32000,
+}  # fmt: skip
+_QWEN3_MOE = _QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "decoder_sparse_step": 1, "hidden_size": 2048,
+    "intermediate_size": 6144, "max_window_layers": 48, "mlp_only_layers": [], "moe_intermediate_size": 768,
+    "norm_topk_prob": True, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+    "num_key_value_heads": 4, "output_router_logits": False, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+}  # fmt: skip
 HUB: dict[str, dict[str, Any]] = {
     "Llama-2-7b": _LLAMA_2,
     "Llama-3.1-8B": _LLAMA_31,
@@ -169,6 +182,13 @@ HUB: dict[str, dict[str, Any]] = {
     "Qwen3-4B-Instruct-2507": _QWEN3
     | {"hidden_size": 2560, "intermediate_size": 9728, "max_position_embeddings": 262144, "rope_theta": 5000000}
     | {"tie_word_embeddings": True},
+    "Mixtral-8x7B-v0.1": _MIXTRAL,
+    "Mixtral-8x22B-Instruct-v0.1": _MIXTRAL
+    | {"hidden_size": 6144, "intermediate_size": 16384, "max_position_embeddings": 65536, "num_attention_heads": 48}
+    | {"num_hidden_layers": 56, "vocab_size": 32768},
+    "Qwen3-30B-A3B": _QWEN3_MOE,
+    "Qwen3-Coder-30B-A3B-Instruct": _QWEN3_MOE
+    | {"intermediate_size": 5472, "max_position_embeddings": 262144, "rope_theta": 10000000},
     "DeepSeek-R1-0528-Qwen3-8B": _QWEN3
     | {"max_position_embeddings": 131072}
     | {"rope_scaling": YARN | {"attn_factor": 0.8782488562869419, "original_max_position_embeddings": 32768}},

@@ -33,7 +33,7 @@ class Routing:
     size: int  # units of each expert
     normalized: bool  # whether the shares of those chosen are made to add up to 1
     router: str  # "mlp.gate", within the layer
-    tensors: tuple[str, str, str]  # gate, up and down of expert {}: "mlp.experts.{}.gate_proj", ...
+    tensors: tuple[str, ...]  # gate, up and down of expert {}: "mlp.experts.{}.gate_proj", ...
 
     def names(self, expert: int) -> list[str]:
         """Of an expert's gate, up and down, within the layer."""

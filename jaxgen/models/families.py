@@ -47,12 +47,41 @@ def text_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+# Those that people look for here, and what of them there is not.
+_REFUSED = {
+    **dict.fromkeys(
+        ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"),
+        "most of its layers are gated linear attention, with a recurrent state in the place of a cache",
+    ),
+    **dict.fromkeys(
+        ("gemma4", "gemma4_text", "gemma3n", "gemma3n_text"),
+        "its layers have embeddings of their own and share keys and values",
+    ),
+    **dict.fromkeys(
+        ("lfm2", "lfm2_moe", "lfm2_vl"), "most of its layers are short convolutions, with a state of their own"
+    ),
+    **dict.fromkeys(
+        ("granitemoehybrid", "bamba", "jamba", "falcon_h1", "nemotron_h", "mamba", "mamba2"),
+        "it has Mamba layers, with a recurrent state in the place of a cache",
+    ),
+    **dict.fromkeys(
+        ("mistral4", "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe_lite"),
+        "its attention keeps latent vectors in the cache (MLA), beside experts that are shared or grouped",
+    ),
+    "gpt_oss": "its attention has sinks, its experts biases and clamped activations, and its weights are in MXFP4",
+    "granitemoe": "its experts are stacked in the files, and its multipliers come beside them",
+    "qwen2_moe": "one of its experts reads every token, behind a gate",
+}
+
+
 def family(model_type: Any) -> "type[DecoderForCausalLM]":
     """The class of the models of a `model_type`; raises `UnsupportedError` for one that jaxgen does not have."""
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         known = " or ".join(f"{name!r} ({of})" for name, (_, of) in _FAMILIES.items())
         what = "is missing" if model_type is None else f"={model_type!r:.80} is not supported"
-        raise UnsupportedError(f"config: model_type{'' if what[0] == '=' else ' '}{what}; jaxgen implements {known}")
+        why = f": {_REFUSED[model_type]}" if isinstance(model_type, str) and model_type in _REFUSED else ""
+        space = "" if what[0] == "=" else " "
+        raise UnsupportedError(f"config: model_type{space}{what}{why}; jaxgen implements {known}")
     module, name = _FAMILIES[model_type]
     return getattr(importlib.import_module(f"jaxgen.models.{module}"), name)
 
