@@ -6,8 +6,9 @@ on each word, wherever in a tile it lies; beside them stands the same in plain J
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +22,24 @@ from jaxgen.quant.lookup import Lookup4
 _SHIFTS = tuple(range(0, 32, 4))
 
 
-class Codes(Protocol):
+class Codes(ABC):
     """What kernels ask of a format."""
 
-    name: str
-    units: tuple[float, ...]  # what the x of code j is to be multiplied by
-    zeros: tuple[float, ...]  # what that x adds to the sum beyond what it should
+    name: ClassVar[str]
+    units: ClassVar[tuple[float, ...]]  # what the x of code j is to be multiplied by
+    zeros: ClassVar[tuple[float, ...]]  # what that x adds to the sum beyond what it should
 
+    @abstractmethod
     def start(self, references: list[Any], dtype: Any) -> "Codes":
         """Inside a kernel: take what the format has beside words, scales and offsets, as numbers of a dtype."""
-        ...
 
+    @abstractmethod
     def add(self, words: Array, xs: Sequence[Array], total: Array, interpret: bool) -> Array:
         """`total` + for each word the sum of its codes times the `xs` of their columns."""
-        ...
 
+    @abstractmethod
     def pairs(self, words: Array, scale: Array, offset: Array | None, j: int, interpret: bool) -> Array:
         """Code j of every word, scaled, in scale's dtype."""
-        ...
 
 
 def codes_of(weight: Int4 | Lookup4) -> tuple[Codes, list[Array]]:
@@ -55,7 +56,7 @@ _PAIRS = {"bfloat16": (0x43084308, 0x3F803F80, 0xC308C308), "float16": (0x640864
 _MINUS_ZERO = "0x80008000"  # adding it changes no number
 
 
-class Int4Codes:
+class Int4Codes(Codes):
     """Two's complement.
 
     For sums, a code becomes a float without a conversion: it is put into the mantissa of 1.0, four bits wide at bit 12
@@ -95,7 +96,7 @@ class Int4Codes:
         return (exact if offset is None else exact + offset.astype(jnp.float32)).astype(scale.dtype)
 
 
-class TableCodes:
+class TableCodes(Codes):
     """Places in a table of 16 numbers.
 
     Each of a warp's lanes holds the number at its own index modulo 16, and a code's number is fetched from the lane of
