@@ -7,6 +7,9 @@ from typing import Any
 from jaxgen.generation.prompts.memory import cache_bytes, free_bytes, kv_bytes_per_token
 from jaxgen.models.config import DecoderConfig
 from jaxgen.models.tensors import EMBEDDING, parameter_parts
+from jaxgen.quant import Int4Config
+from jaxgen.quant.config import WHOLE_ROWS
+from jaxgen.quant.int4 import SCALE_DTYPE
 
 from .checkpoint import Checkpoint
 from .hub import locate
@@ -45,6 +48,24 @@ def describe(name_or_path: "str | os.PathLike[str]", dtype: str = "auto") -> str
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def needed(config: DecoderConfig, itemsize: int, tokens: int, int4: Int4Config | None = None) -> tuple[int, int]:
+    """Bytes of the weights, and of the cache of a row of so many tokens; linear layers in four bits by `int4`.
+
+    >>> from jaxgen import MistralConfig
+    >>> needed(MistralConfig(), 2, 4096, Int4Config())
+    (4123533312, 536870912)
+    """
+    weights = 0
+    for part in (part for group in parameter_parts(config).values() for part in group):
+        count = math.prod(part.shape)
+        if int4 is not None and int4.quantizes(part.name):
+            groups = part.shape[0] if int4.group_size == WHOLE_ROWS else count // int4.group_size
+            weights += count // 2 + groups * SCALE_DTYPE.itemsize
+        else:
+            weights += count * itemsize
+    return weights, cache_bytes(config, itemsize, config.cache_slots(tokens))
 
 
 def _architecture(config: DecoderConfig) -> str:
