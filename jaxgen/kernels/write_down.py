@@ -30,8 +30,9 @@ def write_down(
 ) -> list[Array]:
     """`tables` `[R, S]` with each row's value in its slot, or as it was where that is S."""
     count = len(tables)
-    return backend.call(
+    written = backend.call(
         functools.partial(_kernel, count=count), slots, *values, *tables, grid=(len(slots),),
         out=[jax.ShapeDtypeStruct(table.shape, table.dtype) for table in tables], name="write_down", warps=1,
         interpret=interpret, aliases={1 + count + i: i for i in range(count)},
     )  # fmt: skip
+    return list(written)
