@@ -47,7 +47,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "qwen2", **_SMALL, "rope_theta": 1000000.0, "rope_scaling": {"type": "yarn", **YARN},
     },
     "qwen2, windows": {
-        "model_type": "qwen2", **_SMALL, "num_hidden_layers": 3, "rope_theta": 1000000.0, "sliding_window": 12,
+        "model_type": "qwen2", **_SMALL, "rope_theta": 1000000.0, "sliding_window": 12,
         "use_sliding_window": True, "max_window_layers": 1,
     },
     "qwen3, windows": {

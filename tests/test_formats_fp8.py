@@ -72,7 +72,7 @@ def test_what_is_read_is_what_the_bytes_stand_for(tmp_path: Path, monkeypatch, b
 
 def test_it_is_quantised_and_saved_as_any_other(tmp_path: Path):
     fp8, plain = written(tmp_path)
-    options = {"quantization_config": Int4Config(group_size=32)}
+    options: dict[str, Any] = {"quantization_config": Int4Config(group_size=32)}
     ids = np.array([[5, 9, 7, 30]])
     np.testing.assert_array_equal(load(fp8, **options)(ids).logits, load(plain, **options)(ids).logits)
     model = load(fp8)
