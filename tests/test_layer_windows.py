@@ -95,7 +95,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", some_slow(WAYS, lambda name: name in ("drawn", "int8", "beams", "guided")))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WAYS)
 def test_every_way_gives_what_full_caches_give(pair, name: str):
     ours, expected = (model.generate(IDS, MASK, **PLAIN, **WAYS[name]) for model in pair)
     assert isinstance(ours.origin.request.layout.slots, tuple)
@@ -103,10 +104,10 @@ def test_every_way_gives_what_full_caches_give(pair, name: str):
     np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [
+@pytest.mark.parametrize("options", some_slow([
     {"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 5, "max_matching_ngram_size": 1},
     {"strict": Strict(rows=2, tokens=48, chunk=4)},
-], ids=["chunks", "lookup", "strict"])  # fmt: skip
+], lambda options: "prefill_chunk_size" not in options))  # fmt: skip
 def test_what_changes_no_token(pair, options: dict[str, Any]):
     expected, found = (pair[0].generate(IDS, MASK, **PLAIN, **more) for more in ({}, options))
     assert isinstance(found.origin.request.layout.slots, tuple)
