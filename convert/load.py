@@ -1,6 +1,5 @@
 """From a Hugging Face checkpoint to a Flax NNX module, one tensor at a time."""
 
-import dataclasses
 import logging
 import os
 import re
@@ -70,12 +69,12 @@ class AutoModelForCausalLM:
         """Load a checkpoint from a directory, a .gguf file or the Hub, as a model of the class that its config names.
 
         `dtype`: "float32", "bfloat16", "float16" (or such a JAX or torch dtype), or "auto", the default:
-        bfloat16 on TPUs and on GPUs that have it, float16 on older GPUs, float32 on CPUs. `torch_dtype` is its
-        old name. `device_map`: "auto" (JAX's first device), "cpu", "gpu", "cuda", "tpu", "cuda:1", a number, a
-        `jax.Device`, or one of these for the whole model (`{"": 0}`). `adapter`: a PEFT LoRA adapter, as a directory
-        or a hub id (its main branch); it is merged in float32 before any rounding, and kept beside weights that the
-        checkpoint holds quantised. `gguf_file`: the name of a .gguf file in the directory or repository. The
-        others as in `huggingface_hub.snapshot_download`.
+        bfloat16 on TPUs and on GPUs that have it, float16 on older GPUs (float32 for models that overflow it),
+        float32 on CPUs. `torch_dtype` is its old name. `device_map`: "auto" (JAX's first device), "cpu", "gpu",
+        "cuda", "tpu", "cuda:1", a number, a `jax.Device`, or one of these for the whole model (`{"": 0}`). `adapter`:
+        a PEFT LoRA adapter, as a directory or a hub id (its main branch); it is merged in float32 before any rounding,
+        and kept beside weights that the checkpoint holds quantised. `gguf_file`: the name of a .gguf file in the
+        directory or repository. The others as in `huggingface_hub.snapshot_download`.
 
         `load_in_4bit=True` quantises linear layers, by the defaults of `Int4Config`; `quantization_config` is
         another one, or HF's `BitsAndBytesConfig` (transformers', ours, or as a mapping), which asks for these defaults.
@@ -91,7 +90,7 @@ class AutoModelForCausalLM:
         refuse(unsupported, cls.from_pretrained)
         wanted = _the_dtype(dtype, torch_dtype)
         device = as_device(device_map)
-        chosen = auto_dtype(device) if wanted is None or wanted == "auto" else as_dtype(wanted)
+        chosen = None if wanted is None or wanted == "auto" else as_dtype(wanted)
         quantization = as_quantization(load_in_4bit, quantization_config)
         options: dict[str, Any] = {"local_files_only": local_files_only, "cache_dir": cache_dir, "token": token}
         adapter_directory = None if adapter is None else locate(adapter, files=ADAPTER_FILES, **options)
@@ -128,7 +127,7 @@ class AutoModelForCausalLM:
 def load(
     place: Path,
     *,
-    dtype: np.dtype,
+    dtype: np.dtype | None,
     device: Device,
     quantization: Quantization | None = None,
     requantize: bool = False,
@@ -136,10 +135,12 @@ def load(
 ) -> DecoderForCausalLM:
     """The model in a local directory or .gguf file, with its generation config; raises as `from_pretrained`.
 
-    Weights that have four bits already are quantised again only on `requantize`.
+    `dtype`: None for the one that suits device and model. Weights that have four bits already are quantised again only
+    on `requantize`.
     """
     lora = None if adapter is None else Adapter(adapter)
     config, checkpoint, stored_as = open_checkpoint(place)
+    dtype = auto_dtype(device, config.overflows_float16) if dtype is None else dtype
     path = checkpoint.directory / "generation_config.json"
     generation = GenerationConfig.from_stored(read_json(path), path) if is_there(path) else None
     check_tensors(checkpoint, config, stored_as, lora)
@@ -245,15 +246,7 @@ def check_tensors(
     if config.num_hidden_layers > layers:
         claimed = f"{checkpoint.described_by} has num_hidden_layers={config.num_hidden_layers}"
         problems.append(f"{claimed}, the weights have {layers}")
-        config = config.of_fewer_layers(max(layers, 1))
-    experts = len({match[1] for name in names if (match := _EXPERT.match(name))})
-    routing = next(filter(None, map(config.routing, range(config.num_hidden_layers))), None)
-    if routing is not None and routing.experts > experts:
-        problems.append(
-            f"{checkpoint.described_by} has {config.experts_field}={routing.experts}, the weights have {experts}"
-        )
-        fewer = {config.experts_field: max(experts, 1), "num_experts_per_tok": min(routing.chosen, max(experts, 1))}
-        config = dataclasses.replace(config, **fewer)
+        config = config.with_layers(range(max(layers, 1)))
     parts = [part for group in parameter_parts(config).values() for part in group]
     wanted: dict[str, Wanted] = {}
     for part in parts:

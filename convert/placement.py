@@ -37,17 +37,17 @@ def as_dtype(value: Any, field: str = "dtype") -> np.dtype:
     return jnp.dtype(name)
 
 
-def auto_dtype(device: Device) -> np.dtype:
+def auto_dtype(device: Device, overflows_float16: bool = False) -> np.dtype:
     """The dtype that `device` computes fastest without surprises.
 
-    bfloat16 on TPUs and on GPUs that have it, float16 on older GPUs, float32 on CPUs.
+    bfloat16 on TPUs and on GPUs that have it, float16 on older GPUs, unless the model overflows it, float32 on CPUs.
     """
     if device.platform == "cpu":
         return jnp.dtype("float32")
     capability = str(getattr(device, "compute_capability", ""))
     # Only CUDA's capability is a number; AMD's is the name of an architecture; JAX runs on none without bfloat16.
     if re.fullmatch(r"\d+(\.\d+)?", capability) and float(capability) < _BFLOAT16_SINCE:
-        return jnp.dtype("float16")
+        return jnp.dtype("float32" if overflows_float16 else "float16")
     return jnp.dtype("bfloat16")
 
 

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     from jaxgen.generation.prompts.past_key_values import PastKeyValues as PastKeyValues
     from jaxgen.generation.results.output import GenerateOutput as GenerateOutput
     from jaxgen.models.families import AutoConfig as AutoConfig
+    from jaxgen.models.gemma2 import Gemma2Config as Gemma2Config
+    from jaxgen.models.gemma2 import Gemma2ForCausalLM as Gemma2ForCausalLM
+    from jaxgen.models.gemma3 import Gemma3ForCausalLM as Gemma3ForCausalLM
+    from jaxgen.models.gemma3 import Gemma3TextConfig as Gemma3TextConfig
+    from jaxgen.models.granite import GraniteConfig as GraniteConfig
+    from jaxgen.models.granite import GraniteForCausalLM as GraniteForCausalLM
     from jaxgen.models.llama import LlamaConfig as LlamaConfig
     from jaxgen.models.llama import LlamaForCausalLM as LlamaForCausalLM
     from jaxgen.models.ministral import MinistralConfig as MinistralConfig
@@ -42,12 +48,20 @@ if TYPE_CHECKING:
     from jaxgen.models.mistral import MistralForCausalLM as MistralForCausalLM
     from jaxgen.models.mixtral import MixtralConfig as MixtralConfig
     from jaxgen.models.mixtral import MixtralForCausalLM as MixtralForCausalLM
+    from jaxgen.models.olmo2 import Olmo2Config as Olmo2Config
+    from jaxgen.models.olmo2 import Olmo2ForCausalLM as Olmo2ForCausalLM
+    from jaxgen.models.olmo3 import Olmo3Config as Olmo3Config
+    from jaxgen.models.olmo3 import Olmo3ForCausalLM as Olmo3ForCausalLM
+    from jaxgen.models.phi3 import Phi3Config as Phi3Config
+    from jaxgen.models.phi3 import Phi3ForCausalLM as Phi3ForCausalLM
     from jaxgen.models.qwen2 import Qwen2Config as Qwen2Config
     from jaxgen.models.qwen2 import Qwen2ForCausalLM as Qwen2ForCausalLM
     from jaxgen.models.qwen3 import Qwen3Config as Qwen3Config
     from jaxgen.models.qwen3 import Qwen3ForCausalLM as Qwen3ForCausalLM
     from jaxgen.models.qwen3_moe import Qwen3MoeConfig as Qwen3MoeConfig
     from jaxgen.models.qwen3_moe import Qwen3MoeForCausalLM as Qwen3MoeForCausalLM
+    from jaxgen.models.smollm3 import SmolLM3Config as SmolLM3Config
+    from jaxgen.models.smollm3 import SmolLM3ForCausalLM as SmolLM3ForCausalLM
     from jaxgen.quant.bitsandbytes import BitsAndBytesConfig as BitsAndBytesConfig
     from jaxgen.quant.config import Int4Config as Int4Config
     from jaxgen.records.record import Record as Record
@@ -65,23 +79,35 @@ _HOME = {
     "BitsAndBytesConfig": "jaxgen.quant.bitsandbytes",
     "CausalLMOutput": "jaxgen.causal_output",
     "CheckpointError": "jaxgen.errors",
+    "Gemma2Config": "jaxgen.models.gemma2",
+    "Gemma2ForCausalLM": "jaxgen.models.gemma2",
+    "Gemma3ForCausalLM": "jaxgen.models.gemma3",
+    "Gemma3TextConfig": "jaxgen.models.gemma3",
     "GenerateOutput": "jaxgen.generation.results.output",
     "GenerationConfig": "jaxgen.generation.options.config",
+    "GraniteConfig": "jaxgen.models.granite",
+    "GraniteForCausalLM": "jaxgen.models.granite",
     "Int4Config": "jaxgen.quant.config",
     "JaxgenError": "jaxgen.errors",
     "LlamaConfig": "jaxgen.models.llama",
     "LlamaForCausalLM": "jaxgen.models.llama",
     "LogitsProcessorList": "jaxgen.generation.options.arguments",
+    "Ministral3Config": "jaxgen.models.ministral3",
+    "Ministral3ForCausalLM": "jaxgen.models.ministral3",
+    "MinistralConfig": "jaxgen.models.ministral",
+    "MinistralForCausalLM": "jaxgen.models.ministral",
     "MistralConfig": "jaxgen.models.mistral",
     "MistralForCausalLM": "jaxgen.models.mistral",
     "MixtralConfig": "jaxgen.models.mixtral",
     "MixtralForCausalLM": "jaxgen.models.mixtral",
     "NonFiniteLogitsError": "jaxgen.errors",
+    "Olmo2Config": "jaxgen.models.olmo2",
+    "Olmo2ForCausalLM": "jaxgen.models.olmo2",
+    "Olmo3Config": "jaxgen.models.olmo3",
+    "Olmo3ForCausalLM": "jaxgen.models.olmo3",
     "PastKeyValues": "jaxgen.generation.prompts.past_key_values",
-    "MinistralConfig": "jaxgen.models.ministral",
-    "MinistralForCausalLM": "jaxgen.models.ministral",
-    "Ministral3Config": "jaxgen.models.ministral3",
-    "Ministral3ForCausalLM": "jaxgen.models.ministral3",
+    "Phi3Config": "jaxgen.models.phi3",
+    "Phi3ForCausalLM": "jaxgen.models.phi3",
     "Qwen2Config": "jaxgen.models.qwen2",
     "Qwen2ForCausalLM": "jaxgen.models.qwen2",
     "Qwen3Config": "jaxgen.models.qwen3",
@@ -89,6 +115,8 @@ _HOME = {
     "Qwen3MoeConfig": "jaxgen.models.qwen3_moe",
     "Qwen3MoeForCausalLM": "jaxgen.models.qwen3_moe",
     "Record": "jaxgen.records.record",
+    "SmolLM3Config": "jaxgen.models.smollm3",
+    "SmolLM3ForCausalLM": "jaxgen.models.smollm3",
     "StoppingCriteriaList": "jaxgen.generation.options.arguments",
     "Strict": "jaxgen.generation.programs.strict",
     "UnsupportedError": "jaxgen.errors",

@@ -4,6 +4,8 @@ Letters, here and in every annotation: B batch, T query, S slots, D model, N hea
 H head dim, F feed-forward, V vocabulary.
 """
 
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -51,17 +53,42 @@ def rope(
     return Rotation(cos.astype(dtype), sin.astype(dtype), None if scale is None else scale.astype(dtype))
 
 
-def rotate(x: Float[Array, "B T *heads H"], rotation: Rotation) -> Float[Array, "B T *heads H"]:
-    """Rotate the pairs (i, i + H/2) of every head: HF's half-split layout, not the interleaved one."""
+def rotate(x: Float[Array, "B T *heads H"], rotation: Rotation | None) -> Float[Array, "B T *heads H"]:
+    """Rotate the pairs (i, i + H/2) of every head: HF's half-split layout, not the interleaved one.
+
+    A shorter table rotates that many of a head's first dimensions only; None rotates nothing.
+    """
+    if rotation is None:
+        return x
     head_axes = tuple(range(2, x.ndim - 1))
     cos, sin = (jnp.expand_dims(table, head_axes) for table in rotation[:2])
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    size = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :size], 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    kept = [x[..., size:]] if size < x.shape[-1] else []
+    return jnp.concatenate([*rotated, *kept], axis=-1).astype(x.dtype)
 
 
-def rotate_queries(x: Float[Array, "B T *heads H"], rotation: Rotation) -> Float[Array, "B T *heads H"]:
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """What becomes of a query's product with a key: it is scaled, and kept within +-`softcap` where there is one."""
+
+    scale: float
+    softcap: float | None = None
+
+    @classmethod
+    def plain(cls, queries: Array) -> "Scoring":
+        """By the square root of a head's size, as almost everywhere."""
+        return cls(queries.shape[-1] ** -0.5)
+
+    def capped(self, scores: Array) -> Array:
+        """Scaled scores within the limit. Source: transformers `Gemma2Attention`."""
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+
+def rotate_queries(x: Float[Array, "B T *heads H"], rotation: Rotation | None) -> Float[Array, "B T *heads H"]:
     """As `rotate`, and then scaled where the rotation says so."""
-    x, scale = rotate(x, rotation), rotation.query_scale
+    x, scale = rotate(x, rotation), None if rotation is None else rotation.query_scale
     return x if scale is None else x * jnp.expand_dims(scale, tuple(range(2, x.ndim)))
 
 
@@ -70,18 +97,23 @@ def attend(
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
     allowed: Bool[Array, "B #T S"],
+    scoring: Scoring | None = None,
 ) -> Float[Array, "B T K G H"]:
     """Softmax attention in float32 where query head (k, g) reads key-value head k and only `allowed` slots."""
-    weights = attention_weights(queries, keys, allowed).astype(values.dtype)
+    weights = attention_weights(queries, keys, allowed, scoring).astype(values.dtype)
     return product("bkgts,bksh->btkgh", weights, values)
 
 
 def attention_weights(
-    queries: Float[Array, "B T K G H"], keys: Float[Array, "B K S H"], allowed: Bool[Array, "B #T S"]
+    queries: Float[Array, "B T K G H"],
+    keys: Float[Array, "B K S H"],
+    allowed: Bool[Array, "B #T S"],
+    scoring: Scoring | None = None,
 ) -> Float[Array, "B K G T S"]:
     """How much each query reads of each slot, in float32."""
+    scoring = scoring or Scoring.plain(queries)
     scores = product("btkgh,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
-    return _softmax(scores * queries.shape[-1] ** -0.5, allowed[:, None, None])
+    return _softmax(scoring.capped(scores * scoring.scale), allowed[:, None, None])
 
 
 def attend_to_slots(
@@ -89,9 +121,12 @@ def attend_to_slots(
     keys: Float[Array, "B K C H"],
     values: Float[Array, "B K C H"],
     visible: Bool[Array, "B C"],
+    scoring: Scoring | None = None,
 ) -> Float[Array, "B K G H"]:
     """One query per row against the cache: as `attend`, in the form that each platform runs fastest."""
-    return jax.lax.platform_dependent(queries, keys, values, visible, cpu=_attend_by_sums, default=_attend_by_products)
+    scoring = scoring or Scoring.plain(queries)
+    sums, products = (functools.partial(form, scoring=scoring) for form in (_attend_by_sums, _attend_by_products))
+    return jax.lax.platform_dependent(queries, keys, values, visible, cpu=sums, default=products)
 
 
 def _attend_by_products(
@@ -99,10 +134,11 @@ def _attend_by_products(
     keys: Float[Array, "B K C H"],
     values: Float[Array, "B K C H"],
     visible: Bool[Array, "B C"],
+    scoring: Scoring,
 ) -> Float[Array, "B K G H"]:
     """Not `attend` with one query: for one row XLA:GPU would then copy the whole cache, transposed, at each step."""
     scores = product("bkgh,bkch->bkgc", queries, keys, preferred_element_type=jnp.float32)
-    weights = _softmax(scores * queries.shape[-1] ** -0.5, visible[:, None, None]).astype(values.dtype)
+    weights = _softmax(scoring.capped(scores * scoring.scale), visible[:, None, None]).astype(values.dtype)
     if len(queries) == 1 and values.shape[2] <= SUMMED_SLOTS:
         mixed = weights[..., None].astype(jnp.float32) * values[:, :, None].astype(jnp.float32)
         return mixed.sum(-2).astype(values.dtype)
@@ -114,10 +150,11 @@ def _attend_by_sums(
     keys: Float[Array, "B K C H"],
     values: Float[Array, "B K C H"],
     visible: Bool[Array, "B C"],
+    scoring: Scoring,
 ) -> Float[Array, "B K G H"]:
     """XLA:CPU runs B * K small matrix products one after the other; as fused sums it takes a quarter of the time."""
-    query = queries[..., None, :].astype(jnp.float32) * queries.shape[-1] ** -0.5
-    weights = _softmax((query * keys[:, :, None]).sum(-1), visible[:, None, None])
+    query = queries[..., None, :].astype(jnp.float32) * scoring.scale
+    weights = _softmax(scoring.capped((query * keys[:, :, None]).sum(-1)), visible[:, None, None])
     return (weights[..., None] * values[:, :, None]).sum(-2).astype(values.dtype)
 
 
@@ -145,20 +182,22 @@ def attend_to_prompt(
     positions: Int[Array, "B T"],
     real: Bool[Array, "B T"],
     window: int | None,
+    scoring: Scoring | None = None,
 ) -> Float[Array, "B T K G H"]:
     """Causal attention of a whole prompt to itself, at most `window` real tokens back (the token itself counts).
 
     Prompts of a multiple of QUERY_BLOCK tokens (the buckets from 1024 on) are taken in blocks of queries, which
     bounds the memory of the scores.
     """
-    if target().flash_prefill:
-        return _flash(queries, keys, values, real, window)
+    scoring = scoring or Scoring.plain(queries)
+    if target().flash_prefill and scoring.softcap is None:
+        return _flash(queries, keys, values, real, window, scoring.scale)
     keys, values = (jnp.moveaxis(x, 1, 2) for x in (keys, values))
     length = queries.shape[1]
 
     def block(start: int | Array, size: int) -> Float[Array, "B t K G H"]:
         part = jax.lax.dynamic_slice_in_dim(queries, start, size, axis=1)
-        return attend(part, keys, values, allowed_in_prompt(positions, real, window, start, size))
+        return attend(part, keys, values, allowed_in_prompt(positions, real, window, start, size), scoring)
 
     if query_block(length) == length:
         return block(0, length)
@@ -173,6 +212,7 @@ def _flash(
     values: Float[Array, "B T K H"],
     real: Bool[Array, "B T"],
     window: int | None,
+    scale: float,
 ) -> Float[Array, "B T K G H"]:
     """The same for right-padded 16-bit prompts, by cuDNN, without scores in memory."""
     lengths = real.sum(1, dtype=jnp.int32)
@@ -180,6 +220,7 @@ def _flash(
         queries.reshape(*queries.shape[:2], -1, queries.shape[-1]),
         keys,
         values,
+        scale=scale,
         is_causal=True,
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,

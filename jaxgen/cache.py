@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgen.attention import attend, attend_to_slots
+from jaxgen.attention import Scoring, attend, attend_to_slots
 
 
 class Reading:
@@ -82,6 +82,7 @@ class LayerCache:
         keys: Float[Array, "B T K H"],
         values: Float[Array, "B T K H"],
         reading: Reading,
+        scoring: Scoring | None = None,
     ) -> tuple[Float[Array, "B T K G H"], "LayerCache"]:
         """What the tokens that are read make of all that they may see, themselves included; and the cache with them.
 
@@ -90,10 +91,10 @@ class LayerCache:
         visible = reading.visible(self.slots, self.window)
         if reading.real is None:
             cache = self.write(keys[:, 0], values[:, 0], reading.newest)
-            mixed = attend_to_slots(queries[:, 0], *cache.read(queries.dtype), visible[:, 0])
+            mixed = attend_to_slots(queries[:, 0], *cache.read(queries.dtype), visible[:, 0], scoring)
             return mixed[:, None], cache
         cache = self.write_block(keys, values, reading.positions, reading.real)
-        return attend(queries, *cache.read(queries.dtype), visible), cache
+        return attend(queries, *cache.read(queries.dtype), visible, scoring), cache
 
     def attend_by_kernel(
         self,

@@ -89,6 +89,98 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 5, "moe_intermediate_size": 16, "norm_topk_prob": False, "mlp_only_layers": [0],
         "rope_scaling": {"type": "yarn", **YARN},
     },
+    "smollm3": {
+        "model_type": "smollm3", **_SMALL, "rope_theta": 5000000.0, "no_rope_layers": [1, 0],
+        "use_sliding_window": False, "no_rope_layer_interval": 4, "layer_types": ["full_attention"] * 2,
+        "pretraining_tp": 2,
+    },
+    "smollm3, by interval": {
+        "model_type": "smollm3", **_SMALL, "num_hidden_layers": 3, "no_rope_layer_interval": 2, "attention_bias": True,
+        "mlp_bias": True, "tie_word_embeddings": False,
+    },
+    "smollm3, yarn": {
+        "model_type": "smollm3", **_SMALL, "no_rope_layers": [0, 1], "rope_theta": 50000.0,
+        "rope_scaling": {"type": "yarn", **YARN},
+    },
+    "granite": {
+        "model_type": "granite", **_SMALL, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+        "attention_multiplier": 0.0625, "logits_scaling": 8.0, "tie_word_embeddings": True, "rope_theta": 10000000.0,
+    },
+    "granite, biases": {
+        "model_type": "granite", **_SMALL, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True,
+        "attention_multiplier": 0.5, "logits_scaling": 0.7, "residual_multiplier": 1,
+    },
+    "granite, llama3": {
+        "model_type": "granite", **_SMALL, "head_dim": 12, "embedding_multiplier": 3, "rope_scaling": LLAMA3,
+        "residual_multiplier": 1.5,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text", **_SMALL, "num_hidden_layers": 3, "sliding_window": 8, "query_pre_attn_scalar": 16,
+        "sliding_window_pattern": 2, "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "rope_scaling": None,
+        "hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": None, "final_logit_softcapping": None,
+        "cache_implementation": "hybrid",
+    },
+    "gemma3, linear": {
+        "model_type": "gemma3_text", **_SMALL, "num_key_value_heads": 1, "sliding_window": 20,
+        "query_pre_attn_scalar": 24, "layer_types": ["full_attention", "sliding_attention"], "rope_theta": 50000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "tie_word_embeddings": False,
+    },
+    "gemma3, as transformers 5 writes it": {
+        "model_type": "gemma3_text", **_SMALL, "head_dim": 12, "sliding_window": 5, "final_logit_softcapping": 20.0,
+        "layer_types": ["sliding_attention", "full_attention"], "attention_bias": True, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 70000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+    },
+    "gemma2": {
+        "model_type": "gemma2", **_SMALL, "sliding_window": 8, "query_pre_attn_scalar": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0,
+    },
+    "gemma2, no limits": {
+        "model_type": "gemma2", **_SMALL, "sliding_window": 30, "query_pre_attn_scalar": 40, "num_key_value_heads": 4,
+        "final_logit_softcapping": None, "attn_logit_softcapping": None, "tie_word_embeddings": False,
+    },
+    "gemma2, three layers": {
+        "model_type": "gemma2", **_SMALL, "num_hidden_layers": 3, "sliding_window": 4, "attention_bias": True,
+        "rope_theta": 500.0, "head_dim": 8,
+    },
+    "olmo2": {"model_type": "olmo2", **_SMALL, "rope_theta": 500000.0},
+    "olmo2, biases": {
+        "model_type": "olmo2", **_SMALL, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True,
+    },
+    "olmo2, yarn": {"model_type": "olmo2", **_SMALL, "head_dim": 12, "rope_scaling": {"rope_type": "yarn", **YARN}},
+    "olmo3": {
+        "model_type": "olmo3", **_SMALL, "num_hidden_layers": 4, "sliding_window": 8, "rope_theta": 500000.0,
+    },
+    "olmo3, yarn": {
+        "model_type": "olmo3", **_SMALL, "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"],
+        "rope_theta": 500000.0, "rope_scaling": {"rope_type": "yarn", **YARN},
+    },
+    "olmo3, as transformers 5 writes it": {
+        "model_type": "olmo3", **_SMALL, "num_key_value_heads": 4, "sliding_window": 5, "attention_bias": True,
+        "layer_types": ["full_attention", "sliding_attention"], "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 70000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+    },
+    "phi3": {
+        "model_type": "phi3", **_SMALL, "num_key_value_heads": 4, "sliding_window": 20, "rope_scaling": None,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "original_max_position_embeddings": 128,
+    },
+    "phi3, longrope": {
+        "model_type": "phi3", **_SMALL, "hidden_size": 64, "tie_word_embeddings": True, "partial_rotary_factor": 0.75,
+        "rope_theta": 5000.0, "max_position_embeddings": 512, "original_max_position_embeddings": 128, "rope_scaling": {
+            "type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0], "long_factor": [1.5] * 6,
+        },
+    },
+    "phi3, as transformers 5 writes it": {
+        "model_type": "phi3", **_SMALL, "hidden_size": 64, "num_key_value_heads": 1,
+        "original_max_position_embeddings": 128, "max_position_embeddings": 256, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 9000.0, "partial_rotary_factor": 0.5, "short_factor": [1, 1.5, 2, 3],
+            "long_factor": [2.0] * 4, "attention_factor": 1.25, "original_max_position_embeddings": 128,
+        },
+    },
 }  # fmt: skip
 LLAMA_4 = YARN | {
     "beta_fast": 32.0,
@@ -161,6 +253,45 @@ _QWEN3_MOE = _QWEN3 | {
     "norm_topk_prob": True, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
     "num_key_value_heads": 4, "output_router_logits": False, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
 }  # fmt: skip
+_GRANITE = _PLAIN | {
+    "architectures": ["GraniteForCausalLM"], "model_type": "granite", "attention_dropout": 0.0,
+    "attention_multiplier": 0.015625, "bos_token_id": 0, "embedding_multiplier": 12.0, "eos_token_id": 0,
+    "hidden_size": 2048, "intermediate_size": 8192, "logits_scaling": 8.0, "max_position_embeddings": 131072,
+    "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "pad_token_id": 0,
+    "residual_multiplier": 0.22, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000000.0,
+    "tie_word_embeddings": True, "vocab_size": 49159,
+}  # fmt: skip
+_GEMMA_3 = _PLAIN | {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attn_logit_softcapping": None,
+    "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": [1, 106], "final_logit_softcapping": None,
+    "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "intermediate_size": 6912,
+    "max_position_embeddings": 32768, "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1,
+    "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6,
+    "tie_word_embeddings": True, "vocab_size": 262144,
+}  # fmt: skip
+del _GEMMA_3["hidden_act"]
+_GEMMA_2 = _PLAIN | {
+    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "attn_logit_softcapping": 50.0,
+    "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": [1, 107], "final_logit_softcapping": 30.0,
+    "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304,
+    "intermediate_size": 9216, "max_position_embeddings": 8192, "num_attention_heads": 8, "num_hidden_layers": 26,
+    "num_key_value_heads": 4, "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": True, "vocab_size": 256000,
+}  # fmt: skip
+_OLMO_2 = _PLAIN | {
+    "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "bos_token_id": None, "eos_token_id": 100257,
+    "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 4096, "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 32, "pad_token_id": 100277, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 500000, "vocab_size": 100352,
+}  # fmt: skip
+_PHI_3 = _PLAIN | {
+    "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "bos_token_id": 1, "embd_pdrop": 0.0,
+    "eos_token_id": 32000, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096,
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
+    "original_max_position_embeddings": 4096, "pad_token_id": 32000, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "rope_theta": 10000.0, "sliding_window": 2047, "vocab_size": 32064,
+}  # fmt: skip
 HUB: dict[str, dict[str, Any]] = {
     "Llama-2-7b": _LLAMA_2,
     "Llama-3.1-8B": _LLAMA_31,
@@ -175,6 +306,70 @@ HUB: dict[str, dict[str, Any]] = {
     | {"hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 2048, "num_hidden_layers": 22}
     | {"num_key_value_heads": 4},
     "DeepSeek-R1-Distill-Llama-8B": _LLAMA_31 | {"eos_token_id": 128001},
+    "SmolLM3-3B": _PLAIN
+    | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "bos_token_id": None, "eos_token_id": 128012}
+    | {"pad_token_id": 128004, "hidden_size": 2048, "intermediate_size": 11008, "max_position_embeddings": 65536}
+    | {"layer_types": ["full_attention"] * 36, "max_window_layers": 28, "mlp_bias": False, "no_rope_layer_interval": 4}
+    | {"no_rope_layers": [1, 1, 1, 0] * 9, "num_attention_heads": 16, "num_hidden_layers": 36}
+    | {"num_key_value_heads": 4, "pretraining_tp": 2, "rms_norm_eps": 1e-06, "rope_scaling": None}
+    | {"rope_theta": 5000000.0, "sliding_window": None, "tie_word_embeddings": True, "use_sliding_window": False}
+    | {"vocab_size": 128256},
+    "granite-3.3-2b-instruct": _GRANITE,
+    "granite-3.3-8b-instruct": _GRANITE
+    | {"attention_multiplier": 0.0078125, "hidden_size": 4096, "intermediate_size": 12800, "logits_scaling": 16.0},
+    "gemma-3-1b-it": _GEMMA_3,
+    "gemma-3-270m": {name: value for name, value in _GEMMA_3.items() if name != "sliding_window_pattern"}
+    | {"_sliding_window_pattern": 6, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18}
+    | {"layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3, "use_bidirectional_attention": False},
+    "gemma-2-2b-it": _GEMMA_2,
+    "gemma-2-27b-it": _GEMMA_2
+    | {"head_dim": 128, "hidden_size": 4608, "intermediate_size": 36864, "num_attention_heads": 32}
+    | {
+        "num_hidden_layers": 46,
+        "num_key_value_heads": 16,
+        "query_pre_attn_scalar": 144,
+        "_attn_implementation": "eager",
+    },
+    "OLMo-2-1124-7B": _OLMO_2,
+    "Olmo-3-1025-7B": _OLMO_2
+    | {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "max_position_embeddings": 65536}
+    | {
+        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8,
+        "sliding_window": 4096,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 8192,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "attention_factor": 1.2079441541679836,
+        },
+        "vocab_size": 100278,
+    },
+    "Phi-3-mini-4k-instruct": _PHI_3,
+    "phi-4": _PHI_3
+    | {"bos_token_id": 100257, "eos_token_id": 100265, "hidden_size": 5120, "intermediate_size": 17920}
+    | {"max_position_embeddings": 16384, "num_attention_heads": 40, "num_hidden_layers": 40, "num_key_value_heads": 10}
+    | {"original_max_position_embeddings": 16384, "pad_token_id": 100349, "rope_theta": 250000, "sliding_window": None}
+    | {"vocab_size": 100352},
+    "Phi-4-mini-instruct": _PHI_3
+    | {
+        "bos_token_id": 199999,
+        "eos_token_id": 199999,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+        "lm_head_bias": False,
+    }
+    | {
+        "lm_head_bias": False,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+    }
+    | {"original_max_position_embeddings": 4096, "pad_token_id": 199999, "partial_rotary_factor": 0.75}
+    | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 24 + [32.0] * 24}}
+    | {"sliding_window": 262144, "tie_word_embeddings": True, "vocab_size": 200064},
     "Qwen3-0.6B": _QWEN3
     | {"hidden_size": 1024, "intermediate_size": 3072, "max_window_layers": 28, "num_attention_heads": 16}
     | {"num_hidden_layers": 28, "tie_word_embeddings": True},

@@ -5,6 +5,7 @@ Their numbers are compared with transformers in tests/oracle/test_families_oracl
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,11 +17,12 @@ from flax import nnx
 from jaxgen import AutoConfig, AutoModelForCausalLM, Int4Config, LlamaConfig, Qwen3Config
 from jaxgen.convert import convert_checkpoint
 from jaxgen.convert.load import open_checkpoint
+from jaxgen.convert.placement import auto_dtype
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.kernels import step
 from jaxgen.models.families import config_from_hf, families, family_of
 from jaxgen.models.protocol import CausalLM
-from jaxgen.models.rope import Llama3, plain_frequencies
+from jaxgen.models.rope import Llama3, LongRope, plain_frequencies
 from jaxgen.models.tensors import logical_axes, parameter_parts
 from jaxgen.quant import Int4
 from tests.families import CONFIGS, HUB, LLAMA3, LLAMA_4, YARN
@@ -30,7 +32,11 @@ from tests.hf_files import write_hf
 from tests.rows import BATCH, rows_of, same
 
 BOTH = ["llama, as Llama 3.2", "qwen3, biases, yarn"]
+# One of every other kind of block.
+KINDS = ["smollm3", "granite", "gemma2", "gemma3", "phi3", "olmo3"]
+SLOW_KINDS = [pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
 every = pytest.mark.parametrize("name", CONFIGS)
+LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 
 
 def tensors_of(config: Any, seed: int = 0) -> dict[str, np.ndarray]:
@@ -66,7 +72,7 @@ def logits(model: Any, ids: Any) -> np.ndarray:
 SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2, windows", "ministral", "ministral3, window")]
 
 
-@pytest.fixture(scope="module", params=[*BOTH, *SLOWER])
+@pytest.fixture(scope="module", params=[*BOTH, *SLOWER, *SLOW_KINDS])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load(written(tmp_path_factory.mktemp("family"), request.param))
 
@@ -114,7 +120,7 @@ def test_an_assistant_of_another_family(model: Any, tmp_path: Path):
     np.testing.assert_array_equal(model.generate(ids, assistant_model=assistant, **options), expected)
 
 
-@pytest.mark.parametrize("name", [*BOTH, *SLOWER])
+@pytest.mark.parametrize("name", [*BOTH, *SLOWER, *SLOW_KINDS])
 def test_int4_is_the_model_of_the_rounded_weights(name: str, tmp_path: Path):
     path = written(tmp_path / "plain", name, hidden_size=64, intermediate_size=128, head_dim=32)
     loaded, plain, ids = load(path, quantization_config=Int4Config(group_size=64)), load(path), [[5, 9, 7, 30, 41, 2]]
@@ -228,18 +234,30 @@ def test_gguf_that_does_not_say_the_size_of_heads(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "name, architecture, rotate",
-    [("qwen2", "qwen2", False), ("qwen3", "qwen3", False), ("llama, as Llama 2", "llama", True)],
+    [
+        ("qwen2", "qwen2", False),
+        ("qwen3", "qwen3", False),
+        ("llama, as Llama 2", "llama", True),
+        ("smollm3", "smollm3", True),
+        ("granite", "granite", True),
+    ],
 )
 def test_gguf_of_others(name: str, architecture: str, rotate: bool, tmp_path: Path):
-    config = config_from_hf(CONFIGS[name])
+    # llama.cpp has SmolLM3's fourth layer without rotary positions, whatever the file says.
+    fields = CONFIGS[name] | ({"num_hidden_layers": 4, "no_rope_layers": None} if name == "smollm3" else {})
+    config = config_from_hf(fields)
     tensors = tensors_of(config)
-    write_hf(tmp_path / "hf", CONFIGS[name], tensors)
+    write_hf(tmp_path / "hf", fields, tensors)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     stored = {
         key: rotated(tensor, heads[key.split(".")[-2]]) if rotate and key.split(".")[-2] in heads else tensor
         for key, tensor in tensors.items()
     }
-    (tmp_path / "m.gguf").write_bytes(gguf_file(gguf_metadata(config, architecture), stored))
+    metadata = gguf_metadata(config, architecture)
+    layout: Any = family_of(config).gguf
+    for key, field in layout.fields.items():
+        metadata[f"{architecture}.{key}"] = getattr(config, field)
+    (tmp_path / "m.gguf").write_bytes(gguf_file(metadata, stored))
     model, ids = load(tmp_path / "m.gguf"), [[5, 9, 7, 30, 41, 2]]
     assert type(model) is family_of(config)
     np.testing.assert_array_equal(logits(model, ids), logits(load(tmp_path / "hf"), ids))
@@ -266,9 +284,48 @@ def test_a_decode_step_of_kernels(name: str, rows: int):
     assert error < 2e-2
 
 
-def test_biases_of_outputs_keep_to_xla():
-    config = config_from_hf(CONFIGS["llama, all biases, linear"] | {"head_dim": 32})
-    assert not family_of(config)(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)._fits_kernels
+@pytest.mark.parametrize("name, sizes", [
+    ("llama, all biases, linear", {}), ("smollm3", {}), ("granite", {}), ("gemma2, no limits", {}), ("gemma3", {}),
+    ("phi3", {}), ("phi3", {"partial_rotary_factor": 0.5}), ("olmo2", {}), ("olmo3", {}),
+])  # fmt: skip
+def test_what_no_kernel_computes_keeps_to_xla(name: str, sizes: dict[str, Any]):
+    config = config_from_hf(CONFIGS[name] | {"hidden_size": 128, "head_dim": 32} | sizes)
+    model = nnx.eval_shape(lambda: family_of(config)(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    assert not model._fits_kernels
+    plain = LlamaConfig(hidden_size=128, num_attention_heads=4, num_hidden_layers=1, vocab_size=9, intermediate_size=8)
+    assert nnx.eval_shape(lambda: family_of(plain)(plain, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))._fits_kernels
+
+
+@pytest.mark.parametrize("form", ["language_model.model.{}", "model.language_model.{}"])
+def test_the_text_part_of_gemma_3(form: str, tmp_path: Path):
+    fields = CONFIGS["gemma3, linear"] | {"tie_word_embeddings": True}
+    tensors = tensors_of(config_from_hf(fields))
+    write_hf(tmp_path / "text", fields, tensors)
+    named = {form.format(name.removeprefix("model.")): tensor for name, tensor in tensors.items()}
+    whole = {"model_type": "gemma3", "text_config": fields, "vision_config": {"patch_size": 14}}
+    write_hf(tmp_path / "whole", whole, named | {"vision_tower.a.weight": np.ones(3, np.float32)})
+    model, ids = load(tmp_path / "whole"), [[5, 9, 7, 30, 41, 2]]
+    assert type(model).__name__ == "Gemma3ForCausalLM"
+    np.testing.assert_array_equal(logits(model, ids), logits(load(tmp_path / "text"), ids))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_a_model_that_overflows_float16(name: str, tmp_path: Path):
+    path = written(tmp_path, name)
+    with pytest.raises(UnsupportedError, match=r"dtype=float16: the activations of Gemma.* beyond float16's 65504"):
+        load(path, dtype="float16")
+    t4: Any = SimpleNamespace(platform="gpu", compute_capability="7.5")
+    assert auto_dtype(t4, config_from_hf(CONFIGS[name]).overflows_float16) == jnp.float32
+    assert auto_dtype(t4) == jnp.float16
+
+
+def test_rows_beyond_the_context_of_short_factors():
+    """Longer rows have other rotary positions, from the first token on. Files keep the whole context."""
+    config = config_from_hf(CONFIGS["phi3, longrope"])
+    assert config.max_position_embeddings == 128 and config.to_hf()["max_position_embeddings"] == 512
+    model = family_of(config)(config.with_layers([0]), rngs=nnx.Rngs(0))
+    with pytest.raises(JaxgenError, match="128"):
+        model.generate([[5, 9]], max_new_tokens=127)
 
 
 @every
@@ -286,17 +343,17 @@ def test_every_parameter_has_axes_and_a_place(name: str):
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"model_type": "gemma3"}, r"model_type='gemma3' is not supported; jaxgen implements 'llama' \(LlamaForCausalLM\)"),
-    ({}, "model_type is missing; jaxgen implements 'llama'"),
+    ({}, "model_type is missing; jaxgen implements 'g"),
     ({"model_type": "qwen3_next"}, "'qwen3_next' is not supported: most of its layers are gated linear.*; jax"),
     ({"model_type": "qwen3_5"}, "gated linear attention"),
-    ({"model_type": "gemma4"}, "embeddings of their own and share keys and values; jaxgen implements 'llama'"),
+    ({"model_type": "gemma4"}, "embeddings of their own and share keys and values; jaxgen implements 'g"),
     ({"model_type": "gemma3n"}, "share keys and values"),
     ({"model_type": "lfm2"}, "short convolutions"),
     ({"model_type": "granitemoehybrid"}, "Mamba layers"),
     ({"model_type": "mistral4"}, r"latent vectors in the cache \(MLA\)"),
     ({"model_type": "deepseek_v3"}, r"latent vectors in the cache \(MLA\)"),
     ({"model_type": "gpt_oss"}, "sinks.*MXFP4"),
+    ({"model_type": "phi"}, "model_type='phi' is not supported; jaxgen implements 'g"),
     ({"model_type": ["llama"]}, "is not supported; jaxgen implements"),
     ({"model_type": "llama", "sliding_window": 5}, "sliding_window=5 is not a field of LlamaConfig"),
     ({"model_type": "llama", "rope_interleaved": True}, "rope_interleaved=True is not supported"),
@@ -329,6 +386,24 @@ def test_every_parameter_has_axes_and_a_place(name: str):
     ({"model_type": "llama", "rope_parameters": LLAMA_4}, "llama_4_scaling_beta=0.1 is of Ministral 3"),
     ({"model_type": "qwen3", "layer_types": 3}, "layer_types=3"),
     ({"model_type": "qwen3", "attention_bias": 1}, "attention_bias=1 must be true or false"),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, r"no_rope_layers=\(1, 2\) must be a 0 or a 1 for each"),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers names 2 layers, num_hidden_layers=36"),
+    ({"model_type": "smollm3", "num_hidden_layers": 2**30}, "num_hidden_layers=1073741824 is more than 10000"),
+    ({"model_type": "granite", "residual_multiplier": 0}, "residual_multiplier=0 must be a positive number"),
+    ({"model_type": "granite", "logits_scaling": None}, "logits_scaling=None must be a positive number"),
+    ({"model_type": "gemma2", "hidden_activation": "gelu"}, "hidden_activation='gelu' is not supported"),
+    ({"model_type": "gemma2", "attn_logit_softcapping": 0.0}, "attn_logit_softcapping=0.0 must be a positive"),
+    ({"model_type": "gemma2", "num_hidden_layers": 2**30}, "num_hidden_layers=1073741824 is more than 10000"),
+    ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention=True is not"),
+    ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
+    ({"model_type": "gemma3_text", "sliding_window": None}, "there is no sliding_window"),
+    ({"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": YARN}}, "rope_type='yarn' is not"),
+    ({"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": 3}}, "sliding_attention=3 must be an"),
+    ({"model_type": "phi3", "rope_scaling": YARN}, "rope_type='longrope'"),
+    ({"model_type": "phi3", "rope_scaling": LONG | {"short_factor": [1.0]}}, "short_factor has 1 numbers, and 48 p"),
+    ({"model_type": "phi3", "rope_scaling": LONG | {"long_factor": ["x"]}}, "long_factor=.* must be a list of pos"),
+    ({"model_type": "phi3", "partial_rotary_factor": 2}, "partial_rotary_factor=2 must be a number above 0"),
+    ({"model_type": "olmo2", "clip_qkv": 8.0}, "clip_qkv=8.0 is not a field of Olmo2Config"),
     ({"model_type": "qwen3", "num_experts": 8}, "num_experts=8 is not a field of Qwen3Config"),
 ])  # fmt: skip
 def test_what_is_refused(fields: dict[str, Any], message: str):
@@ -343,7 +418,8 @@ def test_configs_of_the_hub_are_read(name: str, caplog: pytest.LogCaptureFixture
     assert family_of(config).__name__ == HUB[name]["architectures"][0]
     told = {key: value for key, value in HUB[name].items() if hasattr(config, key) and key not in ("model_type",)}
     for key, value in told.items():
-        if key not in ("rope_scaling", "rope_parameters", "sliding_window", "layer_types", "use_cache"):
+        limited = key == "max_position_embeddings" and isinstance(config.rope_scaling, LongRope)
+        if not limited and key not in ("rope_scaling", "rope_parameters", "sliding_window", "layer_types", "use_cache"):
             assert getattr(config, key) == (tuple(value) if isinstance(value, list) else value), key
     assert ("attn_factor" in caplog.text) == (name == "DeepSeek-R1-0528-Qwen3-8B")
 

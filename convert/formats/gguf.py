@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from jaxgen.errors import CheckpointError, UnsupportedError
 from jaxgen.models.config import DecoderConfig
 from jaxgen.models.families import families
+from jaxgen.models.gguf import Gguf as Layout
 from jaxgen.models.rope import Llama3, plain_frequencies
 from jaxgen.models.tensors import EMBEDDING, HEAD, Part
 from jaxgen.quant import Int4
@@ -154,7 +155,7 @@ class GgufCheckpoint(Checkpoint):
             divisors = np.empty(self.tensors[_ROPE_FACTORS].shape, np.float32)
             self.read_into(_ROPE_FACTORS, divisors)
             del self.tensors[_ROPE_FACTORS]  # the config says it
-        fields = _fields(self.family.gguf.architecture, self.metadata, self.tensors)
+        fields = _fields(self.family.gguf, self.metadata, self.tensors)
         if _has_window(self.family):
             fields.setdefault("sliding_window", None)
         if fields.get("sliding_window") is not None and _has(self.family, "layer_types"):
@@ -215,12 +216,12 @@ def _has(kind: Any, name: str) -> bool:
     return any(field.name == name for field in dataclasses.fields(kind.config_class))
 
 
-def _fields(architecture: str, metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Any]:
+def _fields(layout: Layout, metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Any]:
     """The config that metadata and tensors describe."""
-    own = _own_metadata(architecture, metadata, tensors)
+    own = _own_metadata(layout, metadata, tensors)
     # As llama.cpp has it where the file does not say; a family's own defaults are not in question.
     fields: dict[str, Any] = {"num_key_value_heads": own["attention.head_count"], "head_dim": None}
-    for name, field in {**_REQUIRED, **_OPTIONAL}.items():
+    for name, field in {**_REQUIRED, **_OPTIONAL, **layout.fields}.items():
         if name in own:
             fields[field] = own[name]
     sizes = {name: own[name] for name, field in _OPTIONAL.items() if field == "head_dim" and name in own}
@@ -253,24 +254,25 @@ def _llama3_of(divisors: np.ndarray, config: DecoderConfig) -> Llama3:
     return scaling
 
 
-def _own_metadata(architecture: str, metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Any]:
+def _own_metadata(layout: Layout, metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Any]:
     """The architecture's metadata, without its prefix; raises for all that the file says and jaxgen does not know."""
     if _ROPE_FACTORS in tensors:
         raise UnsupportedError(f"tensor {_ROPE_FACTORS!r}: scaled rotary positions are not supported here")
     if metadata.get("split.count", 1) not in (0, 1):
         raise UnsupportedError("the file is split; join the parts with `llama-gguf-split --merge` first")
-    prefix = f"{architecture}."
+    prefix = f"{layout.architecture}."
     own = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
     for name, value in own.items():
-        known = name in _REQUIRED or name in _OPTIONAL or name in _IGNORED
+        known = name in _REQUIRED or name in _OPTIONAL or name in layout.fields or name in _IGNORED
         if not known and (name not in _NEUTRAL or value != _NEUTRAL[name]):
             raise UnsupportedError(
                 f"{prefix}{name:.80}={value!r:.80} is not supported; it would change the mathematics"
             )
         if name in _FLOATS and not isinstance(value, float):
             raise CheckpointError("GGUF metadata", [f"{prefix}{name}={value!r:.80} must be a floating-point number"])
-    problems = [f"{prefix}{name} is missing" for name in sorted(_REQUIRED.keys() - own.keys())]
-    problems += _foreign(architecture, metadata)
+    needed = _REQUIRED.keys() | layout.fields.keys()
+    problems = [f"{prefix}{name} is missing" for name in sorted(needed - own.keys())]
+    problems += _foreign(layout.architecture, metadata)
     if problems:
         raise CheckpointError("GGUF metadata", problems)
     return own

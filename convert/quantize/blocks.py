@@ -1,6 +1,7 @@
 """Quantisation layer by layer: each sees the inputs that the layers before it, already quantised, give it."""
 
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import numpy as np
 from jaxtyping import Int
@@ -40,20 +41,21 @@ def quantized_blocks(
     if method not in _METHODS:
         raise JaxgenError(f"method={method!r} must be one of {', '.join(map(repr, _METHODS))}")
     layers = Layers(checkpoint, config)
-    quantize = _METHODS[method](config, group_size)
-    hidden = checkpoint.read(EMBEDDING)[calibration].astype(np.float32)
-    exact = hidden.copy() if quantize.needs_targets else None
+    quantizer = cache(lambda config: _METHODS[method](config, group_size))  # what it compiles is for layers like one
+    hidden = checkpoint.read(EMBEDDING)[calibration].astype(np.float32) * np.float32(config.embedding_multiplier)
+    exact = hidden.copy() if _METHODS[method].needs_targets else None
     said = False
     for layer in range(config.num_hidden_layers):
-        weights = layers.read(layer)
+        weights, shape = layers.read(layer), config.with_layers([layer])
+        quantize = quantizer(shape)
         if exact is not None:
-            advance(config, weights, exact)
+            advance(shape, weights, exact)
         quantized = finished(layer)
         if quantized is None:
             if not said:
                 passes, left = quantize.passes(len(hidden)), config.num_hidden_layers - layer
-                say_cost(config, weights, hidden, method=method, passes=passes, layers=left)
+                say_cost(shape, weights, hidden, method=method, passes=passes, layers=left)
                 said = True
             quantized = layers.split(layer, quantize(weights, hidden, exact))
         yield layer, quantized
-        advance(config, layers.join(layer, weights, quantized), hidden)
+        advance(shape, layers.join(layer, weights, quantized), hidden)

@@ -1,6 +1,7 @@
 """The model's own forward pass through one layer, and what its linear layers see there.
 
-Compiled once for all layers of a model: they differ in their weights only.
+Compiled once for all layers of a model that differ in their weights only. A config here is one layer's own
+(`DecoderConfig.with_layers`).
 """
 
 import functools
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float
 from jaxgen.linear import product
 from jaxgen.lowering import own_rules
 from jaxgen.models.config import DecoderConfig
-from jaxgen.models.decoder import DecoderLayer, rotation
+from jaxgen.models.decoder import DecoderLayer, rotations
 
 Weights = dict[str, Array]  # of one layer, in float32, by their names in it: "self_attn.qkv_proj.weight"
 Hidden = Float[np.ndarray, "N T D"]  # hidden states of the calibration text, in host memory
@@ -82,4 +83,4 @@ def _layer(config: DecoderConfig, weights: Weights) -> DecoderLayer:
 
 def _run(config: DecoderConfig, layer: DecoderLayer, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    return layer.prompt(x, rotation(config, positions, x.dtype), positions, jnp.ones(x.shape[:2], bool))[0]
+    return layer.prompt(x, rotations(config, positions, x.dtype)[0], positions, jnp.ones(x.shape[:2], bool))[0]

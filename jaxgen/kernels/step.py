@@ -53,7 +53,8 @@ def _layers(
 ) -> tuple[Array, Array | None, KVCache]:
     """The residual stream after all layers, as two addends, and the cache."""
     x, delta, caches = model.model.embed_tokens(tokens), None, []
-    cosine, sine, scale = model.rotation(reading.positions)
+    [rotation, *_] = model.rotations(reading.positions)  # the same for all layers of what runs here
+    cosine, sine, scale = rotation
     rotation = cosine.reshape(len(tokens), -1), sine.reshape(len(tokens), -1)
     scale = None if scale is None else scale.reshape(-1, 1, 1, 1)
     for layer, before in zip(model.model.layers, cache, strict=True):

@@ -17,16 +17,24 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxgen.attention import Rotation
 from jaxgen.cache import KVCache, Reading, Slots, empty_layer_cache, layer_cache_from_prompt, of_layers
 from jaxgen.causal_output import CausalLMOutput
+from jaxgen.errors import UnsupportedError
 from jaxgen.familiar import FamiliarMethods, answer
 from jaxgen.generation.generate import GenerationMixin
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.programs.weights import split
 from jaxgen.lowering import device_runs_kernels, own_rules, target
 from jaxgen.models.config import DecoderConfig
-from jaxgen.models.decoder import Decoder, rotation
+from jaxgen.models.decoder import Decoder, rotations
 from jaxgen.models.gguf import Gguf
 from jaxgen.models.layers import Linear
 from jaxgen.residual import add_and_norm
+
+# What no kernel computes: a model with another value than the block's own decodes in XLA's forms.
+_UNKNOWN_TO_KERNELS = (
+    "stacks_projections", "o_bias", "mlp_bias", "norms", "norm_offset", "norms_in_float32", "rotates_in_float32",
+    "activation", "residual_multiplier", "attention_multiplier", "attn_logit_softcapping", "final_logit_softcapping",
+    "logits_scaling",
+)  # fmt: skip
 
 
 class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
@@ -41,6 +49,11 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
     @own_rules()
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: "jnp.dtype | type | str" = jnp.float32):
         dtype = jnp.dtype(dtype)
+        if dtype == jnp.float16 and config.overflows_float16:
+            raise UnsupportedError(
+                f"dtype=float16: the activations of {type(self).__name__} go beyond float16's 65504; use bfloat16, or "
+                "float32 where the device has none (weights of 4 bits stay as small: load_in_4bit=True)"
+            )
         self.config = config
         self.generation_config = GenerationConfig.from_model_config(config)
         self.model = Decoder(config, dtype=dtype, rngs=rngs)
@@ -68,10 +81,12 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
 
     @property
     def _fits_kernels(self) -> bool:
-        size = self.config.head_size
-        biased = self.config.o_bias or self.config.mlp_bias  # their sums end in kernels that know none
+        size, ropes = self.config.head_size, self.config.ropes
+        known = all(getattr(self.config, name) == getattr(DecoderConfig, name) for name in _UNKNOWN_TO_KERNELS)
+        known = known and None not in ropes and len(set(ropes)) == 1 and self.config.rotary_size == size
         experts = any(self.config.routing(layer) is not None for layer in range(self.config.num_hidden_layers))
-        return self.dtype.itemsize == 2 and size >= 32 and size & (size - 1) == 0 and not biased and not experts
+        known = known and not experts
+        return self.dtype.itemsize == 2 and size >= 32 and size & (size - 1) == 0 and known
 
     def save_pretrained(self, directory: "str | os.PathLike[str]", **options: Any) -> None:
         """Write a Hugging Face checkpoint; options and errors as in `jaxgen.convert.save_pretrained`."""
@@ -110,9 +125,9 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
         First the embeddings, without attentions; then every layer's output, the last one normed.
         """
         ids, positions, mask = _read_mask(tokens, real)
-        x, rotation = self.model.embed_tokens(ids), self.rotation(positions)
+        x, tables = self.model.embed_tokens(ids), self.rotations(positions)
         yield x, None
-        for index, layer in enumerate(self.model.layers):
+        for index, (layer, rotation) in enumerate(zip(self.model.layers, tables, strict=True)):
             x, weights = _layer_activations(*split(layer), x, rotation, positions, mask, with_attentions)
             yield (self.model.norm(x) if index + 1 == len(self.model.layers) else x), weights
 
@@ -142,9 +157,9 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
             return decode_step(self, tokens, positions, cache)
         x = self.model.embed_tokens(tokens[:, None])
         reading = Reading.one(positions)
-        rotation = self.rotation(reading.positions)
+        tables = self.rotations(reading.positions)
         caches, delta = [], jnp.zeros_like(x)
-        for layer, before in zip(self.model.layers, cache, strict=True):
+        for layer, rotation, before in zip(self.model.layers, tables, cache, strict=True):
             x, delta, after = layer.step(x, delta, rotation, reading, before)
             caches.append(after)
         _, hidden = add_and_norm(x, delta, self.model.norm)
@@ -164,9 +179,9 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
             if attend.takes(tokens.shape[1], self.config.query_groups):
                 return step.extend(self, tokens, starts, counts, cache)
         reading = Reading.several(starts, counts, tokens.shape[1])
-        x, rotation = self.model.embed_tokens(tokens), self.rotation(reading.positions)
+        x, tables = self.model.embed_tokens(tokens), self.rotations(reading.positions)
         caches = []
-        for layer, before in zip(self.model.layers, cache, strict=True):
+        for layer, rotation, before in zip(self.model.layers, tables, cache, strict=True):
             x, after = layer.extend(x, rotation, reading, before)
             caches.append(after)
         return self.model.norm(x), caches
@@ -176,7 +191,10 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
         with jax.named_scope("lm_head"):
             tied = self.config.tie_word_embeddings
             logits = self.model.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)
-            return logits.astype(jnp.float32)
+            logits = logits.astype(jnp.float32)
+            scaling, limit = self.config.logits_scaling, self.config.final_logit_softcapping
+            logits = logits if scaling == 1 else logits / scaling
+            return logits if limit is None else limit * jnp.tanh(logits / limit)
 
     def empty_cache(self, rows: int, slots: Slots, int8: bool = False) -> KVCache:
         """A cache that holds nothing yet."""
@@ -190,16 +208,15 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
         self, ids: Int[Array, "B T"], positions: Int[Array, "B T"], real: Bool[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], list[tuple[Array, Array]]]:
         x = self.model.embed_tokens(ids)
-        rotation = self.rotation(positions)
         fresh = []
-        for layer in self.model.layers:
+        for layer, rotation in zip(self.model.layers, self.rotations(positions), strict=True):
             x, keys_and_values = layer.prompt(x, rotation, positions, real)
             fresh.append(keys_and_values)
         return self.model.norm(x), fresh
 
-    def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
-        """The rotary tables of `positions`, in the compute dtype."""
-        return rotation(self.config, positions, self.dtype)
+    def rotations(self, positions: Int[Array, "B T"]) -> list[Rotation | None]:
+        """The rotary tables of `positions` for each layer, in the compute dtype."""
+        return rotations(self.config, positions, self.dtype)
 
 
 def _read_mask(input_ids: Any, attention_mask: Any) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]]:

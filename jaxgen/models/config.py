@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self, no_type_check
 
 from jaxgen.cache import Slots
@@ -25,6 +25,18 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "adapters": (None,),
     "chunk_size_feed_forward": (0,),
+}
+
+# Where a layer has norms, and HF's names of them: before and after attention, before and after the feed-forward.
+NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "around": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
 }
 
 # Fields that say nothing about the mathematics of inference. The generation settings that transformers 4 kept
@@ -78,6 +90,9 @@ class DecoderConfig:
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
     scales_queries: ClassVar[bool] = False  # by their positions, where the rope's parameters say so
     field_checks: ClassVar[Mapping[str, tuple[Any, str]]] = {}  # of its own fields: a function, and what it wants
+    nullable_fields: ClassVar[tuple[str, ...]] = ()
+    layered_fields: ClassVar[tuple[str, ...]] = ("layer_types",)  # those with a value for each layer, or None
+    activation_field: ClassVar[str] = "hidden_act"  # HF's name of `activation`
     fixed_fields: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     ignored_fields: ClassVar[frozenset[str]] = frozenset()
 
@@ -88,7 +103,21 @@ class DecoderConfig:
     qkv_bias: ClassVar[Any] = False
     o_bias: ClassVar[Any] = False
     mlp_bias: ClassVar[Any] = False
-    qk_norm: ClassVar[Any] = False
+    qk_norm: ClassVar[Any] = False  # "head": of each head's queries and keys; "whole": of all heads' together
+    norms: ClassVar[Any] = "before"  # a key of NORMS
+    norm_offset: ClassVar[Any] = 0.0  # what is added to the weights of norms
+    norms_in_float32: ClassVar[Any] = False  # whether norms are scaled before they are rounded to the compute dtype
+    stacks_projections: ClassVar[Any] = False  # whether queries, keys and values, gate and up are one tensor each in HF
+    rotates_in_float32: ClassVar[Any] = False
+    activation: ClassVar[Any] = "silu"  # or "gelu_pytorch_tanh"
+    embedding_multiplier: ClassVar[Any] = 1.0
+    residual_multiplier: ClassVar[Any] = 1.0  # of what attention and feed-forward add to the residual stream
+    attention_multiplier: ClassVar[Any] = None  # of scores; None for 1 / sqrt(head_dim)
+    rounds_embedding_multiplier: ClassVar[Any] = False  # to the compute dtype, before it is used
+    attn_logit_softcapping: ClassVar[Any] = None  # the limit of scores
+    final_logit_softcapping: ClassVar[Any] = None  # the limit of logits
+    logits_scaling: ClassVar[Any] = 1.0  # what logits are divided by
+    overflows_float16: ClassVar[bool] = False  # whether released models' activations do
     experts_field: ClassVar[str | None] = None  # the field that says how many experts there are
 
     is_encoder_decoder = False
@@ -105,7 +134,7 @@ class DecoderConfig:
         problems = [
             f"{name}={getattr(self, name)!r:.80} must be {wanted}"
             for name, (is_right, wanted) in self._checks().items()
-            if not is_right(getattr(self, name)) and not (getattr(self, name) is None and name in _NULLABLE)
+            if not is_right(getattr(self, name)) and not (getattr(self, name) is None and self._may_be_null(name))
         ]
         if not problems and self.num_attention_heads % self.num_key_value_heads:
             problems.append(
@@ -118,21 +147,17 @@ class DecoderConfig:
                 "there is no head_dim"
             )
         problems += [] if problems else self._wrong_layers()
-        if not problems and self.head_size % 2:
-            problems.append(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        problems += [] if problems else self._wrong_rope()
         beta = getattr(self.rope_scaling, "llama_4_scaling_beta", None)
         if not problems and beta is not None and not self.scales_queries:
             problems.append(f"rope_scaling.llama_4_scaling_beta={beta!r} is of Ministral 3, and not of this family")
-        if not problems and isinstance(self.rope_scaling, rope.Yarn) and self.rope_theta == 1:
-            problems.append(
-                f"rope_theta={self.rope_theta} must not be 1 with rope_type='yarn', which divides by its log"
-            )
         problems += self._misfits() if not problems else []
         if problems:
             raise JaxgenError(f"{type(self).__name__}: " + "; ".join(problems))
         object.__setattr__(self, "head_dim", self.head_size)
-        for name in ("rms_norm_eps", "rope_theta"):  # an int of the file may be beyond int32
-            object.__setattr__(self, name, float(getattr(self, name)))
+        for name, (is_right, _) in self._checks().items():  # an int of the file may be beyond int32
+            if is_right is is_positive_number and getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._checks() and name not in vars(self):  # while it is made; __post_init__ checks
@@ -172,9 +197,29 @@ class DecoderConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def rotary_size(self) -> int:
+        """How many of a head's dimensions are rotated: the first ones."""
+        return self.head_size
+
+    @property
+    def ropes(self) -> list[tuple[float, Any] | None]:
+        """Base and scaling of each layer's rotary positions; None for a layer that has none."""
+        return [(self.rope_theta, self.rope_scaling)] * self.num_hidden_layers
+
+    @property
     def query_groups(self) -> int:
         """Query heads per key-value head."""
         return self.num_attention_heads // self.num_key_value_heads
+
+    def with_layers(self, layers: Iterable[int]) -> Self:
+        """The config of a model of these layers; of one, it is equal for all that differ in their weights only."""
+        layers, windows = tuple(layers), self.layer_windows
+        own = {name: values for name in self.layered_fields if (values := getattr(self, name)) is not None}
+        kept = {name: tuple(values[layer] for layer in layers) for name, values in own.items()}
+        if self.layer_types is None and len(set(windows)) > 1:
+            kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+            kept["layer_types"] = tuple(kinds[layer] for layer in layers)
+        return dataclasses.replace(self, num_hidden_layers=len(layers), **kept)
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
@@ -204,7 +249,7 @@ class DecoderConfig:
         >>> MistralConfig.from_hf({"model_type": "mistral", "sliding_window": None}).sliding_window is None
         True
         """
-        fields = read_config(source)
+        fields = cls._in_plain_fields(read_config(source))
         if fields.get("model_type") is None:
             raise UnsupportedError(f"config: model_type is missing; jaxgen reads model_type={cls.model_type!r}")
         if refusal := cls._refusal("model_type", fields["model_type"]):  # whose other fields say nothing to us
@@ -216,10 +261,9 @@ class DecoderConfig:
         kept: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list) else v for name, v in fields.items() if name in known
         }
-        context = fields.get("max_position_embeddings", known_default(cls, "max_position_embeddings"))
-        kept["rope_theta"], scaling, *(unfit, problems) = rope.read(
-            fields, cls.rope_types, context, known_default(cls, "rope_theta")
-        )
+        context, base = (known_default(cls, name) for name in ("max_position_embeddings", "rope_theta"))
+        context = fields.get("max_position_embeddings", context)
+        kept["rope_theta"], scaling, *(unfit, problems) = rope.read(fields, cls.rope_types, context, base)
         refused += unfit
         if "rope_scaling" in known:
             kept["rope_scaling"] = scaling
@@ -230,6 +274,11 @@ class DecoderConfig:
         if config is None or refused or problems:
             raise (UnsupportedError if refused else JaxgenError)(f"config: {listed([*refused, *problems])}")
         return config
+
+    @classmethod
+    def _in_plain_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """A config.json with a family's own spellings put into this class's fields."""
+        return fields
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: "str | os.PathLike[str]", **options: Any) -> Self:
@@ -263,10 +312,10 @@ class DecoderConfig:
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
-            "hidden_act": "silu",
+            self.activation_field: self.activation,
             **{name: list(value) if isinstance(value, tuple) else value for name, value in given.items()},
             **({} if self.rope_scaling is None else {"rope_scaling": scaling}),  # for transformers 4
-            "rope_parameters": scaling | {"rope_theta": self.rope_theta},
+            "rope_parameters": self.rope_parameters,
         }
 
     @property
@@ -274,10 +323,21 @@ class DecoderConfig:
         """As transformers 5 has them."""
         return rope.to_hf(self.rope_scaling) | {"rope_theta": self.rope_theta}
 
-    def of_fewer_layers(self, layers: int) -> Self:
-        """The same with its first layers only, of which there is at least one."""
-        kinds = {} if self.layer_types is None else {"layer_types": self.layer_types[:layers]}
-        return dataclasses.replace(self, num_hidden_layers=layers, **kinds)
+    def _wrong_rope(self) -> list[str]:
+        """What is wrong with rotary positions."""
+        pairs, scaling = self.rotary_size // 2, self.rope_scaling
+        if self.rotary_size % 2 or not pairs:
+            return [f"head_dim={self.head_dim} must be even for rotary embeddings, of which {self.rotary_size} rotate"]
+        if isinstance(scaling, rope.Yarn) and self.rope_theta == 1:
+            return [f"rope_theta={self.rope_theta} must not be 1 with rope_type='yarn', which divides by its log"]
+        if isinstance(scaling, rope.LongRope):
+            factors = {"short_factor": scaling.short_factor, "long_factor": scaling.long_factor}
+            return [
+                f"rope_scaling.{name} has {len(given)} numbers, and {pairs} pairs of a head rotate"
+                for name, given in factors.items()
+                if len(given) != pairs
+            ]
+        return []
 
     def _wrong_layers(self) -> list[str]:
         """What is wrong with `layer_types`."""
@@ -306,9 +366,13 @@ class DecoderConfig:
         return {**_FIXED, **cls.fixed_fields, "model_type": (cls.model_type,)}
 
     @classmethod
+    def _may_be_null(cls, name: str) -> bool:
+        return name in _NULLABLE or name in cls.nullable_fields
+
+    @classmethod
     def _checked(cls, name: str, value: Any) -> Any:
         is_right, wanted = _CHECKS[name]
-        if not is_right(value) and not (value is None and name in _NULLABLE):
+        if not is_right(value) and not (value is None and cls._may_be_null(name)):
             raise JaxgenError(f"{cls.__name__}: {name}={value!r:.60} must be {wanted}")
         return value
 
@@ -374,11 +438,13 @@ def is_int(value: object, minimum: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= _MOST
 
 
-def _is_positive_int(value: object) -> bool:
+def is_positive_int(value: object) -> bool:
+    """From 1 to what int32 holds."""
     return is_int(value, 1)
 
 
-def _is_positive_number(value: object) -> bool:
+def is_positive_number(value: object) -> bool:
+    """Between the least and the largest number that float32 holds; one that passes becomes a float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and _LEAST_FLOAT <= value <= _MOST_FLOAT
 
 
@@ -388,7 +454,9 @@ def _is_token_id(value: object) -> bool:
 
 # What int32 and float32 hold, in which the model is computed; the least is the least that is not rounded to nothing.
 _MOST, _LEAST_FLOAT, _MOST_FLOAT = 2**31 - 1, 1.1754944e-38, 3.4028235e38
-POSITIVE_INT = _is_positive_int, "a positive int below 2**31"
+MOST_LAYERS = 10_000  # of which a pattern is spelled out
+POSITIVE_INT = is_positive_int, "a positive int below 2**31"
+POSITIVE_NUMBER = is_positive_number, "a positive number that float32 holds"
 TRUE_OR_FALSE = (lambda value: isinstance(value, bool)), "true or false"
 _CHECKS = {
     **dict.fromkeys(
@@ -398,7 +466,7 @@ _CHECKS = {
         ),
         POSITIVE_INT,
     ),
-    **dict.fromkeys(("rms_norm_eps", "rope_theta"), (_is_positive_number, "a positive number that float32 holds")),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta"), POSITIVE_NUMBER),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), (_is_token_id, "a token id, below 2**31")),
     "eos_token_id": (
         lambda value: all(map(_is_token_id, value if isinstance(value, tuple) else (value,))),

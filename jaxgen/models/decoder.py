@@ -6,18 +6,23 @@ decoding:
 - `self_attn.qkv_proj`: for each key-value head its G query heads, then its key, then its value;
 - `mlp.gate_up_proj`: rows 2i and 2i + 1 are row i of HF's gate_proj and up_proj.
 
-Both keep what belongs to one key-value head, or one feed-forward unit, together: sharding the output rows needs
+In HF's files of some families (`stacks_projections`) they are fused already, one after the other: these stay so. The
+others keep what belongs to one key-value head, or one feed-forward unit, together: sharding the output rows needs
 no reshuffling. Where the config says so, the feed-forward is one of experts (`models/experts.py`).
 `models/tensors.py` maps HF's tensors to these names and back.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.attention import (
     Rotation,
+    Scoring,
     allowed_in_prompt,
     attend_to_prompt,
     attention_weights,
@@ -26,18 +31,32 @@ from jaxgen.attention import (
     rotate_queries,
 )
 from jaxgen.cache import LayerCache, Reading
-from jaxgen.models.config import DecoderConfig
+from jaxgen.models.config import NORMS, DecoderConfig
 from jaxgen.models.experts import SparseMLP
-from jaxgen.models.layers import Embedding, Linear, RMSNorm
+from jaxgen.models.layers import Embedding, Linear, RMSNorm, scaled
 from jaxgen.residual import add_and_norm
 
 # flax 0.11.2 (Colab) keeps submodules in plain lists; 0.12 needs to be told that a list holds them.
 _module_list = getattr(nnx, "List", list)
 
 
-def rotation(config: DecoderConfig, positions: Int[Array, "B T"], dtype: jnp.dtype) -> Rotation:
-    """The rotary tables of `positions`."""
-    return rope(positions, config.head_size, config.rope_theta, dtype, config.rope_scaling)
+def rotations(config: DecoderConfig, positions: Int[Array, "B T"], dtype: jnp.dtype) -> list[Rotation | None]:
+    """The rotary tables of `positions` for each layer; layers of one base and scaling share theirs."""
+    dtype = jnp.dtype("float32") if config.rotates_in_float32 else dtype
+    tables = {
+        given: None if given is None else rope(positions, config.rotary_size, given[0], dtype, given[1])
+        for given in dict.fromkeys(config.ropes)
+    }
+    return [tables[given] for given in config.ropes]
+
+
+def norm(config: DecoderConfig, size: int, dtype: jnp.dtype) -> RMSNorm:
+    """A norm over `size` numbers, with the arithmetic of the family."""
+    offset, in_float32 = config.norm_offset, config.norms_in_float32
+    return RMSNorm(size, config.rms_norm_eps, offset=offset, in_float32=in_float32, dtype=dtype)
+
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 class Attention(nnx.Module):
@@ -50,15 +69,21 @@ class Attention(nnx.Module):
         self.qkv_proj = Linear(config.hidden_size, fused, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         self.o_proj = Linear(mixed, config.hidden_size, bias=config.o_bias, dtype=dtype, rngs=rngs)
         if config.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype=dtype)
-            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype=dtype)
-        self.qk_norm = config.qk_norm
+            heads = (config.num_attention_heads, self.kv_heads) if config.qk_norm == "whole" else (1, 1)
+            self.q_norm, self.k_norm = (norm(config, count * self.head_dim, dtype) for count in heads)
+        self.qk_norm, self.stacked = config.qk_norm, config.stacks_projections
+        multiplier = config.attention_multiplier
+        scale = self.head_dim**-0.5 if multiplier is None else multiplier
+        self.scoring = Scoring(scale, config.attn_logit_softcapping)
 
     def project(
-        self, x: Float[Array, "B T D"], rotation: Rotation
+        self, x: Float[Array, "B T D"], rotation: Rotation | None
     ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Rotated queries and keys, and values."""
-        fused = self.qkv_proj(x).reshape(*x.shape[:2], self.kv_heads, self.groups + 2, self.head_dim)
+        fused = self.qkv_proj(x)
+        if self.stacked:
+            fused = _interleaved_heads(fused, self.kv_heads, self.groups, self.head_dim)
+        fused = fused.reshape(*x.shape[:2], self.kv_heads, self.groups + 2, self.head_dim)
         queries, keys, values = self.heads(fused)
         return rotate_queries(queries, rotation), rotate(keys, rotation), values
 
@@ -67,8 +92,12 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "*rows K G H"], Float[Array, "*rows K H"], Float[Array, "*rows K H"]]:
         """Queries and keys before they are rotated, and values, of what `qkv_proj` gives."""
         queries, keys, values = fused[..., :-2, :], fused[..., -2, :], fused[..., -1, :]
-        if self.qk_norm:
+        if self.qk_norm == "head":
             queries, keys = self.q_norm(queries), self.k_norm(keys)
+        if self.qk_norm == "whole":
+            rows = fused.shape[:-3]
+            queries = self.q_norm(queries.reshape(*rows, -1)).reshape(queries.shape)
+            keys = self.k_norm(keys.reshape(*rows, -1)).reshape(keys.shape)
         return queries, keys, values
 
     def output(self, mixed: Float[Array, "B T K G H"]) -> Float[Array, "B T D"]:
@@ -76,22 +105,34 @@ class Attention(nnx.Module):
         return self.o_proj(mixed.reshape(*mixed.shape[:2], -1))
 
 
+def _interleaved_heads(stacked: Float[Array, "R T O"], kv_heads: int, groups: int, size: int) -> Float[Array, "R T O"]:
+    """What a stacked projection gives, all queries before all keys and all values, in the order of a fused one."""
+    rows, queries = stacked.shape[:2], kv_heads * groups * size
+    parts = jnp.split(stacked, [queries, queries + kv_heads * size], axis=-1)
+    return jnp.concatenate([part.reshape(*rows, kv_heads, -1, size) for part in parts], axis=-2).reshape(stacked.shape)
+
+
 class MLP(nnx.Module):
-    """SwiGLU feed-forward."""
+    """Gated feed-forward."""
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up_proj = Linear(width, 2 * inner, bias=bias, dtype=dtype, rngs=rngs)
+        self.activation, self.stacked = config.activation, config.stacks_projections
         self.down_proj = Linear(inner, width, bias=bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """`down(silu(gate(x)) * up(x))`."""
+        """`down(act(gate(x)) * up(x))`."""
         return self.down(self.gate_up_proj(x))
 
     def down(self, gate_up: Float[Array, "B T two_F"]) -> Float[Array, "B T D"]:
         """What follows `gate_up_proj`."""
-        pairs = gate_up.reshape(*gate_up.shape[:2], -1, 2)
-        return self.down_proj(jax.nn.silu(pairs[..., 0]) * pairs[..., 1])
+        if self.stacked:
+            gate, up = jnp.split(gate_up, 2, axis=-1)
+        else:
+            pairs = gate_up.reshape(*gate_up.shape[:2], -1, 2)
+            gate, up = pairs[..., 0], pairs[..., 1]
+        return self.down_proj(_ACTIVATIONS[self.activation](gate) * up)
 
     def step(self, x: Float[Array, "R 1 D"], rows: int) -> Float[Array, "B 1 D"]:
         """Of the first rows only (`residual.add_and_norm`)."""
@@ -99,7 +140,7 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """One block: attention and feed-forward, each behind a norm and added to the residual stream."""
+    """One block: attention and feed-forward, each between the norms that it has, added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.self_attn = Attention(config, index, dtype=dtype, rngs=rngs)
@@ -109,23 +150,46 @@ class DecoderLayer(nnx.Module):
             if routing is None
             else SparseMLP(config.hidden_size, routing, dtype=dtype, rngs=rngs)
         )
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        for name in filter(None, NORMS[config.norms]):
+            setattr(self, name, norm(config, config.hidden_size, dtype))
+        self.norms, self.residual_multiplier = config.norms, config.residual_multiplier
+
+    def normed(self, place: int, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
+        """`x` normed, if there is a norm at a place of `NORMS`."""
+        name = NORMS[self.norms][place]
+        return x if name is None else getattr(self, name)(x)
+
+    def before_attention(self, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
+        """What attention gets of the residual stream."""
+        return self.normed(0, x)
+
+    def before_mlp(self, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
+        """What the feed-forward gets of the residual stream."""
+        return self.normed(2, x)
+
+    def attended(self, mixed: Float[Array, "B T K G H"]) -> Float[Array, "B T D"]:
+        """What attention adds to the residual stream."""
+        return scaled(self.normed(1, self.self_attn.output(mixed)), self.residual_multiplier)
+
+    def fed_forward(self, result: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What the feed-forward adds to the residual stream, of what it gives."""
+        return scaled(self.normed(3, result), self.residual_multiplier)
 
     def prompt(
         self,
         x: Float[Array, "B T D"],
-        rotation: Rotation,
+        rotation: Rotation | None,
         positions: Int[Array, "B T"],
         real: Bool[Array, "B T"],
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
         """A whole prompt at once; also returns its keys and values."""
+        attention = self.self_attn
         with jax.named_scope("attention"):
-            queries, keys, values = self.self_attn.project(self.input_layernorm(x), rotation)
-            mixed = attend_to_prompt(queries, keys, values, positions, real, self.self_attn.window)
-            x = x + self.self_attn.output(mixed)
+            queries, keys, values = attention.project(self.before_attention(x), rotation)
+            mixed = attend_to_prompt(queries, keys, values, positions, real, attention.window, attention.scoring)
+            x = x + self.attended(mixed)
         with jax.named_scope("mlp"):
-            x = x + self.mlp(self.post_attention_layernorm(x))
+            x = x + self.fed_forward(self.mlp(self.before_mlp(x)))
         # Together, or XLA:GPU may keep the fused projections of all layers until it takes the keys and values out.
         x, keys, values = jax.lax.optimization_barrier((x, keys, values))
         return x, (keys, values)
@@ -134,7 +198,7 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "B 1 D"],
         delta: Float[Array, "B 1 D"],
-        rotation: Rotation,
+        rotation: Rotation | None,
         reading: Reading,
         cache: LayerCache,
     ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B 1 D"], LayerCache]:
@@ -144,33 +208,33 @@ class DecoderLayer(nnx.Module):
         """
         rows = len(x)
         with jax.named_scope("attention"):
-            x, normed = add_and_norm(x, delta, self.input_layernorm)
+            x, normed = add_and_norm(x, delta, self.before_attention)
             queries, keys, values = (heads[:rows] for heads in self.self_attn.project(normed, rotation))
-            mixed, cache = cache.attend(queries, keys, values, reading)
-            delta = self.self_attn.output(mixed)
+            mixed, cache = cache.attend(queries, keys, values, reading, self.self_attn.scoring)
+            delta = self.attended(mixed)
         with jax.named_scope("mlp"):
-            x, normed = add_and_norm(x, delta, self.post_attention_layernorm)
-            return x, self.mlp.step(normed, rows), cache
+            x, normed = add_and_norm(x, delta, self.before_mlp)
+            return x, self.fed_forward(self.mlp.step(normed, rows)), cache
 
     def extend(
         self,
         x: Float[Array, "B T D"],
-        rotation: Rotation,
+        rotation: Rotation | None,
         reading: Reading,
         cache: LayerCache,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """Several tokens per row, against the cache that they are first written to."""
         with jax.named_scope("attention"):
-            queries, keys, values = self.self_attn.project(self.input_layernorm(x), rotation)
-            mixed, cache = cache.attend(queries, keys, values, reading)
-            x = x + self.self_attn.output(mixed)
+            queries, keys, values = self.self_attn.project(self.before_attention(x), rotation)
+            mixed, cache = cache.attend(queries, keys, values, reading, self.self_attn.scoring)
+            x = x + self.attended(mixed)
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.post_attention_layernorm(x)), cache
+            return x + self.fed_forward(self.mlp(self.before_mlp(x))), cache
 
     def activations(
         self,
         x: Float[Array, "B T D"],
-        rotation: Rotation,
+        rotation: Rotation | None,
         positions: Int[Array, "B T"],
         real: Bool[Array, "B T"],
         with_attentions: bool,
@@ -179,9 +243,9 @@ class DecoderLayer(nnx.Module):
         after, _ = self.prompt(x, rotation, positions, real)
         if not with_attentions:
             return after, None
-        queries, keys, _ = self.self_attn.project(self.input_layernorm(x), rotation)
+        queries, keys, _ = self.self_attn.project(self.before_attention(x), rotation)
         allowed = allowed_in_prompt(positions, real, self.self_attn.window, 0, x.shape[1])
-        weights = attention_weights(queries, jnp.moveaxis(keys, 1, 2), allowed)
+        weights = attention_weights(queries, jnp.moveaxis(keys, 1, 2), allowed, self.self_attn.scoring)
         return after, weights.reshape(len(x), -1, *weights.shape[3:])
 
 
@@ -189,7 +253,12 @@ class Decoder(nnx.Module):
     """Embeddings, blocks and final norm: everything but the head."""
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        multiplier = config.embedding_multiplier
+        if config.rounds_embedding_multiplier:
+            multiplier = float(np.asarray(multiplier, dtype))
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, multiplier=multiplier, dtype=dtype, rngs=rngs
+        )
         layers = [DecoderLayer(config, index, dtype=dtype, rngs=rngs) for index in range(config.num_hidden_layers)]
         self.layers = _module_list(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.norm = norm(config, config.hidden_size, dtype)

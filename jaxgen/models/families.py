@@ -13,18 +13,25 @@ if TYPE_CHECKING:
 
 # `model_type` of config.json: the module of jaxgen.models, and its class.
 _FAMILIES = {
+    "gemma2": ("gemma2", "Gemma2ForCausalLM"),
+    "gemma3_text": ("gemma3", "Gemma3ForCausalLM"),
+    "granite": ("granite", "GraniteForCausalLM"),
     "llama": ("llama", "LlamaForCausalLM"),
     "ministral": ("ministral", "MinistralForCausalLM"),
     "ministral3": ("ministral3", "Ministral3ForCausalLM"),
     "mistral": ("mistral", "MistralForCausalLM"),
     "mixtral": ("mixtral", "MixtralForCausalLM"),
+    "olmo2": ("olmo2", "Olmo2ForCausalLM"),
+    "olmo3": ("olmo3", "Olmo3ForCausalLM"),
+    "phi3": ("phi3", "Phi3ForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
     "qwen3_moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
+    "smollm3": ("smollm3", "SmolLM3ForCausalLM"),
 }
 
 # `model_type` of models that see too: that of the text model in their `text_config`, where it does not say.
-_COMPOSITE = {"mistral3": "mistral"}
+_COMPOSITE = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 
 
 def is_composite(fields: Mapping[str, Any]) -> bool:

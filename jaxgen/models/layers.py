@@ -10,6 +10,11 @@ from jaxtyping import Array, Float, Int
 from jaxgen.quant.weight import Weight, matmul
 
 
+def scaled(x: Float[Array, "*axes"], multiplier: float) -> Float[Array, "*axes"]:
+    """`x * multiplier`, rounded once: JAX would round the number to x's dtype first, and torch does not."""
+    return x if multiplier == 1 else (x.astype(jnp.float32) * multiplier).astype(x.dtype)
+
+
 class QuantizedWeight(nnx.Variable):
     """A quantised `Weight` in the place of a Linear's `nnx.Param`: read, but never trained."""
 
@@ -34,15 +39,19 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embeddings `[V, D]`, also usable as an output head (`attend`) when weights are tied."""
+    """Token embeddings `[V, D]`, also usable as an output head (`attend`) when weights are tied.
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    What is looked up is multiplied by `multiplier`; the head is not.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, multiplier: float = 1.0, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.multiplier = multiplier
         scale = hidden_size**-0.5
         self.weight = nnx.Param(scale * jax.random.normal(rngs.params(), (vocab_size, hidden_size), dtype))
 
     def __call__(self, ids: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
         """Look ids up; ids must lie inside the vocabulary."""
-        return jnp.take(self.weight[...], ids, axis=0)
+        return scaled(jnp.take(self.weight[...], ids, axis=0), self.multiplier)
 
     def attend(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Logits against every embedding: the tied lm_head."""
@@ -50,14 +59,19 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm: computed in float32, cast back, then scaled in the compute dtype, as HF does."""
+    """Root-mean-square norm: computed in float32, cast back, then scaled in the compute dtype, as HF mostly does.
 
-    def __init__(self, size: int, eps: float, *, dtype: jnp.dtype):
-        self.weight = nnx.Param(jnp.ones(size, dtype))
-        self.eps = eps
+    `in_float32`: scaled before it is cast back. `offset`: what is added to the weights then.
+    """
+
+    def __init__(self, size: int, eps: float, *, offset: float = 0.0, in_float32: bool = False, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.full(size, 1 - offset, dtype))
+        self.eps, self.offset, self.in_float32 = eps, offset, in_float32
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """Normalise the last axis."""
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        if self.in_float32:
+            return ((self.offset + self.weight[...].astype(jnp.float32)) * normed).astype(x.dtype)
         return self.weight[...] * normed.astype(x.dtype)

@@ -25,7 +25,7 @@ class Qwen3Config(QwenConfig):
 
     model_type = "qwen3"
     architecture = "Qwen3ForCausalLM"
-    qk_norm = True
+    qk_norm = "head"
 
     @property
     def qkv_bias(self) -> bool:

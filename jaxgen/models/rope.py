@@ -123,7 +123,36 @@ class Yarn:
         return size * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
 
-SCALINGS: dict[str, type[Any]] = {"linear": Linear, "llama3": Llama3, "yarn": Yarn}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRope:
+    """LongRoPE (arXiv 2402.13753) for rows within the original context: each frequency is divided by its own factor.
+
+    Source: transformers `_compute_longrope_parameters`.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]  # of longer rows
+    original_max_position_embeddings: int
+    max_position_embeddings: int
+    factor: float | None = None
+    attention_factor: float | None = None
+
+    @property
+    def amplitude(self) -> float:
+        """As `Scaling.amplitude`."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        original = self.original_max_position_embeddings
+        factor = self.max_position_embeddings / original if self.factor is None else self.factor
+        return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+    def frequencies(self, plain: Frequencies, theta: float) -> Frequencies:
+        """As `Scaling.frequencies`."""
+        exponents = np.arange(0, 2 * len(plain), 2, dtype=_F32) / _F32(2 * len(plain))
+        return _F32(1) / (np.array(self.short_factor, _F32) * _F32(theta) ** exponents)
+
+
+SCALINGS: dict[str, type[Any]] = {"linear": Linear, "llama3": Llama3, "yarn": Yarn, "longrope": LongRope}
 FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 
 
@@ -141,8 +170,10 @@ def name_of(scaling: Any) -> str:
 def to_hf(scaling: Any) -> dict[str, Any]:
     """The fields of HF's `rope_parameters`, without the base."""
     given = {} if scaling is None else dataclasses.asdict(scaling)
-    kept = {name: value for name, value in given.items() if value is not None and (name, value) != ("truncate", True)}
-    return {"rope_type": name_of(scaling), **kept}
+    kept = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    said = {name: value for name, value in kept.items() if value is not None and (name, value) != ("truncate", True)}
+    said.pop("max_position_embeddings", None)  # a field of the config
+    return {"rope_type": name_of(scaling), **said}
 
 
 def read(
@@ -213,12 +244,16 @@ def _scaling(
     if kind == "yarn" and "factor" not in given and _is_number(context):
         original = given["original_max_position_embeddings"]
         given["factor"] = context / original if _is_number(original) else original
+    if "max_position_embeddings" in known:
+        given["max_position_embeddings"] = context
     for key in given.keys() - known.keys():
         refused.append(f"{name}.{key:.80}={given[key]!r:.80} is not supported with rope_type={kind!r}")
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     wrong = [
-        f"{name}.{key}={value!r:.80} must be {'true or false' if key == 'truncate' else 'a positive number'}"
+        f"{name}.{key}={value!r:.80} must be {wanted}"
         for key, value in given.items()
-        if key in known and not (isinstance(value, bool) if key == "truncate" else _is_number(value))
+        if key in known and not (check := _FIELD_CHECKS.get(key, _NUMBER))[0](value)
+        for wanted in check[1:]
     ]
     missing = [key for key, field in known.items() if field.default is dataclasses.MISSING and key not in given]
     wrong += [f"{name}.{key} is missing, which rope_type={kind!r} needs" for key in missing]
@@ -228,5 +263,16 @@ def _scaling(
     return None if wrong else SCALINGS[kind](**{key: value for key, value in given.items() if key in known})
 
 
+def _is_numbers(value: object) -> bool:
+    return isinstance(value, tuple) and all(map(_is_number, value))
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 < value < 1e30
+
+
+_NUMBER: tuple[Any, str] = _is_number, "a positive number"
+_FIELD_CHECKS: dict[str, tuple[Any, str]] = {
+    "truncate": (lambda value: isinstance(value, bool), "true or false"),
+    **dict.fromkeys(("short_factor", "long_factor"), (_is_numbers, "a list of positive numbers")),
+}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxgen.models.config import DecoderConfig
+from jaxgen.models.config import NORMS, DecoderConfig
 
 if TYPE_CHECKING:
     from jaxgen.models.experts import Routing
@@ -112,27 +112,35 @@ def _layer_parts(index: int, config: DecoderConfig) -> dict[str, tuple[Part, ...
             Part(f"{mlp}up_proj.{kind}", (ffn, *columns), within, (every, 1), biased),
         )
 
-    table = {f"{attention}qkv_proj.weight": qkv("weight", width)}
+    if config.stacks_projections:
+        fused = kv_heads * (groups + 2) * size
+        table = _same(f"{attention}qkv_proj.weight", fused, width, has_bias=config.qkv_bias)
+    else:
+        table = {f"{attention}qkv_proj.weight": qkv("weight", width)}
     if config.qkv_bias:
         table |= {f"{attention}qkv_proj.bias": qkv("bias")}
     table |= _same(f"{attention}o_proj.weight", width, queries, has_bias=config.o_bias)
     if config.o_bias:
         table |= _same(f"{attention}o_proj.bias", width)
     if config.qk_norm:
-        table |= _same(f"{attention}q_norm.weight", size) | _same(f"{attention}k_norm.weight", size)
+        normed = (queries, kv_heads * size) if config.qk_norm == "whole" else (size, size)
+        table |= _same(f"{attention}q_norm.weight", normed[0]) | _same(f"{attention}k_norm.weight", normed[1])
     routing = config.routing(index)
     if routing is not None:
         table |= _expert_parts(layer, config.hidden_size, routing)
     else:
-        table |= {f"{mlp}gate_up_proj.weight": gate_up("weight", width)}
+        if config.stacks_projections:
+            table |= _same(f"{mlp}gate_up_proj.weight", 2 * ffn, width)
+        else:
+            table |= {f"{mlp}gate_up_proj.weight": gate_up("weight", width)}
         if config.mlp_bias:
             table |= {f"{mlp}gate_up_proj.bias": gate_up("bias")}
         table |= _same(f"{mlp}down_proj.weight", width, ffn, has_bias=config.mlp_bias)
         if config.mlp_bias:
             table |= _same(f"{mlp}down_proj.bias", width)
-    return (
-        table | _same(f"{layer}input_layernorm.weight", width) | _same(f"{layer}post_attention_layernorm.weight", width)
-    )
+    for name in filter(None, NORMS[config.norms]):
+        table |= _same(f"{layer}{name}.weight", width)
+    return table
 
 
 def _expert_parts(layer: str, width: int, routing: "Routing") -> dict[str, tuple[Part, ...]]:

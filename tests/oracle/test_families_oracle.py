@@ -14,6 +14,7 @@ import transformers
 
 import jaxgen
 from jaxgen.models.families import config_from_hf, families
+from jaxgen.models.rope import LongRope
 from tests.families import CONFIGS, HUB, ORIGINAL_CONTEXT
 from tests.oracle.beams import Watched, compare
 from tests.oracle.clear import agreed
@@ -87,10 +88,32 @@ def assert_close(actual: list[np.ndarray], expected: list[np.ndarray], atol: flo
         np.testing.assert_allclose(one, other, atol=atol, rtol=0, err_msg=f"row {row}")
 
 
+UNKNOWN = ("head_dim", "rope_local_base_freq", "partial_rotary_factor")  # to some of transformers' configs
+
+
+def rope_of(config: Any) -> dict[str, Any]:
+    """The rotary parameters, without what transformers ignores and keeps."""
+    if "full_attention" in config.rope_parameters:
+        every = [{"kind": kind, **given} for kind, given in config.rope_parameters.items()]
+    else:
+        every = [{"kind": None, **config.rope_parameters}]
+    return {
+        given["kind"]: {"truncate": True} | {k: v for k, v in given.items() if k not in IGNORED and v is not None}
+        for given in every
+    }
+
+
 def names_of(config: Any) -> list[str]:
     """The fields that transformers has under the same name."""
     apart = ("rope_theta", "rope_scaling", "layer_types")
     return [field.name for field in dataclasses.fields(config) if field.name not in apart]
+
+
+def shared_names(ours: Any, theirs: Any) -> list[str]:
+    """Those whose values must agree: some configs of transformers compute a few later, as ours do."""
+    names = [name for name in names_of(ours) if name not in UNKNOWN or getattr(theirs, name, None) is not None]
+    limited = isinstance(ours.rope_scaling, LongRope)  # to the original context
+    return [name for name in names if not (limited and name == "max_position_embeddings")]
 
 
 def windows_of(theirs: Any) -> tuple[int | None, ...]:
@@ -106,27 +129,24 @@ def test_configs_mean_the_same_to_transformers(given: dict[str, Any]):
     for source in (given, ours.to_hf()):
         fields = {key: value for key, value in json.loads(json.dumps(source)).items() if key != "model_type"}
         theirs = transformers.AutoConfig.for_model(ours.model_type, **fields)
-        names = names_of(ours)
+        names = shared_names(ours, theirs)
         told = {key: getattr(theirs, key) for key in names}
         told = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
         assert {key: getattr(ours, key) for key in names} == told
         assert ours.layer_windows == windows_of(theirs)
-        # What transformers ignores, it keeps.
-        rope = {k: v for k, v in theirs.rope_parameters.items() if k not in IGNORED and v is not None}
-        assert {"truncate": True, **ours.rope_parameters} == {"truncate": True, **rope}
+        assert rope_of(ours) == rope_of(theirs)
     assert config_from_hf(ours.to_hf()) == ours
 
 
 @pytest.mark.parametrize("kind", [kind.config_class for kind in families() if "Mistral" not in kind.__name__])
 def test_defaults_are_those_of_transformers(kind: Any):
     ours, theirs = kind(), transformers.AutoConfig.for_model(kind.model_type)
-    names = names_of(kind)
-    names = [name for name in names if name != "head_dim" or getattr(theirs, name, None)]  # some compute it, as we do
+    names = shared_names(ours, theirs)
     told = {key: getattr(theirs, key) for key in names}
     told = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
     assert {key: getattr(ours, key) for key in names} == told
     assert ours.layer_windows == windows_of(theirs)
-    assert {k: v for k, v in theirs.rope_parameters.items() if k not in IGNORED} == ours.rope_parameters
+    assert rope_of(theirs) == rope_of(ours)
 
 
 @every
