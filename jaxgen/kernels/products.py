@@ -44,7 +44,7 @@ class Products:
 
 
 class DenseProducts(Products):
-    """16-bit floats: a kernel for one row, and one for several."""
+    """16-bit floats: a kernel for one row. Several are a product of XLA: `dense_rows` was slower, on an H200."""
 
     weight: Floats
 
@@ -58,14 +58,6 @@ class DenseProducts(Products):
         if not self._read() or self.weight.array.dtype != x.dtype:
             return None
         return dense_row_product(x, self.weight.array, interpret=self.interpret, **around)
-
-    def reads_columns(self, rows: int) -> bool:
-        """From 2 rows on, up to MOST_ROWS."""
-        return self._read() and 1 < rows <= MOST_ROWS
-
-    def columns(self, x: Float[Array, "I M"], rows: int, swiglu: bool = False, **beside: Any) -> Array:
-        """See `dense_rows_product`."""
-        return dense_rows_product(x, self.weight.array.astype(x.dtype), swiglu=swiglu, interpret=self.interpret)
 
 
 class CodedProducts(Products):
