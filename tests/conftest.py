@@ -32,8 +32,10 @@ _MOST_MAPS = 30_000
 def pytest_configure(config: pytest.Config) -> None:
     """What is compiled is kept for the other workers and the next run: `pytest --cache-clear` forgets it.
 
-    Processes that tests start keep theirs here too, and not in the user's directory.
+    Processes that tests start keep theirs here too, and not in the user's directory. Most of a test's time is the
+    compiler's, so that it is asked for little: `.ci/run` tests programs as users have them in parts of their own.
     """
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = getattr(config, "cache", None)  # None with `-p no:cacheprovider`
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache.mkdir("compiled")) if cache else ""

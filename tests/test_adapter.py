@@ -130,6 +130,7 @@ def test_float16_overflow_of_the_sum_is_an_error(tmp_path):
     load(tmp_path / "base", dtype="bfloat16", adapter=adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"lm_head": True}])
 def test_merged_before_it_is_quantised(tmp_path, options):
     config = CONFIG | {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 8, "head_dim": 16}
@@ -182,6 +183,7 @@ def test_kept_beside_quantised_weights(tmp_path, monkeypatch, wanted):
     np.testing.assert_allclose(ours(IDS).logits, expected(IDS).logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_generation_reads_what_is_beside(tmp_path, monkeypatch):
     hf = write_quarters(tmp_path / "base")
     adapted = scales(hf)

@@ -283,6 +283,7 @@ def drawn(weights: list[float], count: int):
         yield order, probability
 
 
+@pytest.mark.slow
 def test_beam_sample_has_the_distribution_of_drawing_without_replacement():
     """The whole search of two steps, enumerated, against 20,000 prompts that differ in their ids only."""
     temperature, prompts, vocab, beams = 1.5, 20_000, 6, 2
@@ -317,6 +318,7 @@ def test_beam_sample_has_the_distribution_of_drawing_without_replacement():
     assert chi_square < degrees + 4 * math.sqrt(2 * degrees)
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True, max_examples=25)
 @given(st.sampled_from([8, 40, 64, 75]), st.data())
 def test_a_reordered_cache_is_the_whole_cache_taken_by_row(slots: int, data: Any):
@@ -375,6 +377,7 @@ def test_padding_order_and_neighbours_change_nothing_in_a_real_model(model, samp
     assert whole.past_key_values is None
 
 
+@pytest.mark.slow
 def test_each_token_scores_what_the_row_it_came_from_says(model):
     result = model.generate(*padded(PROMPTS, "left", 0), top_logprobs=3, **OPTIONS)
     for row in range(8):
@@ -417,6 +420,7 @@ def test_when_time_is_up_the_running_beams_are_the_result(model):
         np.testing.assert_array_equal(result.sequences[2 * row, 11:], held)
 
 
+@pytest.mark.slow
 def test_int8_caches_move_with_their_beams(model):
     """Eight bits change little; a scale that stayed behind would change much."""
     ids, mask = padded(PROMPTS, "left", 0)

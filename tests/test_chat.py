@@ -64,6 +64,7 @@ def test_an_answer_can_be_begun(model, tokenizer):
     assert begun + tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == ANSWERS[0]
 
 
+@pytest.mark.slow
 def test_chats_of_different_length_are_padded(model, tokenizer):
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     inputs = tokenizer.apply_chat_template(
@@ -250,6 +251,7 @@ def test_a_full_context_is_told_and_the_chat_goes_on(session):
     assert len(session.messages) == 2
 
 
+@pytest.mark.slow
 def test_the_last_answer_gets_what_is_left_of_the_context(session, tokenizer):
     question = "Hello! " * 80
     room = 512 - len(tokenizer.apply_chat_template(

@@ -161,6 +161,7 @@ def test_json(capsys):
     assert second["completion"].startswith(" a country in southwestern Europe")
 
 
+@pytest.mark.slow
 def test_streaming_prints_the_same_text(capsys):
     for options in ([], ["--do-sample", "--seed", "3", "--max-new-tokens", "40"]):
         prompts = [COLORS, "I am a cat."]
@@ -234,6 +235,7 @@ def test_options_give_what_generate_gives(name: str, capsys):
     assert [COLORS + json.loads(line)["completion"]] == expected
 
 
+@pytest.mark.slow
 def test_four_bits(capsys):
     model = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), load_in_4bit=True)
     inputs = load_tokenizer(demo.path())([COLORS], return_tensors="np")

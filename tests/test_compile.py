@@ -71,6 +71,7 @@ def test_numbers_do_not_recompile(model):
     assert not compilations
 
 
+@pytest.mark.slow
 def test_an_option_that_was_not_in_use_compiles_both_programs_once(model):
     """As docs/howto/compile.md says: which options are in use is part of the program."""
     model.generate(prompt(9), max_new_tokens=20, do_sample=True, seed=1)
@@ -199,6 +200,7 @@ def test_a_change_deep_inside_is_noticed(model):
     assert all(a is b for a, b in zip(old, split(model)[1], strict=True))
 
 
+@pytest.mark.slow
 def test_a_deleted_model_is_freed():
     """Neither the remembered structure nor jit's cache of static arguments holds on to weights."""
     config = MistralConfig(

@@ -89,6 +89,7 @@ def test_padding_is_on_either_side(say, padding_side):
     assert spelled.startswith(", F, G, H, I, J")
 
 
+@pytest.mark.slow
 def test_counts_on_from_every_start_and_those_it_never_saw(say, tokenizer):
     starts = range(1, 91)
     assert len(HELD_OUT_STARTS) >= 30
@@ -105,6 +106,7 @@ def test_a_cat_says_something_else_when_sampling(say):
     assert len(sampled) > 1
 
 
+@pytest.mark.slow
 def test_long_answers_in_one_batch(say, tokenizer):
     expected = {
         "Portugal is": " a country in southwestern Europe, on the Iberian Peninsula.",
@@ -122,12 +124,14 @@ def test_long_answers_in_one_batch(say, tokenizer):
     assert (new[:-1] == tokenizer.eos_token_id).any(axis=1).all()
 
 
+@pytest.mark.slow
 def test_sums(say):
     sums = [(a, b) for a in range(11) for b in range(11)]
     texts, _ = say(*(f"{a} + {b} =" for a, b in sums), max_new_tokens=5)
     assert texts == [f" {a + b}" for a, b in sums]
 
 
+@pytest.mark.slow
 def test_chats_in_every_style_with_and_without_system_message_and_of_several_turns(chat):
     color, answer, plain = next(question for question in QUESTIONS if question[0] == "What color is the sky?")
     expected = {

@@ -55,6 +55,7 @@ def test_an_eos_in_the_prompt_does_not_stop(model: MistralForCausalLM):
     np.testing.assert_array_equal(stopping, free)
 
 
+@pytest.mark.slow
 def test_the_result_is_trimmed_to_the_longest_row(model: MistralForCausalLM):
     first = model.generate(PROMPTS[1:2], max_new_tokens=1, eos_token_id=None)[0, -1]
     result = model.generate(PROMPTS[1:2], max_new_tokens=30, eos_token_id=int(first))
@@ -237,6 +238,7 @@ class TestPureFunction:
             with pytest.raises(jaxgen.JaxgenError, match=r"jaxgen\.generate"):
                 call()
 
+    @pytest.mark.slow
     def test_a_jit_of_the_users_sees_changed_defaults(self, model: MistralForCausalLM):
         before = model.generation_config
         run = nnx.jit(lambda model: jaxgen.generate(model, PROMPTS, config=GenerationConfig(max_new_tokens=4)))
@@ -247,6 +249,7 @@ class TestPureFunction:
         assert (np.asarray(plain) != np.asarray(penalised)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="this flax has one mode only")
 @pytest.mark.parametrize("graph", [True, False])
 def test_both_modes_of_nnx(graph: bool, model: MistralForCausalLM):
@@ -270,6 +273,7 @@ def test_half_precision(dtype: str):
     np.testing.assert_array_equal(half.generate(**inputs), full.generate(**inputs))
 
 
+@pytest.mark.slow
 def test_overflow_to_infinity_raises_too():
     half = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), dtype="float16")
     half.lm_head.weight[...] = half.lm_head.weight[...] * 30000

@@ -74,6 +74,7 @@ class TestGenerationConfig:
         assert pickle.loads(pickle.dumps(model.generation_config)) == model.generation_config
         assert repr(model.generation_config) == repr(copy.copy(model.generation_config))
 
+    @pytest.mark.slow
     def test_what_was_compiled_for_other_values_is_compiled_again(self, model: Any):
         generate: Any = nnx.jit(jaxgen.generate)
         widths = []
@@ -247,6 +248,7 @@ class TestArguments:
         with pytest.raises(JaxgenError, match=says):
             model.generate(*arguments, **options)
 
+    @pytest.mark.slow
     def test_lists_of_functions(self, model: Any):
         def only_seven(tokens: Any, lengths: Any, logits: Any) -> Any:
             return jax.numpy.where(jax.numpy.arange(logits.shape[1]) == 7, logits, -jax.numpy.inf)
@@ -307,6 +309,7 @@ class TestLoading:
         with pytest.raises(JaxgenError, match=says):
             jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), **options)
 
+    @pytest.mark.slow
     def test_four_bits(self):
         def made(quantization_config: Any) -> Any:
             return jaxgen.AutoModelForCausalLM.from_pretrained(

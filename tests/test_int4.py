@@ -79,6 +79,7 @@ def test_groups_of_nothing_stay_finite(weight):
     assert np.abs(np.asarray(quantize(weight, 32).dequantize()) - weight).max() <= 1e-30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "absmax", "searched"), [(128, 0.1173, 0.0966), (64, 0.1077, 0.0898), (32, 0.0970, 0.0810)]
 )
@@ -91,6 +92,7 @@ def test_the_search_halves_nothing_but_a_third_of_the_error_energy(group, absmax
     assert (ours / naive) ** 2 < 0.72
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "allowed"), [(32, 1.01), (96, 1.0015), (128, 1.0015)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_search_misses_little_of_what_trying_all_scales_finds(size, allowed, weighted):

@@ -39,6 +39,7 @@ def test_padding_does_not_matter(name: str, reference_model: Models):
         assert_reference(name, real_logits(reference_model(name), ids, mask))
 
 
+@pytest.mark.slow
 def test_no_mask_means_all_real(reference_model: Models):
     # The longest row of the case has no padding, so its reference needs no mask.
     case, model = CASES["one_layer"], reference_model("one_layer")

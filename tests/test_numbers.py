@@ -82,6 +82,7 @@ def test_the_largest_number_is_carried_out_or_refused(name: str, form, model):
 NGRAMS = ["no_repeat_ngram_size", "max_matching_ngram_size"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_slow(NGRAMS, NGRAMS[1].__eq__))
 def test_an_ngram_longer_than_the_row_costs_nothing(name: str, model):
     """It does what one of the row's length does."""
@@ -94,6 +95,7 @@ def test_an_ngram_longer_than_the_row_costs_nothing(name: str, model):
 DRAFTS = ["prompt_lookup_num_tokens", "num_assistant_tokens"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", some_slow(DRAFTS, DRAFTS[1].__eq__))
 def test_drafts_are_no_more_than_the_tokens_wanted(option: str, model):
     drafter = {"assistant_model": model} if option == "num_assistant_tokens" else {}

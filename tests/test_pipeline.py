@@ -83,6 +83,7 @@ def test_defaults_are_filled_in_where_nobody_says_otherwise(generator, monkeypat
         model.generation_config = checkpoint
 
 
+@pytest.mark.slow
 def test_a_long_prompt_gets_what_is_left_of_the_context(generator):
     long = "1, 2, 3, " * 44  # 400 tokens and a few, of 512
     ids = len(generator.tokenizer(long)["input_ids"])
@@ -104,6 +105,7 @@ def test_a_context_that_is_full_is_an_error_and_a_hole_helps(generator):
         generator(long, handle_long_generation="hole", max_length=50, truncation=False)
 
 
+@pytest.mark.slow
 def test_the_space_after_the_prompt_is_kept(llama_tokenizer):
     """Llama's tokenizers drop a space at the front of what they decode; transformers' pipeline then loses it."""
     config = MistralConfig(

@@ -106,6 +106,7 @@ def test_entropy_of_kept_logits(sampled):
     assert ax.get_ylabel() == "nats"
 
 
+@pytest.mark.slow
 def test_entropy_of_a_row_that_is_read_again(model, tokenizer, sampled):
     inputs = tokenizer(PROMPTS, padding=True, return_tensors="np")
     again = model.generate(**inputs, seed=5, **SAMPLE)
@@ -119,6 +120,7 @@ def test_entropy_of_impossible_tokens_is_finite():
     assert float(entropy_of(jnp.array([[0.0, 0.0, -np.inf]]))[0]) == pytest.approx(np.log(2))
 
 
+@pytest.mark.slow
 def test_distribution_under_options():
     p = np.array([0.05, 0.4, 0.1, 0.3, 0.15])
     settings = {"own": {}, "cold": {"temperature": 0.5}, "p": {"top_p": 0.7}, "k": {"top_k": 3}}

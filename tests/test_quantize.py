@@ -71,6 +71,7 @@ def test_columns_go_by_energy_within_groups_and_groups_by_theirs():
     np.testing.assert_array_equal(column_order(np.array([1.0, 5, 2, 9, 0, 30, 1, 0]), 4), [5, 6, 4, 7, 3, 1, 2, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [32, 64, -1])
 def test_gptq_costs_the_output_less_than_rounding(group):
     inputs = correlated(128)
@@ -177,6 +178,7 @@ def test_fused_weights_come_apart_as_hf_has_them_and_together_again(small):
         np.testing.assert_array_equal(joined[name], expected)
 
 
+@pytest.mark.slow
 def test_each_linear_layer_sees_the_inputs_of_those_already_quantised(small):
     checkpoint, config = small
     layers, hidden = Layers(checkpoint, config), embedded(checkpoint)
@@ -193,6 +195,7 @@ def test_each_linear_layer_sees_the_inputs_of_those_already_quantised(small):
     assert same({name: gptq(checkpoint.read(name), gram, 16, name)}, {name: second[name]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "autoround"])
 def test_finished_layers_are_replayed(small, method):
     first, second = all_of(small, method)
@@ -275,6 +278,7 @@ def test_autoround_is_compiled_once_for_all_layers(small):
     assert learned._step._cache_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_autoround_keeps_its_start_if_nothing_is_better(small, iterations):
     checkpoint, config = small

@@ -265,6 +265,7 @@ def test_trained_weights_are_other_weights(inputs):
     assert replay(record).status == "identical"  # by its id: the demo
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group_size", "said"), [(64, "Int4, groups of 64"), (-1, "Int4, groups of 256")])
 def test_quantised_while_loading(inputs, group_size, said):
     """The record says so, and replay does it again; -1 is a group per row, as wide as that is."""
@@ -437,6 +438,7 @@ def test_the_stream_is_the_same_whatever_jax_is_told(inputs, model):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_a_beam_search_that_the_clock_ended_cannot_be_compared(inputs, model):
     out = model.generate(**inputs, num_beams=2, max_new_tokens=4, max_time=1e-9, return_dict_in_generate=True)
     assert "time" in out.finish_reason

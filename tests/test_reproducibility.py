@@ -68,6 +68,7 @@ class TestManySeeds:
     def test_the_seeds_do_not_share_their_noise(self, together):
         assert len({tuple(row) for row in together[0].tolist()}) > 950  # a few seeds give the greedy tokens
 
+    @pytest.mark.slow
     def test_seeds_and_prompts_go_in_pairs(self, model, prompts):
         seeds = [5, 2**70, -3, 5, 0, 417]
         ids, mask = padded(prompts, "left")
@@ -76,6 +77,7 @@ class TestManySeeds:
             alone, _ = new(model.generate([prompt], seed=seed, **OPTIONS))
             np.testing.assert_array_equal(tokens[row], alone[0])
 
+    @pytest.mark.slow
     def test_strict_to_the_last_bit(self, model, prompts):
         seeds = [417, 1, 2, 3, 4]
         tokens, logprobs = new(model.generate(prompts[:1], seed=seeds, strict=STRICT, **OPTIONS))
@@ -140,6 +142,7 @@ def test_eight_devices_and_another_process(model, spec, tmp_path):
         np.testing.assert_allclose(result[f"float32/sampled/{name}/logprobs"][0], logprobs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_cold_and_warm_compile_cache(model, spec, tmp_path):
     """Executables from the disk give the same bits as those just compiled, and as those of this process."""
     variation = {"base": {"batches": [list(range(8))]}}

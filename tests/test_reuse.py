@@ -89,6 +89,7 @@ def test_only_what_is_new_is_read(reference_model):
     assert set(reads) == {("extend", (2, 16))}
 
 
+@pytest.mark.slow
 def test_a_shared_beginning_is_read_once(reference_model):
     model, reads = spied(reference_model("window_32"))
     beginning = list(range(3, 30))
@@ -102,6 +103,7 @@ def test_a_shared_beginning_is_read_once(reference_model):
     assert set(reads) == {("extend", (3, 16))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_slow(NAMES, lambda name: name != "window_8"))
 def test_a_past_that_differs_costs_time_and_not_correctness(name: str, reference_model):
     """What the prompts share with it is used, wherever they part; beside a window perhaps nothing."""
@@ -141,6 +143,7 @@ def test_int8_by_hand():
     assert slots.values.tolist() == [[127, 2, -2, 0], [0, 0, 0, 0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}])
 @pytest.mark.parametrize("name", some_slow(NAMES, lambda name: name != "gqa_4"))
 def test_int8_cache_changes_logits_a_little(name: str, options: dict, reference_model):
@@ -159,6 +162,7 @@ def test_int8_cache_changes_logits_a_little(name: str, options: dict, reference_
     assert 0 < np.sqrt(np.mean(errors**2)) < 0.05 * np.std(np.stack(exact.logits))
 
 
+@pytest.mark.slow
 def test_int8_cache_takes_the_memory_it_says(reference_model):
     model = reference_model("wide_heads")
     options = {"max_new_tokens": 4, "return_dict_in_generate": True, **GREEDY}
@@ -219,6 +223,7 @@ def test_a_ring_with_rejected_drafts(drafter: str, reference_model):
     forgets_nothing_it_needs(model, out.past_key_values, out.sequences[0].tolist())
 
 
+@pytest.mark.slow
 def test_a_past_of_a_model_that_has_changed_is_refused(reference_model):
     structure, state = nnx.split(reference_model("gqa_1"))
     model = nnx.merge(structure, jax.tree.map(jnp.copy, state))

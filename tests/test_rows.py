@@ -34,6 +34,7 @@ def model(reference_model):
     return reference_model("window_8")
 
 
+@pytest.mark.slow
 @every_set
 @few
 @given(rows=batches, order=st.permutations(range(BATCH)), side=st.sampled_from(["left", "right", "holes"]),

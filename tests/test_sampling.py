@@ -38,6 +38,7 @@ def test_draws_follow_the_distribution():
         assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.01
 
 
+@pytest.mark.slow
 def test_removed_tokens_are_never_drawn_and_the_others_keep_their_proportions():
     rows, steps = 200, 500
     keys = keys_for(rows, seed=1)
@@ -91,6 +92,7 @@ def test_the_documented_recipe_gives_the_tokens(reference_model):
         assert np.asarray(result)[2 * row + sample, 3:].tolist() == sequence[-5:]
 
 
+@pytest.mark.slow
 def test_a_filter_only_masks_the_same_noise(reference_model):
     """Common random numbers: where the unfiltered choice survives the filter, both runs choose it."""
     model = reference_model("window_8")

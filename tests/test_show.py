@@ -180,6 +180,7 @@ def test_names_keep_their_space_and_halves_of_characters_have_the_vocabularys_na
     assert Texts(None).pieces([1], [7, 8]) == ["7 ", "8 "]
 
 
+@pytest.mark.slow
 def test_rows_know_their_prompts_samples_and_seeds(model, tokenizer, sampled):
     rows = rows_of(sampled)
     assert [(row.prompt, row.sample, row.seed) for row in rows] == [(0, 0, 4), (0, 1, 4), (1, 0, 4), (1, 1, 4)]
@@ -348,6 +349,7 @@ def test_a_rank_outside_the_alternatives_is_missing(sampled):
     assert ranks.dropna().tolist() == all_ranks[all_ranks <= 3].tolist()
 
 
+@pytest.mark.slow
 def test_beams_have_the_logits_of_their_own_row(model, tokenizer):
     options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 8, "return_dict_in_generate": True}
     out = model.generate(**tokenizer(PROMPTS, padding=True, return_tensors="np"), output_logits=True, **options)

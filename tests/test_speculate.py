@@ -132,6 +132,7 @@ class TestSameTokens:
         expected = output_of(model, ids, mask, **options)
         assert_same(output_of(model, ids, mask, **options, **drafting(drafter)), expected)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("drafter", some_slow(DRAFTERS, lambda drafter: drafter != "prompt_lookup"))
     def test_more_drafts_than_the_window_holds(self, model, drafting, drafter):
         """Each round may write 21 tokens into rings of 8 + 21 slots, and take most of them back."""
@@ -171,6 +172,7 @@ class TestSameTokens:
             np.testing.assert_allclose(np.array(actual[name]), np.array(expected[name]), atol=1e-4)
         np.testing.assert_array_equal(actual.top_ids, expected.top_ids)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("drafter", some_slow(["itself", "prompt_lookup"], "itself".__eq__))
     def test_a_call_that_goes_on_from_a_speculative_one(self, model, drafting, drafter):
         ids = np.array([[5, 6, 7, 8, 9, 10, 11, 12, 13]])
@@ -190,6 +192,7 @@ class TestSameTokens:
         actual = model.generate([[5, 6, 7]], **options, **drafting("itself", confidence=0.0))
         np.testing.assert_array_equal(actual, expected)
 
+    @pytest.mark.slow
     def test_a_prompt_that_is_read_in_pieces(self, model, drafting):
         ids, mask = left_padded([list(range(5, 40)), [8, 9]])
         options: Any = {"max_new_tokens": 10, "eos_token_id": None}
@@ -225,6 +228,7 @@ class TestStates:
         assert first.tokens[0, : first.lengths[0]].tolist() == second.tokens[0, : second.lengths[0]].tolist()
         assert counters(first, 1) == counters(second, 1)
 
+    @pytest.mark.slow
     def test_a_perfect_assistant_saves_rounds_and_a_stranger_none(self, model, drafting):
         ids, mask = left_padded([[5, 6, 7], [8, 9], [3], [4, 4, 4]])
         options: Any = {"max_new_tokens": 19, "eos_token_id": None}
@@ -249,6 +253,7 @@ class TestStates:
         expected = {1: [0, 0, 0], 2: [0, 0, 1], 3: [1, 1, 1], 7: [5, 5, 1]}[limit]
         assert counters(state, 1) == [expected]
 
+    @pytest.mark.slow
     def test_nan_is_met_where_plain_decoding_meets_it(self, model, drafting):
         ids = np.array([[8, 9, 10, 11, 12]])
         tokens = model.generate(ids, max_new_tokens=6, eos_token_id=None)[0, 5:].tolist()
@@ -262,6 +267,7 @@ class TestStates:
             broken.generate(ids, max_new_tokens=6, eos_token_id=None, **drafting("itself", drafts=1, confidence=0.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", some_slow(["fewer layers", "prompt_lookup"], "fewer layers".__eq__))
 def test_text_with_stop_strings(drafter):
     """The demo counts; half of its layers and the text itself guess well what comes next."""
@@ -318,6 +324,7 @@ class TestPromptLookup:
         actual = jax.jit(look_up, static_argnums=3)(tokens, lengths, np.array(ngram), 3)
         assert actual.tolist() == [drafts(row) for row in rows]
 
+    @pytest.mark.slow
     def test_accepted_where_a_text_repeats_itself(self, model):
         """A model that says its prompt again: 4 drafts and one more per round, from the first one on."""
         toy = Toy(np.where(np.arange(4)[None, None] == (np.arange(4)[None, :, None] + 1) % 4, 9.0, 0.0))
@@ -389,6 +396,7 @@ class TestDistribution:
         odds = np.exp(np.asarray(toy.table, np.float64))
         return odds / odds.sum(axis=-1, keepdims=True)
 
+    @pytest.mark.slow
     def test_every_sequence_is_as_likely_as_the_model_says(self):
         rows, p = 30_000, self.probabilities(self.TARGET)
         static = StaticOptions(do_sample=True, drafts=2)
@@ -405,6 +413,7 @@ class TestDistribution:
         plain = toy_run(self.TARGET, rows, [1, 2], new=4, static=dataclasses.replace(static, drafts=0), search=loop)
         np.testing.assert_array_equal(state.tokens, plain.tokens)
 
+    @pytest.mark.slow
     def test_drafts_are_accepted_as_often_as_shared_noise_allows(self):
         """Two Gumbel-argmax draws with one noise agree with probability sum_i 1 / sum_j max(p_j/p_i, q_j/q_i)."""
         rows, p, q = 30_000, self.probabilities(self.TARGET), self.probabilities(self.DRAFTER)

@@ -91,6 +91,7 @@ def test_enough_time_changes_nothing(model, batch):
     assert set(output.finish_reason) == {"eos", "length"}
 
 
+@pytest.mark.slow
 def test_top_logprobs_are_the_best_of_the_logits(model, batch):
     ids, mask = batch
     options = {"eos_token_id": 66, "max_new_tokens": 9, "temperature": 2.0, "do_sample": True, "seed": 1, **OPTIONS}

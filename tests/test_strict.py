@@ -86,6 +86,7 @@ def test_a_thousand_seeds_in_few_batches(model, inputs):
         assert (found[seed] == model.generate(*ids, seed=seed, **options)[0]).all()
 
 
+@pytest.mark.slow
 def test_a_seed_per_row(model, inputs):
     """Each row as if it were alone with its seed; also with samples, as keys, and under jit."""
     both = {name: table[:2] for name, table in inputs.items()}
