@@ -1,64 +1,78 @@
 """Whether the default tests reach every module: of each, at least one function has run. Otherwise they do not pass.
 
-Checked where Python can watch for nothing, from 3.12 on, and in runs of all default tests.
+The default tests check every annotated call (`addopts` in pyproject.toml), so that the check itself sees which modules
+are called. Only a run of all default tests is judged.
 """
 
 import ast
-import inspect
-import sys
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# What runs in processes of its own, which tests start: nobody watches there. And protocols, whose methods never run.
-ELSEWHERE = {
-    "jaxgen/__main__.py", "jaxgen/convert/wheel.py", "jaxgen/generation/options/typed.py", "jaxgen/models/protocol.py",
-    "jaxgen/text/template_process.py",
-}  # fmt: skip
+# What runs in processes of its own, which tests start: nobody watches there. And a protocol, whose methods never run.
+ELSEWHERE = {"jaxgen.__main__", "jaxgen.convert.wheel", "jaxgen.models.protocol", "jaxgen.text.template_process"}
+
+reached: set[str] = set()  # modules, in this process
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """beartype, as jaxtyping applies it to every function of the library; and the module is noted at each call."""
+    from beartype import BeartypeConf, beartype
+
+    check: Any = beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+    module = function.__module__
+
+    @functools.wraps(check)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        reached.add(module)
+        return check(*args, **kwargs)
+
+    return noted
 
 
 def modules() -> set[str]:
-    """The files of the library in which a function is defined."""
-    files = [*ROOT.glob("jaxgen/**/*.py"), *ROOT.glob("convert/**/*.py")]
-    functions = ast.FunctionDef | ast.AsyncFunctionDef
-    defining = [file for file in files if any(isinstance(n, functions) for n in ast.walk(ast.parse(file.read_bytes())))]
-    return {file.relative_to(ROOT).as_posix() for file in defining}
+    """The modules of the library in which a function is defined that is checked."""
+    named = {file: file.relative_to(ROOT).with_suffix("") for file in ROOT.glob("jaxgen/**/*.py")}
+    named |= {file: "jaxgen" / file.relative_to(ROOT).with_suffix("") for file in ROOT.glob("convert/**/*.py")}
+    return {
+        ".".join(name.parts).removesuffix(".__init__")
+        for file, name in named.items()
+        if any(isinstance(node, ast.FunctionDef) for node in _checked_in(ast.parse(file.read_bytes())))
+    }
+
+
+def _checked_in(node: ast.AST) -> Iterator[ast.AST]:
+    """What is below a node, but for what is marked `@no_type_check`."""
+    for child in ast.iter_child_nodes(node):
+        decorators = getattr(child, "decorator_list", ())
+        if not any("no_type_check" in ast.unparse(decorator) for decorator in decorators):
+            yield child
+            yield from _checked_in(child)
 
 
 class Reach:
-    """Notes the files whose functions run, over all workers."""
+    """Brings together what all workers reached."""
 
     def __init__(self):
-        self.files: set[str] = set()
         self.missing: set[str] = set()
-        watch: Any = sys.monitoring  # pyright: ignore[reportAttributeAccessIssue]
-        tool = next(tool for tool in range(6) if watch.get_tool(tool) is None)
-        watch.use_tool_id(tool, "reach")
-
-        def started(code: CodeType, offset: int) -> Any:
-            if code.co_flags & inspect.CO_OPTIMIZED:  # a function, not the body of a module or a class
-                self.files.add(code.co_filename)
-            return watch.DISABLE  # once is enough
-
-        watch.register_callback(tool, watch.events.PY_START, started)
-        watch.set_events(tool, watch.events.PY_START)
 
     def pytest_configure_node(self, node: Any) -> None:
         node.workerinput["reach"] = True
 
     def pytest_testnodedown(self, node: Any) -> None:
-        self.files |= set(getattr(node, "workeroutput", {}).get("reach", ()))
+        reached.update(getattr(node, "workeroutput", {}).get("reach", ()))
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         config: Any = session.config
         if hasattr(config, "workeroutput"):
-            config.workeroutput["reach"] = sorted(file for file in self.files if file.startswith(str(ROOT)))
+            config.workeroutput["reach"] = sorted(reached)
         elif session.exitstatus == 0:
-            reached = {Path(file).relative_to(ROOT).as_posix() for file in self.files if file.startswith(str(ROOT))}
             self.missing = modules() - reached - ELSEWHERE
             session.exitstatus = pytest.ExitCode.TESTS_FAILED if self.missing else session.exitstatus
 
@@ -69,8 +83,8 @@ class Reach:
 
 
 def watched(config: Any) -> bool:
-    """Whether all default tests are to run, and in a Python that can watch."""
+    """Whether all default tests are to run."""
     if hasattr(config, "workerinput"):
         return "reach" in config.workerinput
     everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
-    return sys.version_info >= (3, 12) and everything and config.option.markexpr == "not slow"
+    return everything and config.option.markexpr == "not slow" and bool(config.option.jaxtyping_packages)
