@@ -44,7 +44,7 @@ class Products:
 
 
 class DenseProducts(Products):
-    """16-bit floats: a kernel for one row. Several are XLA's product: steps with `dense_rows` were slower, on an H200."""
+    """16-bit floats: a kernel for one row. Several are XLA's product: steps with `dense_rows` were slower."""
 
     weight: Floats
 
