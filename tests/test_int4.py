@@ -186,7 +186,7 @@ def test_lookup_table():
     codes = RANDOM.integers(0, 16, (8, 64))
     scale = RANDOM.uniform(0, 1, (8, 2)).astype(np.float32)
     packed = (codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8)
-    weight = Lookup4(*map(jnp.asarray, (packed, scale, table)))
+    weight = Lookup4(jnp.asarray(packed), jnp.asarray(scale), jnp.asarray(table))
     dense = table[codes] * np.repeat(scale, 32, axis=1)
     np.testing.assert_array_equal(weight.dequantize(), dense)
     x = RANDOM.standard_normal((3, 64)).astype(np.float32)
