@@ -1,5 +1,6 @@
 """From a Hugging Face checkpoint to a Flax NNX module, one tensor at a time."""
 
+import dataclasses
 import logging
 import os
 import re
@@ -247,6 +248,17 @@ def check_tensors(
         claimed = f"{checkpoint.described_by} has num_hidden_layers={config.num_hidden_layers}"
         problems.append(f"{claimed}, the weights have {layers}")
         config = config.with_layers(range(max(layers, 1)))
+    experts = len({match[1] for name in names if (match := _EXPERT.match(name))})
+    routing = next(filter(None, map(config.routing, range(config.num_hidden_layers))), None)
+    if routing is not None and routing.experts > experts:
+        problems.append(
+            f"{checkpoint.described_by} has {config.experts_field}={routing.experts}, the weights have {experts}"
+        )
+        fewer: Any = {
+            config.experts_field: max(experts, 1),
+            "num_experts_per_tok": min(routing.chosen, max(experts, 1)),
+        }
+        config = dataclasses.replace(config, **fewer)
     parts = [part for group in parameter_parts(config).values() for part in group]
     wanted: dict[str, Wanted] = {}
     for part in parts:

@@ -95,9 +95,9 @@ class Scattered(LayerCache):
 
     order: Any = None  # where each slot is
 
-    def attend(self, queries: Any, keys: Any, values: Any, reading: Reading) -> Any:
+    def attend(self, queries: Any, keys: Any, values: Any, reading: Reading, scoring: Any = None) -> Any:
         plain = LayerCache(*(x[:, :, self.order] for x in self.read(queries.dtype)), window=self.window)
-        mixed, plain = plain.attend(queries, keys, values, reading)
+        mixed, plain = plain.attend(queries, keys, values, reading, scoring)
         back = jnp.argsort(self.order)
         keys, values = (x[:, :, back] for x in plain.read(queries.dtype))
         return mixed, dataclasses.replace(self, keys=keys, values=values)

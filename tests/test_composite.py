@@ -13,8 +13,8 @@ from jaxgen.convert.composite import text_name
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
 from jaxgen.models.families import config_from_hf
 from tests.families import CONFIGS, SEEING
+from tests.family_files import tensors_of
 from tests.hf_files import parameters, same_bits, write_hf
-from tests.test_families import tensors_of
 
 TEXT = CONFIGS["ministral3"] | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 BEFORE = {  # where the text model's tensors and the others are

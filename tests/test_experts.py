@@ -22,10 +22,10 @@ from jaxgen.models.experts import Routing, SparseMLP, block_rows, blocks
 from jaxgen.models.families import config_from_hf
 from jaxgen.quant import Int4
 from tests.families import CONFIGS
+from tests.family_files import load, logits, tensors_of, written
 from tests.helpers import padded
 from tests.hf_files import write_hf
 from tests.rows import BATCH, rows_of, same
-from tests.test_families import load, logits, tensors_of, written
 
 IDS = [[5, 9, 7, 30, 41, 2], [8, 8, 1, 90, 3, 11]]
 

@@ -5,8 +5,8 @@ Their numbers are compared with transformers in tests/oracle/test_families_oracl
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jaxgen.models.rope import Llama3, LongRope, plain_frequencies
 from jaxgen.models.tensors import logical_axes, parameter_parts
 from jaxgen.quant import Int4
 from tests.families import CONFIGS, HUB, LLAMA3, LLAMA_4, YARN
+from tests.family_files import load, logits, tensors_of, written
 from tests.gguf_files import gguf_file
 from tests.helpers import padded, some_slow
 from tests.hf_files import write_hf
@@ -37,36 +38,6 @@ KINDS = ["smollm3", "granite", "gemma2", "gemma3", "phi3", "olmo3"]
 SLOW_KINDS = [pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
 every = pytest.mark.parametrize("name", CONFIGS)
 LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
-
-
-def tensors_of(config: Any, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tensors under HF's names: matrices that keep a signal's size, norms near one, biases that show."""
-    rng, tensors = np.random.default_rng(seed), {}
-    for parts in parameter_parts(config).values():
-        for part in parts:
-            draws = rng.standard_normal(part.shape, np.float32)
-            if len(part.shape) == 2:
-                draws *= 2 * part.shape[1] ** -0.5
-            elif part.name.endswith("bias"):
-                draws *= 0.5
-            else:
-                draws = 1 + 0.2 * draws
-            tensors[part.name] = draws.astype(np.float32)
-    return tensors
-
-
-def written(directory: Path, name: str, **sizes: int) -> Path:
-    fields = CONFIGS[name] | sizes
-    write_hf(directory, fields, tensors_of(config_from_hf(fields)))
-    return directory
-
-
-def load(place: Path, **options: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(place, **{"dtype": "float32", "device_map": "cpu"} | options)
-
-
-def logits(model: Any, ids: Any) -> np.ndarray:
-    return np.asarray(model(jnp.asarray(ids)).logits)
 
 
 SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2, windows", "ministral", "ministral3, window")]
@@ -314,7 +285,7 @@ def test_a_model_that_overflows_float16(name: str, tmp_path: Path):
     path = written(tmp_path, name)
     with pytest.raises(UnsupportedError, match=r"dtype=float16: the activations of Gemma.* beyond float16's 65504"):
         load(path, dtype="float16")
-    t4: Any = SimpleNamespace(platform="gpu", compute_capability="7.5")
+    t4 = Mock(spec=jax.Device, platform="gpu", compute_capability="7.5")
     assert auto_dtype(t4, config_from_hf(CONFIGS[name]).overflows_float16) == jnp.float32
     assert auto_dtype(t4) == jnp.float16
 

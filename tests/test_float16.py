@@ -4,6 +4,7 @@ It rounds eight times finer than bfloat16 and ends at 65504: what squares, sums 
 float32. Here every part is given numbers whose squares and partial sums are far beyond, and whose result is not.
 """
 
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -142,8 +143,11 @@ def exact_attention(queries: Any, keys: Any, values: Any, visible: np.ndarray) -
     return np.einsum("bkgc,bkch->bkgh", weights / weights.sum(-1, keepdims=True), values)
 
 
-def one_query_of_many(queries: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:
-    return attention.attend(queries[:, None], keys, values, visible[:, None])[:, 0]
+def one_query_of_many(queries: Any, keys: Any, values: Any, visible: Any, scoring: Any) -> jax.Array:
+    return attention.attend(queries[:, None], keys, values, visible[:, None], scoring)[:, 0]
+
+
+PLAIN = attention.Scoring(32**-0.5)
 
 
 @pytest.mark.parametrize("form", [one_query_of_many, attention._attend_by_products, attention._attend_by_sums])
@@ -157,7 +161,7 @@ def test_attention_scores_beyond_the_range(form: Any, rows: int):
     assert np.abs(scores).max() > LARGEST
     visible = np.ones((rows, 7), bool)
     visible[0, 3:] = False
-    result = np.asarray(as_written(form)(queries, keys, values, jnp.asarray(visible)))
+    result = np.asarray(as_written(partial(form, scoring=PLAIN))(queries, keys, values, jnp.asarray(visible)))
     assert result.dtype == HALF
     np.testing.assert_allclose(result, exact_attention(queries, keys, values, visible), rtol=2**-9)
 
@@ -167,7 +171,7 @@ def test_where_nothing_may_be_seen_numbers_stay_finite(form: Any):
     """The mask's value, the lowest float32, is -inf in float16: a row of padding would be NaN."""
     random = np.random.default_rng(0)
     queries, keys, values = (halves(random.normal(size=shape)) for shape in ((1, 1, 1, 8), *[(1, 1, 4, 8)] * 2))
-    result = np.asarray(as_written(form)(queries, keys, values, jnp.zeros((1, 4), bool)))
+    result = np.asarray(as_written(partial(form, scoring=PLAIN))(queries, keys, values, jnp.zeros((1, 4), bool)))
     np.testing.assert_allclose(result, np.asarray(values, np.float64).mean(axis=2, keepdims=True), atol=2**-9)
 
 

@@ -13,47 +13,11 @@ from jaxgen.convert import checkpoint
 from jaxgen.convert.inspect import describe
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
 from jaxgen.models.families import config_from_hf
-from tests.families import CONFIGS
+from tests.family_files import tensors_of
+from tests.fp8_files import FIELDS, quantization, rounded, written
 from tests.hf_files import parameters, same_bits, write_hf
-from tests.test_families import tensors_of
 
-FIELDS = CONFIGS["ministral3"] | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 BLOCKS: list[tuple[int, int] | None] = [None, (32, 32), (40, 24)]  # the last fits no matrix
-
-
-def rounded(tensors: dict[str, np.ndarray], block: Any, scale_dtype: Any) -> tuple[Any, Any]:
-    """What a file holds, and what that stands for in float32: all matrices of layers in 8 bits."""
-    stored, meant = {}, {}
-    for name, tensor in tensors.items():
-        if ".layers." not in name or tensor.ndim != 2:
-            stored[name] = meant[name] = tensor
-            continue
-        height, width = block or tensor.shape
-        grid = [-(-n // size) for n, size in zip(tensor.shape, (height, width), strict=True)]
-        scales = np.empty(grid, np.float32)
-        for row, column in np.ndindex(*grid):
-            part = tensor[row * height : (row + 1) * height, column * width : (column + 1) * width]
-            scales[row, column] = np.abs(part).max() / 448
-        scales = scales.astype(scale_dtype)
-        whole = scales.astype(np.float32).repeat(height, 0).repeat(width, 1)[: tensor.shape[0], : tensor.shape[1]]
-        stored[name] = (tensor / whole).astype(ml_dtypes.float8_e4m3fn)
-        stored[f"{name}_scale_inv"] = scales[0, 0] if block is None else scales
-        stored[name.replace(".weight", ".activation_scale")] = np.float32(0.5)
-        meant[name] = stored[name].astype(np.float32) * whole
-    return {name: np.asarray(x) for name, x in stored.items()}, meant
-
-
-def quantization(block: Any, **fields: Any) -> dict[str, Any]:
-    kind = {"quant_method": "fp8", "weight_block_size": block and list(block), "activation_scheme": "static"}
-    return {"quantization_config": kind | fields}
-
-
-def written(tmp_path: Path, block: Any = (32, 32), scale_dtype: Any = np.float32) -> tuple[Path, Path]:
-    """The checkpoint in 8 bits, and what it stands for as an ordinary one."""
-    stored, meant = rounded(tensors_of(config_from_hf(FIELDS)), block, scale_dtype)
-    write_hf(tmp_path / "fp8", FIELDS | quantization(block), stored, shards=2)
-    write_hf(tmp_path / "plain", FIELDS, meant)
-    return tmp_path / "fp8", tmp_path / "plain"
 
 
 def load(place: Path, dtype: str = "float32", **options: Any) -> Any:

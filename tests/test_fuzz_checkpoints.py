@@ -133,7 +133,7 @@ def test_config_json_of_other_families(name):
             tally.errors += 1
             continue
         assert config_from_hf(config.to_hf()) == config, text
-        plain = plain_frequencies(config.head_size, config.rope_theta)
+        plain = plain_frequencies(config.rotary_size, config.rope_theta)
         if config.rope_scaling is not None:
             plain = config.rope_scaling.frequencies(plain, config.rope_theta)
         assert np.isfinite(plain).all(), text

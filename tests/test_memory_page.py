@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from jaxgen import Int4Config
 from jaxgen.convert.inspect import needed
 from jaxgen.models.families import config_from_hf
@@ -24,6 +26,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow  # of every layer of every model, and every expert
 def test_the_page_says_what_the_arithmetic_says():
     told = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     strange = [line for line in told if line not in table().splitlines()]

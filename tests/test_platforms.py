@@ -21,7 +21,7 @@ def test_attention_to_slots(form):
     queries = RANDOM.normal(size=(3, 2, 4, 8)).astype(np.float32)
     keys, values = RANDOM.normal(size=(2, 3, 2, 6, 8)).astype(np.float32)
     visible = np.array([[1, 1, 1, 1, 1, 1], [1, 0, 1, 0, 0, 1], [1, 0, 0, 0, 0, 0]], bool)
-    result = np.asarray(form(*map(attention.jnp.asarray, (queries, keys, values, visible))))
+    result = np.asarray(form(*map(attention.jnp.asarray, (queries, keys, values, visible)), attention.Scoring(8**-0.5)))
     for row, head, group in np.ndindex(3, 2, 4):
         seen = np.flatnonzero(visible[row])
         scores = keys[row, head, seen].astype(np.float64) @ queries[row, head, group] / np.sqrt(8)

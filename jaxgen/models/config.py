@@ -213,10 +213,11 @@ class DecoderConfig:
 
     def with_layers(self, layers: Iterable[int]) -> Self:
         """The config of a model of these layers; of one, it is equal for all that differ in their weights only."""
-        layers, windows = tuple(layers), self.layer_windows
+        layers = tuple(layers)
         own = {name: values for name in self.layered_fields if (values := getattr(self, name)) is not None}
         kept = {name: tuple(values[layer] for layer in layers) for name, values in own.items()}
-        if self.layer_types is None and len(set(windows)) > 1:
+        alike = type(self).layer_windows is DecoderConfig.layer_windows  # a damaged count is not spelt out
+        if self.layer_types is None and not alike and len(set(windows := self.layer_windows)) > 1:
             kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
             kept["layer_types"] = tuple(kinds[layer] for layer in layers)
         return dataclasses.replace(self, num_hidden_layers=len(layers), **kept)

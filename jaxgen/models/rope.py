@@ -275,4 +275,5 @@ _NUMBER: tuple[Any, str] = _is_number, "a positive number"
 _FIELD_CHECKS: dict[str, tuple[Any, str]] = {
     "truncate": (lambda value: isinstance(value, bool), "true or false"),
     **dict.fromkeys(("short_factor", "long_factor"), (_is_numbers, "a list of positive numbers")),
+    "max_position_embeddings": (lambda value: isinstance(value, int) and _is_number(value), "a positive int"),
 }

@@ -10,7 +10,7 @@ import transformers
 
 import jaxgen
 from tests.families import CONFIGS
-from tests.test_formats_fp8 import written
+from tests.fp8_files import written
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")]
 
