@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Self, no_type_check
+from typing import Any, ClassVar, Literal, Self, no_type_check
 
 from jaxgen.cache import Slots
 from jaxgen.errors import NO_REMOTE_CODE, JaxgenError, UnsupportedError, listed
@@ -103,7 +103,8 @@ class DecoderConfig:
     qkv_bias: ClassVar[Any] = False
     o_bias: ClassVar[Any] = False
     mlp_bias: ClassVar[Any] = False
-    qk_norm: ClassVar[Any] = False  # "head": of each head's queries and keys; "whole": of all heads' together
+    # Norms of each head's queries and keys, or of all heads' together.
+    qk_norm: ClassVar[Literal["head", "whole", False]] = False
     norms: ClassVar[Any] = "before"  # a key of NORMS
     norm_offset: ClassVar[Any] = 0.0  # what is added to the weights of norms
     norms_in_float32: ClassVar[Any] = False  # whether norms are scaled before they are rounded to the compute dtype

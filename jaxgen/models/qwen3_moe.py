@@ -60,7 +60,7 @@ class Qwen3MoeConfig(DecoderConfig):
     # Without effect where there is no window; of training in transformers.
     ignored_fields = frozenset({"sliding_window", "max_window_layers", "router_aux_loss_coef"})
     experts_field = "num_experts"
-    qk_norm = True
+    qk_norm = "head"
 
     def __post_init__(self):
         given = () if self.mlp_only_layers is None else self.mlp_only_layers
