@@ -33,24 +33,25 @@ from tests.hf_files import write_hf
 from tests.rows import BATCH, rows_of, same
 
 BOTH = ["llama, as Llama 3.2", "qwen3, biases, yarn"]
-# One of every other kind of block.
-KINDS = ["smollm3", "granite", "gemma2", "gemma3", "phi3", "olmo3"]
-SLOW_KINDS = [pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
 every = pytest.mark.parametrize("name", CONFIGS)
 LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 
 
-SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2, windows", "ministral", "ministral3, window")]
+# One of every other kind of block.
+KINDS = [
+    "qwen2, windows", "ministral", "ministral3, window", "smollm3", "granite", "gemma2", "gemma3", "phi3", "olmo3",
+]  # fmt: skip
+SLOW_KINDS = [pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
+ROWS = [(name, options) for name in BOTH for options in ("few", "everything", "beams", "lookup")]
+ROWS += [(name, "everything") for name in KINDS]
 
 
-@pytest.fixture(scope="module", params=[*BOTH, *SLOWER, *SLOW_KINDS])
+@pytest.fixture(scope="module", params=[*BOTH, *SLOW_KINDS])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load(written(tmp_path_factory.mktemp("family"), request.param))
 
 
-@pytest.mark.parametrize(
-    "options", some_slow(["few", "everything", "beams", "lookup"], lambda options: options != "few")
-)
+@pytest.mark.parametrize(("model", "options"), some_slow(ROWS, lambda row: row[1] != "few"), indirect=["model"])
 def test_a_row_depends_on_itself_only(model: Any, options: str):
     rng, names = np.random.default_rng(0), [f"row {index}" for index in range(BATCH)]
     rows = [rng.integers(0, 97, length).tolist() for length in (3, 14, 1, 9)]
@@ -91,7 +92,7 @@ def test_an_assistant_of_another_family(model: Any, tmp_path: Path):
     np.testing.assert_array_equal(model.generate(ids, assistant_model=assistant, **options), expected)
 
 
-@pytest.mark.parametrize("name", [*BOTH, *SLOWER, *SLOW_KINDS])
+@pytest.mark.parametrize("name", [*BOTH, *SLOW_KINDS])
 def test_int4_is_the_model_of_the_rounded_weights(name: str, tmp_path: Path):
     path = written(tmp_path / "plain", name, hidden_size=64, intermediate_size=128, head_dim=32)
     loaded, plain, ids = load(path, quantization_config=Int4Config(group_size=64)), load(path), [[5, 9, 7, 30, 41, 2]]
@@ -234,7 +235,7 @@ def test_gguf_of_others(name: str, architecture: str, rotate: bool, tmp_path: Pa
     np.testing.assert_array_equal(logits(model, ids), logits(load(tmp_path / "hf"), ids))
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama, as Llama 3.2", *SLOWER[::2]])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama, as Llama 3.2", *SLOW_KINDS[:3:2]])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_decode_step_of_kernels(name: str, rows: int):
     """In bfloat16, so as near as two orders of rounding are."""
