@@ -14,13 +14,14 @@ the cache's affair (`LayerCache.attend`).
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, no_type_check
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.attention import Scoring, attend, attend_to_slots
+from jaxgen.pytree import pytree
 
 
 class Reading:
@@ -51,18 +52,16 @@ class Reading:
         return self._visible[slots, window]
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass
 class Int8Slots:
     """Keys or values as int8, with one scale per row, head and token: half the memory of 16 bits, and a bit."""
 
-    values: Int[Array, "B K C H"]
-    scales: Float[Array, "B K C"]
+    values: Int[Array, "*axes H"]  # of a cache [B, K, C, H]; of what is put into it, without C
+    scales: Float[Array, "*axes"]
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass
 class LayerCache:
     """Keys and values of one layer, `[B, K, C, H]` each, as they are or as `Int8Slots`; and the layer's window."""

@@ -5,8 +5,10 @@ from collections.abc import ItemsView, KeysView, ValuesView
 from typing import Any, NoReturn
 
 import jax
+from jaxtyping import Array, Float
 
 from jaxgen.errors import JaxgenError, shown
+from jaxgen.pytree import pytree
 
 # What arrays answer to through operators, conversion and iteration; names without underscores are `__getattr__`'s.
 _OF_ARRAYS = (
@@ -21,7 +23,7 @@ class NoSuchOutputError(JaxgenError, AttributeError, LookupError):
     """Something was read from a model's output that it has not; AttributeError, so that `hasattr` says no."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class CausalLMOutput:
     """What a model returns: `logits` [B, T, V] float32, and the `loss` (a scalar, in nats) where labels were given.
@@ -37,8 +39,8 @@ class CausalLMOutput:
     ((1, 8, 640), None, True)
     """
 
-    logits: Any
-    loss: Any = None
+    logits: Float[Array, "B T V"]
+    loss: Float[Array, ""] | None = None
 
     def __getitem__(self, key: object) -> Any:
         present = self._present()

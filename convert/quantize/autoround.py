@@ -5,16 +5,16 @@ Source: SignRound, Cheng et al. 2023 (arXiv 2309.05516).
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Float32, PyTree
 
 from jaxgen.lowering import own_rules
 from jaxgen.models.config import DecoderConfig
+from jaxgen.pytree import pytree
 from jaxgen.quant import Int4, quantize
 from jaxgen.quant.int4 import SCALE_DTYPE, rounded
 from jaxgen.quant.nibbles import pack
@@ -28,14 +28,13 @@ _MOMENTUM = 0.9  # signs of the mean gradient: those of one batch's are mostly n
 _CHECKS = 4  # looks at the whole calibration text, of which the best is kept
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Rounding:
     """What is learned of a weight: offsets of its codes before they are rounded, and of its scales."""
 
-    codes: Any  # float32 [O, G, g]
-    scale: Any  # float32 [O, G], relative
+    codes: Float32[Array, "O G g"]
+    scale: Float32[Array, "O G"]  # relative
 
 
 Roundings = dict[str, Rounding]

@@ -5,7 +5,7 @@ Both are pure functions of a model, arrays and static options. Everything the lo
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeVar, no_type_check
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,10 @@ from jaxgen.generation.prompts.rows import Rows
 from jaxgen.generation.results.step_outputs import Found, StepOutputs
 from jaxgen.lowering import target
 from jaxgen.models.protocol import DecodingModel
+from jaxgen.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass
 class DecodeState:
     """All that generation knows between two tokens. R rows, S the largest total length, V vocabulary."""

@@ -2,21 +2,20 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, no_type_check
+from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgen.linear import linear
+from jaxgen.pytree import pytree
 from jaxgen.quant.weight import Interleave, Weight
 
 if TYPE_CHECKING:
     from jaxgen.kernels.products import Products
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Adapted(Weight):
     """A weight `[out, in]`: `base + up @ down`, never computed as one matrix, which four bits could not hold.

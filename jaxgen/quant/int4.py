@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, no_type_check
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int8, Int32
 
 from jaxgen.linear import product
 from jaxgen.lowering import own_rules, target
+from jaxgen.pytree import pytree
 from jaxgen.quant.config import check_group
 from jaxgen.quant.matmul import FUSED_ROWS, scaled_product
 from jaxgen.quant.nibbles import pack, scaled
@@ -27,8 +28,7 @@ _GROUPS_AT_ONCE = 1 << 15  # bounds the memory of the search: 4M weights of grou
 _CANDIDATES = np.linspace(0.6, 1.1, 26)  # of the scale, relative to the one that just reaches the largest weight
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Int4(Weight):
     """A weight `[out, in]`: `w[o, i] = q[o, i] * scale[o, i // group] + offset[o, i // group]`, q from -8 to 7.

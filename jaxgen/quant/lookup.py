@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, no_type_check
+from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxgen.linear import linear
 from jaxgen.lowering import own_rules, target
+from jaxgen.pytree import pytree
 from jaxgen.quant.matmul import FUSED_ROWS
 from jaxgen.quant.planar import block_size, from_planar, swap_order, to_planar
 from jaxgen.quant.weight import Weight
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from jaxgen.kernels.products import Products
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Lookup4(Weight):
     """A weight `[out, in]` of 16 different values per block: `w[o, i] = table[code[o, i]] * scale[o, i // block]`.

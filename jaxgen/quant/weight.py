@@ -7,7 +7,7 @@ A model holds floats as the plain arrays that training wants: `as_weight` gives 
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, no_type_check
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxgen.linear import linear
+from jaxgen.pytree import pytree
 
 if TYPE_CHECKING:
     from jaxgen.kernels.products import Products
@@ -122,8 +123,7 @@ def _agree(mine: Any, theirs: Any, by_row: bool) -> bool:
     return np.array_equal(mine, theirs)
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Floats(Weight):
     """Floats as they are."""

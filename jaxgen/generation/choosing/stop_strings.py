@@ -16,7 +16,7 @@ import re
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, no_type_check
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxgen.errors import JaxgenError, shown
 from jaxgen.generation.prompts.layout import bucket
+from jaxgen.pytree import pytree
 
 SMALLEST_TABLE = 1 << 14  # entries; most sets of stop strings need fewer, so they share one compiled loop
 BUILDS_KEPT = 8
@@ -37,8 +38,7 @@ BEFORE = "abcdef"
 BYTE_TOKEN = re.compile(r"<0x([0-9a-fA-F]{2})>")
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass(frozen=True)
 class StopStrings:
     """Stop strings for one vocabulary, ready for the loop. Other strings mean other numbers, rarely other shapes.

@@ -3,9 +3,8 @@
 import dataclasses
 import inspect
 from collections.abc import Sequence
-from typing import Any, no_type_check
+from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -18,6 +17,7 @@ from jaxgen.generation.processors.chain import chain_of
 from jaxgen.generation.processors.constraint import as_pytree
 from jaxgen.generation.processors.processor import Processor, as_count, as_number
 from jaxgen.generation.prompts.layout import bucket, pad_to
+from jaxgen.pytree import pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,7 @@ class BatchLayout:
     fresh: int = 0  # columns that hold what a prompt adds to the past; 0: there is no past
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass
 class TracedOptions:
     """The numbers of a call: traced, so that changing one compiles nothing."""

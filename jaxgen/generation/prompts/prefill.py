@@ -1,7 +1,6 @@
 """Prompts on the device, and their prefill: all at once, in chunks, or only what they add to an earlier call."""
 
 import dataclasses
-from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,12 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from jaxgen.cache import KVCache, Slots, of_layers
 from jaxgen.generation.programs.inputs import BatchLayout
 from jaxgen.models.protocol import DecodingModel
+from jaxgen.pytree import pytree
 
 Count = Int[Array | np.ndarray, ""]
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass
 class Past:
     """Keys and values of an earlier call, and how much of them each prompt begins with."""
@@ -26,8 +25,7 @@ class Past:
     held: Int[Array | np.ndarray, " B"]  # how many of the prompt's tokens it holds; fewer than the prompt has
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass
 class Negative:
     """Negative prompts for guidance, one per prompt."""
@@ -36,8 +34,7 @@ class Negative:
     lengths: Int[Array | np.ndarray, " B"]
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass
 class Prompts:
     """A batch of prompts as the device takes them: right-padded, possibly with idle rows that fill up a bucket."""

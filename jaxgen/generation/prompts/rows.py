@@ -1,14 +1,13 @@
 """What a processor, or a stopping criterion, may know of the rows whose next token is being chosen."""
 
 import dataclasses
-from typing import no_type_check
 
-import jax
 from jaxtyping import Array, Bool, Int
 
+from jaxgen.pytree import pytree
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+
+@pytree
 @dataclasses.dataclass
 class Rows:
     """Rows in the middle of generation. There is no padding here: a row's token p is `tokens[row, p]`."""

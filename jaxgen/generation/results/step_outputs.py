@@ -1,7 +1,7 @@
 """What a call asked to record of every step: scores, logits, or the model's best tokens. Nothing by default."""
 
 import dataclasses
-from typing import Any, no_type_check
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.generation.processors.select import best_of
 from jaxgen.generation.programs.inputs import StaticOptions
+from jaxgen.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass
 class StepOutputs:
     """One entry per row and new token; None where it was not asked for."""

@@ -8,7 +8,7 @@ Source: transformers `GenerationMixin._beam_search`.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,14 @@ from jaxgen.generation.results.step_outputs import Found
 from jaxgen.generation.searches.beam_cache import reordered
 from jaxgen.generation.searches.beam_trace import best_sequences
 from jaxgen.models.protocol import DecodingModel
+from jaxgen.pytree import pytree
 
 # Added to the score of what must not be chosen while there is anything else. Finite, as in HF: if nothing else is
 # left, such beams are still in order.
 WORSE = -1.0e9
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass
 class Finished:
     """The best sequences that have ended, best first: row `b * num_beams + i` holds the i-th of prompt b."""
@@ -58,8 +58,7 @@ class Finished:
         return cls(zeros + WORSE, ids > 0, prompt_lengths, ids, ids, zeros, zeros, reasons)
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass
 class BeamState(DecodeState):
     """A `DecodeState` whose rows are the running beams, best first: beam i of prompt b in row `b * num_beams + i`.

@@ -18,7 +18,7 @@ Sources: Leviathan et al. 2023 (arXiv 2211.17192); for the shared noise Daliri, 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from jaxgen.generation.prompts.memory import assistant_slots
 from jaxgen.generation.prompts.prefill import Count, Prompts, prefill_prompts
 from jaxgen.generation.results.step_outputs import Found
 from jaxgen.models.protocol import DecodingModel
+from jaxgen.pytree import pytree
 
 NO_DRAFT = -1  # no token is -1, so it is never accepted
 
@@ -49,8 +50,7 @@ class Pair(NamedTuple):
     assistant: Any
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass
 class SpeculativeState(DecodeState):
     """A `DecodeState`, with what the assistant has processed and how well drafting went."""
