@@ -39,16 +39,19 @@ WORSE = -1.0e9
 @pytree
 @dataclasses.dataclass
 class Finished:
-    """The best sequences that have ended, best first: row `b * num_beams + i` holds the i-th of prompt b."""
+    """The best sequences that have ended, best first: row `b * num_beams + i` holds the i-th of prompt b.
 
-    scores: Float[Array, " R"]  # log-probability / new tokens ** length_penalty; WORSE where there is none yet
-    done: Bool[Array, " R"]  # there is one
-    lengths: Int[Array, " R"]  # its tokens, prompt included
-    parents: Int[Array, " R"]  # the row that held all of it but the last token
-    picked: Int[Array, " R"]  # that token
-    logprobs: Float[Array, " R"]  # of that token
-    model_logprobs: Float[Array, " R"]
-    reasons: Int[Array, " R"]  # why it ended (`stop`)
+    Or what ends now, [B, K].
+    """
+
+    scores: Float[Array, "*R"]  # log-probability / new tokens ** length_penalty; WORSE where there is none yet
+    done: Bool[Array, "*R"]  # there is one
+    lengths: Int[Array, "*R"]  # its tokens, prompt included
+    parents: Int[Array, "*R"]  # the row that held all of it but the last token
+    picked: Int[Array, "*R"]  # that token
+    logprobs: Float[Array, "*R"]  # of that token
+    model_logprobs: Float[Array, "*R"]
+    reasons: Int[Array, "*R"]  # why it ended (`stop`)
 
     @classmethod
     def none(cls, prompt_lengths: Int[Array, " R"]) -> "Finished":
