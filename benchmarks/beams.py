@@ -26,7 +26,7 @@ from flax import nnx
 from shapes import SHAPE_125M
 
 import jaxgen
-from jaxgen.generation.programs import compiled
+from jaxgen.generation.programs import stages
 from jaxgen.generation.searches import beam
 
 BEAMS = 4
@@ -51,7 +51,7 @@ def compare(path: Path, batch: int, prompt: int, new_tokens: int, repeats: int) 
         with torch.inference_mode():
             return theirs.generate(tensor, attention_mask=mask, **options).numpy()
 
-    copying = compiled.Stage(compiled._run_decode, compiled._describe_decode, **compiled._DECODE)
+    copying = stages.Stage(stages._run_decode, stages._describe_decode, **stages._DECODE)
 
     def run_copied() -> np.ndarray:
         with mock.patch.object(compiled, "_decode", copying), mock.patch.object(beam, "reordered", copied):

@@ -39,9 +39,9 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
 from jaxgen.generation.options.config import resolve
-from jaxgen.generation.programs import compiled
+from jaxgen.generation.programs import stages
 from jaxgen.generation.programs.inputs import BatchLayout, static_options, traced_options
-from jaxgen.generation.programs.weights import Structure
+from jaxgen.generation.programs.structure import Structure
 from jaxgen.generation.prompts.prefill import Prompts
 from jaxgen.generation.searches.search import search_for
 from jaxgen.models.layers import QuantizedWeight
@@ -163,19 +163,19 @@ def lower(
     models = (search, structure, weights, None, None)
     arguments = (*models, prompts, key, traced, layout)
     begun = jax.eval_shape(
-        lambda w, p, k, c: compiled._run_prefill(search, structure, w, None, None, p, k, c, layout),
+        lambda w, p, k, c: stages._run_prefill(search, structure, w, None, None, p, k, c, layout),
         weights,
         *arguments[5:8],
     )
     if stage == "prefill":
-        chosen = compiled._strict_prefill_on_gpu if options.strict else compiled._prefill
+        chosen = stages._strict_prefill_on_gpu if options.strict else stages._prefill
     else:
         int4 = any(isinstance(weight, Weight) and weight.fuses for weight in weights)
-        chosen = compiled._kernels_int4_on_gpu if int4 else compiled._kernels_on_gpu
+        chosen = stages._kernels_int4_on_gpu if int4 else stages._kernels_on_gpu
         if options.xla and chosen.otherwise:
             chosen = chosen.otherwise
         chosen = chosen.otherwise if options.fallback and chosen.otherwise else chosen
-        strict = compiled._strict_decode_on_gpu if options.xla else compiled._strict_kernels_on_gpu
+        strict = stages._strict_decode_on_gpu if options.xla else stages._strict_kernels_on_gpu
         chosen = strict if options.strict else chosen
         until = abstract(np.array(NEW, np.int32))
         arguments = (*models, abstract(begun), until, traced, layout.static)

@@ -12,9 +12,9 @@ from jaxgen import AutoModelForCausalLM, GenerationConfig, MistralConfig, Strict
 from jaxgen.generation.execute import Program, advance, prefill, program_for
 from jaxgen.generation.options.config import resolve
 from jaxgen.generation.prepare import Request, prepare
-from jaxgen.generation.programs import compiled
-from jaxgen.generation.programs.compiled import Stage
-from jaxgen.generation.programs.weights import split
+from jaxgen.generation.programs import stages
+from jaxgen.generation.programs.stages import Stage
+from jaxgen.generation.programs.structure import split
 from jaxgen.lowering import Target, tracing_for
 from jaxgen.models.layers import QuantizedWeight
 from jaxgen.quant.adapted import Adapted
@@ -64,7 +64,7 @@ def in_16_bits(report: Any) -> None:
 
 
 def _kernel_stages() -> list[Stage]:
-    return [compiled._kernels_on_gpu, compiled._kernels_int4_on_gpu, compiled._strict_kernels_on_gpu]
+    return [stages._kernels_on_gpu, stages._kernels_int4_on_gpu, stages._strict_kernels_on_gpu]
 
 
 def config(tiny: bool) -> MistralConfig:
@@ -95,7 +95,7 @@ def strict(report: Any, tiny: bool, model: Any, kind: str) -> None:
         return {
             "alone": bool((alone.logprobs[0] == wanted).all()),
             "moved": bool((moved.logprobs[0] == wanted).all()),
-            "refused": compiled._strict_kernels_on_gpu._refused,
+            "refused": stages._strict_kernels_on_gpu._refused,
         }
 
     report.attempt("promises", {"what": f"strict, {kind}: to the last bit"}, 5, run)
@@ -174,8 +174,8 @@ def as_one_graph(program: Program) -> Program:
     target = Target(gpu_decode=True, kernels=jax.default_backend() == "gpu")
     options = {**program.decode.compiler_options, **ONE_GRAPH}
     stage = Stage(
-        compiled._run_decode, compiled._describe_decode, compiled_for=target, compiler_options=options,
-        **compiled._DECODE,
+        stages._run_decode, stages._describe_decode, compiled_for=target, compiler_options=options,
+        **stages._DECODE,
     )  # fmt: skip
     return program._replace(decode=stage)
 

@@ -17,7 +17,7 @@ import numpy as np
 from quality import demo_ids
 
 import jaxgen
-from jaxgen.generation.programs.weights import split
+from jaxgen.generation.programs.structure import split
 from jaxgen.text.tokenizer import load_tokenizer
 
 

@@ -85,7 +85,7 @@ def inputs(batch: int, vocab: int) -> tuple[jax.Array, Rows]:
         tokens=jnp.asarray(rng.integers(0, vocab, (batch, TOKENS)), jnp.int32),
         lengths=lengths,
         prompt_lengths=lengths - 16,
-        limits=lengths + 8,
+        max_lengths=lengths + 8,
         prompts=jnp.arange(batch, dtype=jnp.int32),
         running=jnp.ones(batch, bool),
     )

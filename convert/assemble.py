@@ -71,7 +71,7 @@ class Assembler:
 
     def _stored(self, part: Part) -> Weight:
         assert self.stored_as is not None
-        return self.stored_as.read(part)
+        return self.stored_as.weight(part)
 
     def _quantized(self, part: Part) -> Weight:
         if self._stays(part):

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jaxgen.errors import JaxgenError, UnsupportedError
-from jaxgen.generation.programs.weights import split
+from jaxgen.generation.programs.structure import split
 from jaxgen.models.tensors import Part, parameter_parts
 from jaxgen.paths import as_path
 from jaxgen.quant import Weight

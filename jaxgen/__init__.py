@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from jaxgen.generation.processors.constraint import AllowedTokens as AllowedTokens
     from jaxgen.generation.processors.watermark import WatermarkDetector as WatermarkDetector
     from jaxgen.generation.processors.watermark import WatermarkingConfig as WatermarkingConfig
-    from jaxgen.generation.programs.compiled import enable_compile_cache as enable_compile_cache
+    from jaxgen.generation.programs.stages import enable_compile_cache as enable_compile_cache
     from jaxgen.generation.programs.strict import Strict as Strict
     from jaxgen.generation.prompts.past_key_values import PastKeyValues as PastKeyValues
     from jaxgen.generation.results.output import GenerateOutput as GenerateOutput
@@ -122,7 +122,7 @@ _HOME = {
     "UnsupportedError": "jaxgen.errors",
     "WatermarkDetector": "jaxgen.generation.processors.watermark",
     "WatermarkingConfig": "jaxgen.generation.processors.watermark",
-    "enable_compile_cache": "jaxgen.generation.programs.compiled",
+    "enable_compile_cache": "jaxgen.generation.programs.stages",
     "generate": "jaxgen.generation.generate",
     "pipeline": "jaxgen.text.pipeline",
     "replay": "jaxgen.records.replay",

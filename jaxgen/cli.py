@@ -147,7 +147,7 @@ def _keep_compiled(options: argparse.Namespace) -> None:
     if options.no_compile_cache:
         jax.config.update("jax_enable_compilation_cache", False)
     elif "JAX_COMPILATION_CACHE_DIR" not in os.environ and not chosen:
-        from jaxgen.generation.programs.compiled import enable_compile_cache
+        from jaxgen.generation.programs.stages import enable_compile_cache
 
         try:
             enable_compile_cache()

@@ -118,7 +118,7 @@ def run(chain: tuple[Partial, ...], logits: jax.Array, rows: Rows) -> jax.Array:
 def rows_of(
     histories: Sequence[Sequence[int]],
     new_tokens: Sequence[int] | None = None,
-    limits: Sequence[int] | None = None,
+    max_lengths: Sequence[int] | None = None,
     slots: int = 8,
     garbage: int = 0,
 ) -> Rows:
@@ -131,7 +131,7 @@ def rows_of(
         tokens=jnp.asarray(tokens),
         lengths=jnp.asarray(lengths),
         prompt_lengths=jnp.asarray(lengths - np.array(new_tokens or [0] * len(histories), np.int32)),
-        limits=jnp.asarray(np.array(limits or [100] * len(histories), np.int32)),
+        max_lengths=jnp.asarray(np.array(max_lengths or [100] * len(histories), np.int32)),
         prompts=jnp.arange(len(histories), dtype=jnp.int32),
         running=jnp.ones(len(histories), bool),
     )

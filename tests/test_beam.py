@@ -104,7 +104,7 @@ def search(
     read = Prompts(
         tokens=tokens,
         lengths=lengths,
-        limits=lengths + np.int32(config.max_new_tokens or 0),
+        max_lengths=lengths + np.int32(config.max_new_tokens or 0),
         row_ids=row_id_words(row_ids, len(prompts)),
         idle=np.zeros(len(prompts), bool),
     )

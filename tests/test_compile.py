@@ -12,7 +12,7 @@ from flax import nnx
 
 import jaxgen
 from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
-from jaxgen.generation.programs.compiled import enable_compile_cache
+from jaxgen.generation.programs.stages import enable_compile_cache
 from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, bucket
 from tests.helpers import counted
 
@@ -146,12 +146,12 @@ def test_weights_are_arguments_and_the_cache_is_donated(model):
     from jaxgen.generation.execute import prefill, program_for
     from jaxgen.generation.options.config import resolve
     from jaxgen.generation.prepare import prepare
-    from jaxgen.generation.programs import compiled
+    from jaxgen.generation.programs import stages
 
     request = prepare(model, prompt(9), None, resolve({"max_new_tokens": 20}, None, model.generation_config))
     program = program_for(model, request)
     state, weights = prefill(program, request), program.models[2]
-    lowered = compiled._decode._jitted.lower(
+    lowered = stages._decode._jitted.lower(
         *program.models, state, np.int32(20), request.traced, request.layout.static
     )
     executable = lowered.compile()
@@ -167,7 +167,7 @@ def test_weights_are_arguments_and_the_cache_is_donated(model):
 
 def test_a_changed_module_is_noticed(model):
     """The structure of a module is remembered between calls, but not past a change of it."""
-    from jaxgen.generation.programs.weights import split
+    from jaxgen.generation.programs.structure import split
 
     structure = split(model)[0]
     assert split(model)[0] is structure
@@ -188,7 +188,7 @@ def test_a_changed_module_is_noticed(model):
 
 
 def test_a_change_deep_inside_is_noticed(model):
-    from jaxgen.generation.programs.weights import split
+    from jaxgen.generation.programs.structure import split
 
     layer = model.model.layers[0]
     before = layer.input_layernorm

@@ -19,7 +19,7 @@ import jaxgen
 from jaxgen import AutoModelForCausalLM, CheckpointError, Int4Config, JaxgenError, UnsupportedError, demo
 from jaxgen.convert import convert_checkpoint
 from jaxgen.convert.inspect import describe
-from jaxgen.generation.programs.compiled import Stage
+from jaxgen.generation.programs.stages import Stage
 from jaxgen.lowering import Target, target, tracing_for
 from jaxgen.models.layers import QuantizedWeight
 from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from jaxgen import MistralConfig, MistralForCausalLM
 from jaxgen.cache import Int8Slots, LayerCache, held_positions, to_int8
-from jaxgen.generation.programs.compiled import Stage
+from jaxgen.generation.programs.stages import Stage
 from jaxgen.kernels import backend, dense_row, dense_rows, int4_row, int4_rows, step, tiles
 from jaxgen.kernels.add_norm import add_norm
 from jaxgen.kernels.attend import attend, splits_for, takes

@@ -130,7 +130,7 @@ def test_forced_bos_by_hand():
 
 def test_forced_eos_by_hand():
     # The first row has room for one more token, the second for two.
-    rows = rows_of([[0, 0], [0, 0]], limits=[3, 4])
+    rows = rows_of([[0, 0], [0, 0]], max_lengths=[3, 4])
     result = processed({"forced_eos_token_id": [1, 2]}, [[1, 1, 1, 1]] * 2, rows)
     assert result == [[-INF, 0, 0, -INF], [1, 1, 1, 1]]
 

@@ -374,7 +374,7 @@ def toy_run(models: Any, rows: int, prompt: list[int], new: int, static: StaticO
     batch = Prompts(
         tokens=jnp.tile(jnp.array([prompt]), (rows, 1)),
         lengths=jnp.full(rows, length),
-        limits=jnp.full(rows, length + new),
+        max_lengths=jnp.full(rows, length + new),
         row_ids=jnp.asarray(row_id_words(None, rows)),
         idle=jnp.zeros(rows, bool),
     )

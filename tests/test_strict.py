@@ -6,7 +6,7 @@ import pytest
 
 import jaxgen
 from jaxgen import JaxgenError, Strict, UnsupportedError, demo
-from jaxgen.generation.programs import compiled
+from jaxgen.generation.programs import stages
 from jaxgen.text.tokenizer import load_tokenizer
 from tests.helpers import some_slow
 
@@ -53,9 +53,9 @@ def test_any_batch_to_the_last_bit(model, inputs, options):
 def test_one_executable_for_all(model, inputs):
     strict = Strict(rows=4, tokens=64, chunk=16)
     run(model, inputs, [0, 1, 2, 3], strict=strict)
-    traces = (compiled._prefill.traces, compiled._decode.traces)
+    traces = (stages._prefill.traces, stages._decode.traces)
     run(model, inputs, [2], strict=strict, max_new_tokens=40)
-    assert (compiled._prefill.traces, compiled._decode.traces) == traces
+    assert (stages._prefill.traces, stages._decode.traces) == traces
 
 
 def test_what_does_not_fit(model, inputs):

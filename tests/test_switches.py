@@ -115,7 +115,7 @@ def test_what_is_computed_does_not_depend_on_them(name: str, model: MistralForCa
 def test_loading_does_not_depend_on_them(switch: str):
     def weights() -> list[np.ndarray]:
         loaded = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), load_in_4bit=True)
-        from jaxgen.generation.programs.weights import split
+        from jaxgen.generation.programs.structure import split
 
         return leaves(split(loaded)[1])
 

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from jaxgen import AutoModelForCausalLM, JaxgenError, UnsupportedError, demo
-from jaxgen.generation.programs import compiled
-from jaxgen.generation.programs.weights import split
+from jaxgen.generation.programs import stages
+from jaxgen.generation.programs.structure import split
 from jaxgen.quant import Int4, Lookup4, Quantization, Weight, as_weight, quantize
 from jaxgen.quant.adapted import Adapted
 from jaxgen.records.provenance import facts_of
@@ -176,7 +176,7 @@ def test_xla_s_options_go_with_the_weight():
             return [SimpleNamespace(platform="gpu")]
 
     def options(weight: Any) -> dict[str, Any]:
-        return compiled.stages_for(SimpleNamespace(), [OnGpu(), weight])[1]._options
+        return stages.stages_for(SimpleNamespace(), [OnGpu(), weight])[1]._options
 
-    fuses = {type(weight).__name__ for weight in of_every_kind() if options(weight) == compiled.FUSION_OPTIONS}
+    fuses = {type(weight).__name__ for weight in of_every_kind() if options(weight) == stages.FUSION_OPTIONS}
     assert fuses == {"Int4", "Adapted"}

@@ -30,7 +30,7 @@ class Format(Protocol):
         """
         ...
 
-    def read(self, part: Part) -> Weight:
+    def weight(self, part: Part) -> Weight:
         """The weight, in HF's order of rows, as numpy arrays; only for parts that `stored` describes.
 
         Scales keep the precision of the file. Raises `CheckpointError` for contents that the format does not allow.

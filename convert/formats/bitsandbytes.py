@@ -87,8 +87,8 @@ class BitsAndBytes:
             wanted[f"{part.name}.nested_quant_map"] = Wanted((256,), ("F32",))
         return wanted
 
-    def read(self, part: Part) -> Lookup4:
-        """As `Format.read`."""
+    def weight(self, part: Part) -> Lookup4:
+        """As `Format.weight`."""
         read, tensors = self._checkpoint.read, self._checkpoint.tensors
         state = next(self._state(name) for name in tensors if name.startswith(part.name + _STATE))
         packed = read(part.name).reshape(-1).view(np.uint8)

@@ -40,8 +40,8 @@ class Fp8:
         """As `Format.stored`: every weight is an ordinary tensor."""
         return None
 
-    def read(self, part: Part) -> Weight:
-        """As `Format.read`, of which there is nothing here."""
+    def weight(self, part: Part) -> Weight:
+        """As `Format.weight`, of which there is nothing here."""
         raise JaxgenError(f"{part.name!r} is no packed weight")
 
 

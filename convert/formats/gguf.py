@@ -186,8 +186,8 @@ class Gguf:
         info = self._checkpoint.tensors.get(part.name)
         return {part.name: Wanted(part.shape, (info.dtype,))} if info and info.dtype in FOUR_BITS else None
 
-    def read(self, part: Part) -> Int4:
-        """As `Format.read`."""
+    def weight(self, part: Part) -> Int4:
+        """As `Format.weight`."""
         return FOUR_BITS[self._checkpoint.kinds[part.name]](self._checkpoint.rows(part.name))
 
 

@@ -72,8 +72,8 @@ class Mlx:
         groups = Wanted((rows, width // group), tuple(DTYPES))
         return {part.name: Wanted((rows, width // 8), ("U32",)), f"{path}.scales": groups, f"{path}.biases": groups}
 
-    def read(self, part: Part) -> Int4:
-        """As `Format.read`."""
+    def weight(self, part: Part) -> Int4:
+        """As `Format.weight`."""
         path = part.name.removesuffix(".weight")
         scale, bias = self._checkpoint.read(f"{path}.scales"), self._checkpoint.read(f"{path}.biases")
         packed = from_words(self._checkpoint.read(part.name).view(np.int32))

@@ -75,7 +75,7 @@ class PackedModules(ABC):
             wanted["bias"] = Wanted((part.shape[0],))
         return {f"{module}.{suffix}": tensor for suffix, tensor in wanted.items()}
 
-    def read(self, part: Part) -> Int4:
+    def weight(self, part: Part) -> Int4:
         """The weight as the file has it: the same codes, scales of the same precision. Source: `formats.Format`."""
         module = part.name.removesuffix(".weight")
         scheme = self._scheme_of(module)

@@ -13,7 +13,7 @@ from jaxgen.errors import JaxgenError, NonFiniteLogitsError, UnsupportedError
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import OPTIONS
 from jaxgen.generation.processors.chain import chain_of
-from jaxgen.generation.programs.weights import split
+from jaxgen.generation.programs.structure import split
 from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, bucket, pad_to
 from jaxgen.generation.prompts.rows import Rows
 from jaxgen.lowering import own_rules

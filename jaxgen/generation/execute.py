@@ -17,8 +17,8 @@ from jaxgen.generation.choosing.stop import RUNNING, TIME, raise_if_broken
 from jaxgen.generation.loop import DecodeState
 from jaxgen.generation.prepare import Request
 from jaxgen.generation.processors.constraint import host_errors
-from jaxgen.generation.programs import compiled
-from jaxgen.generation.programs.weights import split
+from jaxgen.generation.programs.stages import stages_for
+from jaxgen.generation.programs.structure import split
 
 _MOST_BETWEEN_LOOKS = 64
 
@@ -44,7 +44,7 @@ def program_for(model: Any, request: Request) -> Program:
     assistant = request.extras.assistant_model
     drafter, drafter_weights = (None, None) if assistant is None else split(assistant)
     structure, weights = split(model)
-    on_prompts, in_loop = compiled.stages_for(model, weights, strict=request.strict is not None)
+    on_prompts, in_loop = stages_for(model, weights, strict=request.strict is not None)
     if request.extras.prefix_allowed_tokens_fn is not None:
         on_prompts, in_loop = _waiting(on_prompts), _waiting(in_loop)
     return Program(on_prompts, in_loop, (request.search, structure, weights, drafter, drafter_weights))

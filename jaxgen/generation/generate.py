@@ -35,7 +35,7 @@ from jaxgen.generation.options.typed import (
     WarmupOptions,
 )
 from jaxgen.generation.prepare import Request, prepare
-from jaxgen.generation.programs.weights import Untracked
+from jaxgen.generation.programs.structure import Untracked
 from jaxgen.generation.prompts.layout import generated
 from jaxgen.generation.results.output import GenerateOutput, collect
 from jaxgen.generation.results.score import TextScore, score, transition_scores

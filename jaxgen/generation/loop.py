@@ -37,7 +37,7 @@ class DecodeState:
     lengths: Int[Array, " R"]  # tokens the row holds; the position of the next one
     prompt_lengths: Int[Array, " R"]  # how many of them came with the prompt
     prompts: Int[Array, " R"]  # the index of that prompt in the call
-    limits: Int[Array, " R"]  # the length at which the row ends
+    max_lengths: Int[Array, " R"]  # the length at which the row ends
     status: Int[Array, " R"]  # RUNNING, or why it ended (`stop`)
     logprobs: Float[Array, "R S"]  # of the token in each slot, under the distribution it was drawn from
     model_logprobs: Float[Array, "R S"]  # the same under the model's own distribution, before any processor
@@ -55,7 +55,7 @@ class DecodeState:
     def rows(self, active: Bool[Array, " R"] | None = None) -> Rows:
         """What processors may know; `active`, if given, narrows down the running rows."""
         running = self.running if active is None else self.running & active
-        return Rows(self.tokens, self.lengths, self.prompt_lengths, self.limits, self.prompts, running)
+        return Rows(self.tokens, self.lengths, self.prompt_lengths, self.max_lengths, self.prompts, running)
 
 
 State = TypeVar("State", bound=DecodeState)  # of this search, or of one that builds on it
@@ -86,7 +86,7 @@ def begin(
         lengths=lengths,
         prompt_lengths=lengths,
         prompts=spread(jnp.arange(len(prompts.tokens))),
-        limits=spread(prompts.limits),
+        max_lengths=spread(prompts.max_lengths),
         status=jnp.where(idle, jnp.int8(IDLE), jnp.int8(RUNNING)),
         logprobs=jnp.zeros((rows, layout.total), jnp.float32),
         model_logprobs=jnp.zeros((rows, layout.total), jnp.float32),
@@ -163,7 +163,7 @@ def append_token(
             is_eos=(chosen[:, None] == traced.eos_ids).any(axis=1),
             hits_stop_string=hits,
             meets_criterion=meets_any(traced.criteria, tokens, lengths, scores),
-            reaches_limit=lengths >= state.limits,
+            reaches_limit=lengths >= state.max_lengths,
         )
         status = jnp.where(runs, status, jnp.where(rows.running, jnp.int8(BROKEN), state.status))
         return dataclasses.replace(

@@ -123,7 +123,7 @@ def in_bucket(given: Given, sizes: Sizes) -> Prompts:
     return Prompts(
         tokens=pad_to(given.tokens[:, : sizes.length], shape),
         lengths=pad_to(given.lengths, (rows,), fill=1),
-        limits=pad_to(sizes.limits, (rows,), fill=2),
+        max_lengths=pad_to(sizes.max_lengths, (rows,), fill=2),
         row_ids=pad_to(given.row_ids, (rows, 2)),
         idle=np.arange(rows) >= len(given.ids),
         negative=negative

@@ -21,7 +21,7 @@ from jaxgen.errors import UnsupportedError
 from jaxgen.familiar import FamiliarMethods, answer
 from jaxgen.generation.generate import GenerationMixin
 from jaxgen.generation.options.config import GenerationConfig
-from jaxgen.generation.programs.weights import split
+from jaxgen.generation.programs.structure import split
 from jaxgen.lowering import device_runs_kernels, own_rules, target
 from jaxgen.models.config import DecoderConfig
 from jaxgen.models.decoder import Decoder, rotations

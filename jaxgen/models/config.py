@@ -265,7 +265,7 @@ class DecoderConfig:
         }
         context, base = (known_default(cls, name) for name in ("max_position_embeddings", "rope_theta"))
         context = fields.get("max_position_embeddings", context)
-        kept["rope_theta"], scaling, *(unfit, problems) = rope.read(fields, cls.rope_types, context, base)
+        kept["rope_theta"], scaling, *(unfit, problems) = rope.parse(fields, cls.rope_types, context, base)
         refused += unfit
         if "rope_scaling" in known:
             kept["rope_scaling"] = scaling
@@ -352,7 +352,7 @@ class DecoderConfig:
 
     def _scaling(self, given: Mapping[str, Any]) -> Any:
         fields, context = {"rope_scaling": given, "rope_theta": self.rope_theta}, self.max_position_embeddings
-        _, scaling, refused, problems = rope.read(fields, self.rope_types, context, self.rope_theta)
+        _, scaling, refused, problems = rope.parse(fields, self.rope_types, context, self.rope_theta)
         if refused or problems:
             raise JaxgenError(f"{type(self).__name__}: {listed([*refused, *problems])}")
         return scaling

@@ -176,7 +176,7 @@ def to_hf(scaling: Any) -> dict[str, Any]:
     return {"rope_type": name_of(scaling), **said}
 
 
-def read(
+def parse(
     fields: Mapping[str, Any], types: tuple[str, ...], context: Any, base: float
 ) -> tuple[Any, Any, list[str], list[str]]:
     """Base, scaling, what is refused and what is wrong, of a config.json in transformers' old or new spelling.

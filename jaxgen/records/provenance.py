@@ -17,8 +17,8 @@ from flax import nnx
 import jaxgen
 from jaxgen.errors import JaxgenError
 from jaxgen.files import JsonObject, read_bytes, read_json
-from jaxgen.generation.programs import compiled
-from jaxgen.generation.programs.weights import references, same_arrays, split
+from jaxgen.generation.programs.stages import stages_for
+from jaxgen.generation.programs.structure import references, same_arrays, split
 from jaxgen.quant.weight import as_weight
 
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "safetensors", "numpy")
@@ -80,7 +80,7 @@ def environment(model: Any) -> JsonObject:
 
 def compiler_options(model: Any, strict: bool) -> JsonObject:
     """XLA's options of the decode executable, as far as jaxgen chooses them."""
-    return dict(compiled.stages_for(model, split(model)[1], strict)[1].compiler_options)
+    return dict(stages_for(model, split(model)[1], strict)[1].compiler_options)
 
 
 def parameters_sha256(model: Any) -> str:

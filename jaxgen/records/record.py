@@ -182,7 +182,7 @@ def _config(request: Request, rows: int) -> JsonObject:
     """The fields that were in effect, as JSON has them; how the result is returned decides no token."""
     config = request.config
     fields = {k: v for k, v in config.to_hf().items() if not k.startswith("output_") and k != "return_dict_in_generate"}
-    room = (request.prompts.limits - request.prompts.lengths)[:rows]
+    room = (request.prompts.max_lengths - request.prompts.lengths)[:rows]
     if config.max_new_tokens is None and config.max_length is None and (room == DEFAULT_NEW_TOKENS).all():
         fields["max_new_tokens"] = DEFAULT_NEW_TOKENS  # unless some row's context ends before
     return json.loads(json.dumps(fields))

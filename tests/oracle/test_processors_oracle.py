@@ -84,7 +84,7 @@ def hf(options: dict[str, Any], logits: np.ndarray, rows: Rows, histories: list[
         config.update(**transformers.GenerationConfig._get_default_generation_params(), defaults_only=True)
         if "top_k" not in options:
             config.top_k = 0
-        config.max_length = int(rows.limits[row])
+        config.max_length = int(rows.max_lengths[row])
         eos = options.get("eos_token_id")
         config._eos_token_tensor = None if eos is None else torch.tensor(np.atleast_1d(eos))
         ids = torch.tensor([history])

@@ -76,7 +76,7 @@ def test_an_assistant_drafts_as_in_transformers(theirs, ours, confidence, penalt
         prefix = torch.tensor(np.asarray(state.tokens)[row : row + 1, : lengths[row]]).long()
         config = copy.deepcopy(theirs[0].generation_config)
         config.update(eos_token_id=None, repetition_penalty=penalty, min_length=0)
-        config.max_length = int(np.asarray(state.limits)[row])
+        config.max_length = int(np.asarray(state.max_lengths)[row])
         generator = AssistedCandidateGenerator(
             input_ids=prefix, assistant_model=small, generation_config=config,
             model_kwargs={"attention_mask": torch.ones_like(prefix)},

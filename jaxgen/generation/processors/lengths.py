@@ -113,7 +113,7 @@ class ForcedEos(_OfTokens):
     """Allow nothing but `ids` for the last token of the row. Source: transformers `ForcedEOSTokenLogitsProcessor`."""
 
     def __call__(self, logits: Logits, rows: Rows) -> Logits:
-        return _force(logits, self.ids, rows.lengths == rows.limits - 1)
+        return _force(logits, self.ids, rows.lengths == rows.max_lengths - 1)
 
 
 class ExponentialDecay(Processor):

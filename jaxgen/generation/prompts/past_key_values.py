@@ -11,7 +11,7 @@ from jaxtyping import Int
 from jaxgen.cache import Int8Slots, KVCache, of_layers
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.programs.inputs import BatchLayout
-from jaxgen.generation.programs.weights import split
+from jaxgen.generation.programs.structure import split
 from jaxgen.generation.prompts.layout import bucket, pad_to
 from jaxgen.generation.prompts.prefill import Past, Prompts
 

@@ -41,7 +41,7 @@ class Prompts:
 
     tokens: Int[Array | np.ndarray, "B T"]
     lengths: Int[Array | np.ndarray, " B"]  # real tokens per row, at least 1
-    limits: Int[Array | np.ndarray, " B"]  # the length at which a row ends
+    max_lengths: Int[Array | np.ndarray, " B"]  # the length at which a row ends
     row_ids: UInt32[Array | np.ndarray, "B 2"]  # two words per row, see `sample.row_id_words`
     idle: Bool[Array | np.ndarray, " B"]  # nobody asked for this row
     negative: Negative | None = None

@@ -26,18 +26,18 @@ def row_limits(config: GenerationConfig, lengths: Int[np.ndarray, " B"], context
     if longest >= context:
         raise JaxgenError(f"the prompt has {longest} tokens; the model's context of {context} leaves no room for more")
     if config.max_new_tokens is not None:
-        asked, limits = f"max_new_tokens={config.max_new_tokens}", lengths.astype(np.int64) + config.max_new_tokens
+        asked, max_lengths = f"max_new_tokens={config.max_new_tokens}", lengths.astype(np.int64) + config.max_new_tokens
     elif config.max_length is not None:
-        asked, limits = f"max_length={config.max_length}", np.full(lengths.shape, config.max_length, np.int64)
+        asked, max_lengths = f"max_length={config.max_length}", np.full(lengths.shape, config.max_length, np.int64)
         if longest >= config.max_length:
             raise JaxgenError(
                 f"{asked} leaves nothing to generate after the {longest} tokens of row {row}; "
                 "set max_new_tokens instead"
             )
     else:
-        limits = np.minimum(lengths + DEFAULT_NEW_TOKENS, context)
-        asked = f"the default of {limits[row] - longest} new tokens"
-    if limits.max() > context:
+        max_lengths = np.minimum(lengths + DEFAULT_NEW_TOKENS, context)
+        asked = f"the default of {max_lengths[row] - longest} new tokens"
+    if max_lengths.max() > context:
         raise JaxgenError(
             f"a prompt of {longest} tokens and {asked} exceed the model's context of {context} tokens; "
             f"at most {context - longest} new tokens fit"
@@ -47,10 +47,10 @@ def row_limits(config: GenerationConfig, lengths: Int[np.ndarray, " B"], context
     least = (
         wide + (config.min_new_tokens or 0) if name == "min_new_tokens" else np.full_like(wide, config.min_length or 0)
     )
-    if (least > limits).any():
-        row = int((least - limits).argmax())
+    if (least > max_lengths).any():
+        row = int((least - max_lengths).argmax())
         raise JaxgenError(
-            f"{name}={getattr(config, name)} asks more of row {row} than the {limits[row] - lengths[row]} tokens that "
+            f"{name}={getattr(config, name)} asks more of row {row} than the {max_lengths[row] - lengths[row]} tokens that "
             f"{asked} allows it"
         )
-    return limits.astype(np.int32)
+    return max_lengths.astype(np.int32)

@@ -15,7 +15,7 @@ class Rows:
     tokens: Int[Array, "R S"]  # the prompt, then the new tokens; from `lengths` on: anything
     lengths: Int[Array, " R"]  # tokens the row holds; the position of the next one
     prompt_lengths: Int[Array, " R"]  # how many of them came with the prompt
-    limits: Int[Array, " R"]  # the length at which the row ends: prompt and all the new tokens it may get
+    max_lengths: Int[Array, " R"]  # the length at which the row ends: prompt and all the new tokens it may get
     prompts: Int[Array, " R"]  # the index, in the call, of the prompt that the row continues
     running: Bool[Array, " R"]  # False: the row has ended, or only fills up a bucket; its result is not used
 

@@ -21,7 +21,7 @@ class Sizes(NamedTuple):
     length: int  # of the prompts
     total: int  # of a row, prompt and new tokens
     new_tokens: int  # the most that a row may get
-    limits: Int[Array | np.ndarray, " B"]  # the length at which each prompt's rows end
+    max_lengths: Int[Array | np.ndarray, " B"]  # the length at which each prompt's rows end
 
 
 def bucketed_sizes(
@@ -33,17 +33,17 @@ def bucketed_sizes(
     strict: Strict | None,
 ) -> Sizes:
     """Sizes rounded up, so that few of them are compiled; `longest` is the longest prompt, negative ones included."""
-    limits = row_limits(config, lengths, context)
+    max_lengths = row_limits(config, lengths, context)
     guided = config.is_guided  # a negative row may be longer than its row
-    budget = int((limits - lengths).max())
+    budget = int((max_lengths - lengths).max())
     if strict:
-        total = strict.fits(max(int(limits.max()), longest + budget if guided else 0))
-        return Sizes(strict.prompts(len(lengths), samples), total, total, budget, limits)
+        total = strict.fits(max(int(max_lengths.max()), longest + budget if guided else 0))
+        return Sizes(strict.prompts(len(lengths), samples), total, total, budget, max_lengths)
     length = bucket(longest, SMALLEST_PROMPT)
     # From the bucketed prompt, not the real one: the prompt's bucket then decides the total's.
-    total = max(int(limits.max()), length) if _by_length(config) and not guided else length + budget
+    total = max(int(max_lengths.max()), length) if _by_length(config) and not guided else length + budget
     total = bucket(max(total, config.max_cache_len or 0), SMALLEST_TOTAL)
-    return Sizes(bucket(len(lengths)), length, total, budget, limits)
+    return Sizes(bucket(len(lengths)), length, total, budget, max_lengths)
 
 
 def sizes_inside_jit(config: GenerationConfig, lengths: Int[Array, " B"], columns: int, context: int) -> Sizes:

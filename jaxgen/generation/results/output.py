@@ -11,7 +11,7 @@ from jaxgen.errors import JaxgenError
 from jaxgen.generation.choosing.stop import FINISH_REASON
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.prepare import Request
-from jaxgen.generation.programs.weights import references, same_arrays, split
+from jaxgen.generation.programs.structure import references, same_arrays, split
 from jaxgen.generation.prompts.past_key_values import PastKeyValues
 from jaxgen.generation.results.activations import with_activations
 

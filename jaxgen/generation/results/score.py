@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.errors import JaxgenError, NonFiniteLogitsError
 from jaxgen.generation.options.checks import integer
-from jaxgen.generation.programs.weights import split
+from jaxgen.generation.programs.structure import split
 from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, bucket, checked_prompt, pack, pad_to
 from jaxgen.lowering import own_rules
 

@@ -231,7 +231,7 @@ def propose(
         is_eos=(token[:, None] == traced.eos_ids).any(axis=1),
         hits_stop_string=hits,
         meets_criterion=meets,
-        reaches_limit=lengths >= state.limits[flat],
+        reaches_limit=lengths >= state.max_lengths[flat],
     )
     return Candidates(at(total), parents, picked, at(scores), at(log_probs), status.reshape(index.shape))
 
@@ -296,7 +296,7 @@ def _is_over(
     beams, penalty = static.num_beams, traced.length_penalty
     length = (rows.new_tokens + 1)[::beams]
     if static.early_stopping == "never":
-        longest = (rows.limits - rows.prompt_lengths)[::beams]
+        longest = (rows.max_lengths - rows.prompt_lengths)[::beams]
         length = jnp.where(penalty > 0, longest, length)
     possible = best / length.astype(jnp.float32) ** penalty
     done = finished.done.reshape(-1, beams)

@@ -262,7 +262,7 @@ def _assistant_cache(assistant: Any, prompts: Prompts, layout: BatchLayout) -> K
 
 def _room(state: SpeculativeState, static: StaticOptions) -> Int[Array, " R"]:
     """How many drafts a row has use for: the last token that it may get is drawn without one."""
-    return jnp.where(state.running, jnp.clip(state.limits - state.lengths - 1, 0, static.drafts), 0)
+    return jnp.where(state.running, jnp.clip(state.max_lengths - state.lengths - 1, 0, static.drafts), 0)
 
 
 def _ends(tokens: Int[Array, "R *T"], traced: TracedOptions) -> Bool[Array, "R *T"]:

@@ -188,7 +188,7 @@ _kernels_on_gpu, _kernels_int4_on_gpu, _strict_kernels_on_gpu = (
 def stages_for(model: object, weights: list[Any], strict: bool = False) -> tuple[Stage, Stage]:
     """Prefill and decode as they run fastest where these weights are, or so that their sums have one order.
 
-    `weights` are the model's, as `jaxgen.generation.programs.weights.split` lists them.
+    `weights` are the model's, as `jaxgen.generation.programs.structure.split` lists them.
     """
     kernels = getattr(model, "decodes_with_kernels", False)
     device = next(iter(jax.tree.leaves(weights)[0].devices()))
