@@ -151,9 +151,7 @@ def test_weights_are_arguments_and_the_cache_is_donated(model):
     request = prepare(model, prompt(9), None, resolve({"max_new_tokens": 20}, None, model.generation_config))
     program = program_for(model, request)
     state, weights = prefill(program, request), program.models[2]
-    lowered = stages._decode._jitted.lower(
-        *program.models, state, np.int32(20), request.traced, request.layout.static
-    )
+    lowered = stages._decode._jitted.lower(*program.models, state, np.int32(20), request.traced, request.layout.static)
     executable = lowered.compile()
     memory, compiled_text = executable.memory_analysis(), executable.as_text() or ""
     assert memory is not None

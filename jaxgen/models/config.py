@@ -9,23 +9,8 @@ from jaxgen.cache import Slots
 from jaxgen.errors import NO_REMOTE_CODE, JaxgenError, UnsupportedError, listed
 from jaxgen.files import read_json
 from jaxgen.models import rope
+from jaxgen.models.fields import CHECKS, FIXED, IGNORED, NULLABLE, SETTABLE, all_full, is_positive_number
 from jaxgen.paths import as_path
-
-# Fields with one value that jaxgen implements, unless a family has them; any other value would change the mathematics.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "is_decoder": (False, True),
-    "pretraining_tp": (1,),
-    "layer_types": (None,),
-    "auto_map": (None,),
-    "quantization_config": (None,),
-    "adapters": (None,),
-    "chunk_size_feed_forward": (0,),
-}
 
 # Where a layer has norms, and HF's names of them: before and after attention, before and after the feed-forward.
 NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
@@ -38,23 +23,6 @@ NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
         "post_feedforward_layernorm",
     ),
 }
-
-# Fields that say nothing about the mathematics of inference. The generation settings that transformers 4 kept
-# in config.json are here too: transformers 5 ignores them in favour of generation_config.json.
-_IGNORED = frozenset(
-    """
-    _name_or_path architectures attention_dropout cross_attention_hidden_size decoder_start_token_id dtype
-    finetuning_task id2label initializer_range label2id max_sequence_length name_or_path output_attentions
-    output_hidden_states prefix problem_type pruned_heads return_dict sep_token_id suppress_tokens
-    task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript
-    transformers_version unk_token_id use_bfloat16 use_cache _attn_implementation_autoset attn_implementation
-    _attn_implementation _flash_attn_2_enabled use_flash_attention_2 gradient_checkpointing model_max_length
-    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
-    repetition_penalty return_dict_in_generate temperature top_k top_p typical_p
-    """.split()
-)
 
 
 @no_type_check  # fields come from files; __post_init__ checks them, and says what is wrong
@@ -163,7 +131,7 @@ class DecoderConfig:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._checks() and name not in vars(self):  # while it is made; __post_init__ checks
             object.__setattr__(self, name, value)
-        elif name in _SETTABLE:
+        elif name in SETTABLE:
             object.__setattr__(self, name, self._checked(name, tuple(value) if isinstance(value, list) else value))
         elif name in self._checks():
             raise JaxgenError(
@@ -179,7 +147,7 @@ class DecoderConfig:
         cls.__hash__ = DecoderConfig.__hash__  # which a dataclass of its own would not inherit
 
     def __hash__(self) -> int:  # of what cannot change: jit compares static arguments by it
-        return hash(tuple(getattr(self, name) for name in self._checks() if name not in _SETTABLE))
+        return hash(tuple(getattr(self, name) for name in self._checks() if name not in SETTABLE))
 
     def _misfits(self) -> list[str]:
         """What is wrong with a family's own fields, each of which is right by itself."""
@@ -360,20 +328,20 @@ class DecoderConfig:
     @classmethod
     def _checks(cls) -> dict[str, tuple[Any, str]]:
         """Check and expectation of each field."""
-        known = {**_CHECKS, **cls.field_checks}
+        known = {**CHECKS, **cls.field_checks}
         return {field.name: known[field.name] for field in dataclasses.fields(cls)}
 
     @classmethod
     def _fixed(cls) -> dict[str, tuple[Any, ...]]:
-        return {**_FIXED, **cls.fixed_fields, "model_type": (cls.model_type,)}
+        return {**FIXED, **cls.fixed_fields, "model_type": (cls.model_type,)}
 
     @classmethod
     def _may_be_null(cls, name: str) -> bool:
-        return name in _NULLABLE or name in cls.nullable_fields
+        return name in NULLABLE or name in cls.nullable_fields
 
     @classmethod
     def _checked(cls, name: str, value: Any) -> Any:
-        is_right, wanted = _CHECKS[name]
+        is_right, wanted = CHECKS[name]
         if not is_right(value) and not (value is None and cls._may_be_null(name)):
             raise JaxgenError(f"{cls.__name__}: {name}={value!r:.60} must be {wanted}")
         return value
@@ -381,7 +349,7 @@ class DecoderConfig:
     @classmethod
     def _refusal(cls, name: str, value: Any) -> str | None:
         """Why a field of config.json is refused, whatever the others say."""
-        if name in cls._checks() or name in _IGNORED or name in cls.ignored_fields:
+        if name in cls._checks() or name in IGNORED or name in cls.ignored_fields:
             return None
         if name in rope.FIELDS or name.startswith("unsloth_"):
             return None
@@ -416,11 +384,6 @@ def config_of(
     return read_config(locate(name_or_path, files=("config.json",), revision=revision, **placed)), fields
 
 
-def all_full(layer_types: Any) -> bool:
-    """Whether layers are named, none of which has a window."""
-    return isinstance(layer_types, list | tuple) and all(kind == "full_attention" for kind in layer_types)
-
-
 def known_default(kind: type, name: str) -> Any:
     """The default of a dataclass's field."""
     return next(field.default for field in dataclasses.fields(kind) if field.name == name)
@@ -433,61 +396,3 @@ def read_config(source: "str | os.PathLike[str] | Mapping[str, Any]") -> dict[st
     path = as_path(source, "config", "a mapping, a config.json, or the directory that holds one")
     path = path / "config.json" if os.path.isdir(path) else path
     return read_json(path)
-
-
-def is_int(value: object, minimum: int) -> bool:
-    """From `minimum` to what int32 holds."""
-    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= _MOST
-
-
-def is_positive_int(value: object) -> bool:
-    """From 1 to what int32 holds."""
-    return is_int(value, 1)
-
-
-def is_positive_number(value: object) -> bool:
-    """Between the least and the largest number that float32 holds; one that passes becomes a float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and _LEAST_FLOAT <= value <= _MOST_FLOAT
-
-
-def _is_token_id(value: object) -> bool:
-    return is_int(value, -1)  # old configs write -1 for "none"
-
-
-# What int32 and float32 hold, in which the model is computed; the least is the least that is not rounded to nothing.
-_MOST, _LEAST_FLOAT, _MOST_FLOAT = 2**31 - 1, 1.1754944e-38, 3.4028235e38
-MOST_LAYERS = 10_000  # of which a pattern is spelled out
-POSITIVE_INT = is_positive_int, "a positive int below 2**31"
-POSITIVE_NUMBER = is_positive_number, "a positive number that float32 holds"
-TRUE_OR_FALSE = (lambda value: isinstance(value, bool)), "true or false"
-_CHECKS = {
-    **dict.fromkeys(
-        (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
-        ),
-        POSITIVE_INT,
-    ),
-    **dict.fromkeys(("rms_norm_eps", "rope_theta"), POSITIVE_NUMBER),
-    **dict.fromkeys(("bos_token_id", "pad_token_id"), (_is_token_id, "a token id, below 2**31")),
-    "eos_token_id": (
-        lambda value: all(map(_is_token_id, value if isinstance(value, tuple) else (value,))),
-        "a token id below 2**31, or several",
-    ),
-    **dict.fromkeys(
-        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache", "use_sliding_window"),
-        TRUE_OR_FALSE,
-    ),
-    "max_window_layers": (lambda value: is_int(value, 0), "an int from 0 on, below 2**31"),
-    "layer_types": (
-        lambda value: isinstance(value, tuple) and len(value) > 0 and all(kind in _LAYERS for kind in value),
-        "one of 'full_attention' and 'sliding_attention' for each layer",
-    ),
-    "rope_scaling": (
-        lambda value: value is None or isinstance(value, tuple(rope.SCALINGS.values())),
-        "a scaling of jaxgen.models.rope, or None",
-    ),
-}  # fmt: skip
-_LAYERS = ("full_attention", "sliding_attention")
-_NULLABLE = ("sliding_window", "layer_types", "head_dim", "bos_token_id", "eos_token_id", "pad_token_id")
-_SETTABLE = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxgen.models.config import POSITIVE_INT, POSITIVE_NUMBER
+from jaxgen.models.fields import POSITIVE_INT, POSITIVE_NUMBER
 
 
 class GemmaBlock:

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any, no_type_check
 
 from jaxgen.models.causal_lm import DecoderForCausalLM
-from jaxgen.models.config import POSITIVE_INT
+from jaxgen.models.fields import POSITIVE_INT
 from jaxgen.models.gemma import GemmaBlock
 from jaxgen.models.two_ropes import TwoRopesConfig, pattern
 

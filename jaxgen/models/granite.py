@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any, no_type_check
 
 from jaxgen.models.causal_lm import DecoderForCausalLM
-from jaxgen.models.config import POSITIVE_NUMBER, DecoderConfig
+from jaxgen.models.config import DecoderConfig
+from jaxgen.models.fields import POSITIVE_NUMBER
 from jaxgen.models.gguf import Gguf
 
 

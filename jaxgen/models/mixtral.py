@@ -4,8 +4,9 @@ import dataclasses
 from typing import no_type_check
 
 from jaxgen.models.causal_lm import DecoderForCausalLM
-from jaxgen.models.config import POSITIVE_INT, DecoderConfig
+from jaxgen.models.config import DecoderConfig
 from jaxgen.models.experts import Routing
+from jaxgen.models.fields import POSITIVE_INT
 
 
 @no_type_check  # as DecoderConfig

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any, no_type_check
 
-from jaxgen.models.config import DecoderConfig, all_full
+from jaxgen.models.config import DecoderConfig
+from jaxgen.models.fields import all_full
 
 
 @no_type_check  # as DecoderConfig

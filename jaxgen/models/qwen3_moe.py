@@ -7,8 +7,9 @@ from typing import Any, Self, no_type_check
 
 from jaxgen.errors import JaxgenError
 from jaxgen.models.causal_lm import DecoderForCausalLM
-from jaxgen.models.config import POSITIVE_INT, TRUE_OR_FALSE, DecoderConfig, is_int, read_config
+from jaxgen.models.config import DecoderConfig, read_config
 from jaxgen.models.experts import Routing
+from jaxgen.models.fields import POSITIVE_INT, TRUE_OR_FALSE, is_int
 
 _LAYERS = (
     lambda value: isinstance(value, tuple) and all(is_int(layer, 0) for layer in value),

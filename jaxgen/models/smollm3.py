@@ -5,7 +5,8 @@ from typing import Any, no_type_check
 
 from jaxgen.errors import JaxgenError
 from jaxgen.models.causal_lm import DecoderForCausalLM
-from jaxgen.models.config import MOST_LAYERS, POSITIVE_INT, DecoderConfig
+from jaxgen.models.config import DecoderConfig
+from jaxgen.models.fields import MOST_LAYERS, POSITIVE_INT
 from jaxgen.models.gguf import Gguf
 
 

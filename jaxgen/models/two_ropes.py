@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any, no_type_check
 
 from jaxgen.errors import JaxgenError, UnsupportedError
-from jaxgen.models.config import MOST_LAYERS, POSITIVE_NUMBER, DecoderConfig
+from jaxgen.models.config import DecoderConfig
+from jaxgen.models.fields import MOST_LAYERS, POSITIVE_NUMBER
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 

@@ -50,7 +50,7 @@ def row_limits(config: GenerationConfig, lengths: Int[np.ndarray, " B"], context
     if (least > max_lengths).any():
         row = int((least - max_lengths).argmax())
         raise JaxgenError(
-            f"{name}={getattr(config, name)} asks more of row {row} than the {max_lengths[row] - lengths[row]} tokens that "
-            f"{asked} allows it"
+            f"{name}={getattr(config, name)} asks more of row {row} than the {max_lengths[row] - lengths[row]} tokens "
+            f"that {asked} allows it"
         )
     return max_lengths.astype(np.int32)
