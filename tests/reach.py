@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# What runs in processes of its own, which tests start: nobody watches there. And a protocol, whose methods never run.
-ELSEWHERE = {"jaxgen.__main__", "jaxgen.convert.wheel", "jaxgen.models.protocol", "jaxgen.text.template_process"}
+# What runs in processes of its own, which tests start: nobody watches there.
+ELSEWHERE = {"jaxgen.__main__", "jaxgen.convert.wheel", "jaxgen.text.template_process"}
 
 reached: set[str] = set()  # modules, in this process
 
@@ -47,10 +47,12 @@ def modules() -> set[str]:
 
 
 def _checked_in(node: ast.AST) -> Iterator[ast.AST]:
-    """What is below a node, but for what is marked `@no_type_check`."""
+    """What is below a node, but for what is marked `@no_type_check`, and what is there for type checkers only."""
     for child in ast.iter_child_nodes(node):
-        decorators = getattr(child, "decorator_list", ())
-        if not any("no_type_check" in ast.unparse(decorator) for decorator in decorators):
+        said = [*getattr(child, "decorator_list", ()), *(child.bases if isinstance(child, ast.ClassDef) else ())]
+        said += [child.test] if isinstance(child, ast.If) else []
+        words = " ".join(map(ast.unparse, said))
+        if not any(word in words for word in ("no_type_check", "Protocol", "TYPE_CHECKING")):
             yield child
             yield from _checked_in(child)
 
