@@ -11,6 +11,7 @@ from typing import IO, Any, NamedTuple
 
 from jaxgen.errors import CheckpointError, UnsupportedError
 from jaxgen.files import open_regular
+from jaxgen.models.fields import MOST_LAYERS
 
 _KINDS = dict(enumerate(
     "F32 F16 Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S "
@@ -40,9 +41,10 @@ class GgufTensor(NamedTuple):
 
 
 class GgufArray(NamedTuple):
-    """An array of metadata, of which only the length is kept."""
+    """An array of metadata, of which only the length is kept; of one of true and false, as layers have it, all."""
 
     count: int
+    flags: tuple[bool, ...] = ()
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
@@ -149,6 +151,8 @@ class _Header:
         if code == _STRING:
             for _ in range(count):
                 self._skip(self._number("<Q"))
+        elif code == _BOOL and count <= MOST_LAYERS:
+            return GgufArray(count, tuple(self._value(_BOOL, name) for _ in range(count)))
         elif code in _SCALARS or code == _BOOL:
             self._skip(count * (1 if code == _BOOL else struct.calcsize(_SCALARS[code])))
         else:

@@ -28,7 +28,7 @@ def _row(kind: type[DecoderForCausalLM]) -> tuple[str, ...]:
         f"`{kind.__name__}`",
         f"`{config.model_type}`",
         "yes",
-        f"`{kind.gguf.architecture}`" if kind.gguf else "",
+        ", ".join(f"`{name}`" for name in kind.gguf.architectures) if kind.gguf else "",
         "yes; of experts, merged into floats only" if experts else "yes",
         windows if "sliding_window" in fields else "",
         "yes" if experts else "",

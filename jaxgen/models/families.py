@@ -86,11 +86,17 @@ def family(model_type: Any) -> "type[DecoderForCausalLM]":
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         known = " or ".join(f"{name!r} ({of})" for name, (_, of) in _FAMILIES.items())
         what = "is missing" if model_type is None else f"={model_type!r:.80} is not supported"
-        why = f": {_REFUSED[model_type]}" if isinstance(model_type, str) and model_type in _REFUSED else ""
+        why = f": {why}" if (why := known_refusal(model_type)) else ""
         space = "" if what[0] == "=" else " "
         raise UnsupportedError(f"config: model_type{space}{what}{why}; jaxgen implements {known}")
     module, name = _FAMILIES[model_type]
     return getattr(importlib.import_module(f"jaxgen.models.{module}"), name)
+
+
+def known_refusal(name: Any) -> str:
+    """What jaxgen lacks for a kind of model that people look for, by HF's name or llama.cpp's; or nothing."""
+    plain = str(name).replace("-", "").replace("_", "")
+    return next((why for known, why in _REFUSED.items() if known.replace("_", "") == plain), "")
 
 
 def families() -> "list[type[DecoderForCausalLM]]":

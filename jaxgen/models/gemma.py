@@ -1,5 +1,6 @@
 """What Gemma 2 and 3 have in common: their block."""
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxgen.models.fields import POSITIVE_INT, POSITIVE_NUMBER
@@ -47,3 +48,20 @@ class GemmaBlock:
         return self.attention_bias
 
     o_bias = qkv_bias
+
+
+def scaled_by(largest: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """`Gguf.derived` of a release whose largest model has so many layers: what its scores are multiplied by.
+
+    As llama.cpp has it in its code: the 27B models have the size that heads would have by the width, the others that
+    which they have.
+    """
+
+    def derived(fields: dict[str, Any]) -> dict[str, Any]:
+        width, heads = fields["hidden_size"], fields["num_attention_heads"]
+        if not (POSITIVE_INT[0](width) and POSITIVE_INT[0](heads)):
+            return fields  # of which the config says what is wrong
+        by_width = fields["num_hidden_layers"] == largest or fields["head_dim"] is None
+        return fields | {"query_pre_attn_scalar": width // heads if by_width else fields["head_dim"]}
+
+    return derived

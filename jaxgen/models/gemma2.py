@@ -5,7 +5,8 @@ from typing import Any, no_type_check
 
 from jaxgen.models.causal_lm import DecoderForCausalLM
 from jaxgen.models.config import DecoderConfig
-from jaxgen.models.gemma import GemmaBlock
+from jaxgen.models.gemma import GemmaBlock, scaled_by
+from jaxgen.models.gguf import Gguf
 from jaxgen.models.two_ropes import pattern
 
 
@@ -64,3 +65,15 @@ class Gemma2ForCausalLM(DecoderForCausalLM):
     """
 
     config_class = Gemma2Config
+    gguf = Gguf(
+        "gemma2",
+        rotates_neighbours=False,
+        fields={
+            "attention.sliding_window": "sliding_window",
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        defaults={"rope.freq_base": 10000.0},
+        windows_by_layer=True,
+        derived=scaled_by(largest=46),
+    )

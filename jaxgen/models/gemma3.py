@@ -8,7 +8,8 @@ from typing import Any, no_type_check
 
 from jaxgen.models.causal_lm import DecoderForCausalLM
 from jaxgen.models.fields import POSITIVE_INT
-from jaxgen.models.gemma import GemmaBlock
+from jaxgen.models.gemma import GemmaBlock, scaled_by
+from jaxgen.models.gguf import Gguf
 from jaxgen.models.two_ropes import TwoRopesConfig, pattern
 
 
@@ -70,3 +71,14 @@ class Gemma3ForCausalLM(DecoderForCausalLM):
     """
 
     config_class = Gemma3TextConfig
+    gguf = Gguf(
+        "gemma3",
+        rotates_neighbours=False,
+        fields={"attention.sliding_window": "sliding_window"},
+        optional={
+            "rope.freq_base_swa": "rope_local_base_freq",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        windows_by_layer=True,
+        derived=scaled_by(largest=62),
+    )

@@ -5,9 +5,11 @@ import os
 from collections.abc import Mapping
 from typing import Any, Self, no_type_check
 
+from jaxgen.errors import UnsupportedError
 from jaxgen.models import rope
 from jaxgen.models.causal_lm import DecoderForCausalLM
 from jaxgen.models.config import read_config
+from jaxgen.models.gguf import Gguf
 from jaxgen.models.mistral import MistralConfig
 
 _ROPE = rope.Yarn(
@@ -53,6 +55,17 @@ class Ministral3Config(MistralConfig):
         return super().from_hf(fields)
 
 
+def _with_steepness(fields: dict[str, Any]) -> dict[str, Any]:
+    """`Gguf.derived`: what the file says of queries is part of HF's scaling; the other `mscale` is always 1."""
+    scaling = fields.get("rope_scaling")
+    if scaling is None:
+        raise UnsupportedError("attention.temperature_scale is not supported without rope.scaling.type='yarn'")
+    moved = {"mscale_all_dim": fields.get("mscale_all_dim"), "llama_4_scaling_beta": fields["llama_4_scaling_beta"]}
+    if moved["mscale_all_dim"] is not None:
+        moved["mscale"] = 1.0
+    return {name: value for name, value in fields.items() if name not in moved} | {"rope_scaling": scaling | moved}
+
+
 class Ministral3ForCausalLM(DecoderForCausalLM):
     """A Ministral 3 language model with random weights; `AutoModelForCausalLM.from_pretrained` loads real ones.
 
@@ -65,3 +78,11 @@ class Ministral3ForCausalLM(DecoderForCausalLM):
     """
 
     config_class = Ministral3Config
+    gguf = Gguf(
+        "mistral3",
+        rotates_neighbours=True,
+        told_by="attention.temperature_scale",
+        fields={"attention.temperature_scale": "llama_4_scaling_beta"},
+        optional={"rope.scaling.yarn_log_multiplier": "mscale_all_dim"},
+        derived=_with_steepness,
+    )

@@ -47,5 +47,5 @@ class MistralForCausalLM(DecoderForCausalLM):
     """
 
     config_class = MistralConfig
-    # llama.cpp has no name of its own for Mistral: the file's name says it, as for transformers.
-    gguf = Gguf("llama", rotates_neighbours=True, named="mistral")
+    # llama.cpp has no name of its own for Mistral: the file's name says it, as for transformers. Small 3.1 has one.
+    gguf = Gguf("llama", rotates_neighbours=True, named="mistral", also="mistral3")

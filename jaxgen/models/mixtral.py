@@ -7,6 +7,7 @@ from jaxgen.models.causal_lm import DecoderForCausalLM
 from jaxgen.models.config import DecoderConfig
 from jaxgen.models.experts import Routing
 from jaxgen.models.fields import POSITIVE_INT
+from jaxgen.models.gguf import Gguf
 
 
 @no_type_check  # as DecoderConfig
@@ -62,3 +63,9 @@ class MixtralForCausalLM(DecoderForCausalLM):
     """
 
     config_class = MixtralConfig
+    gguf = Gguf(
+        "llama",
+        rotates_neighbours=True,
+        told_by="expert_count",
+        fields={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    )

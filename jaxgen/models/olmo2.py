@@ -5,6 +5,7 @@ from typing import Any, no_type_check
 
 from jaxgen.models.causal_lm import DecoderForCausalLM
 from jaxgen.models.config import DecoderConfig
+from jaxgen.models.gguf import Gguf
 
 
 class OlmoBlock:
@@ -68,3 +69,4 @@ class Olmo2ForCausalLM(DecoderForCausalLM):
     """
 
     config_class = Olmo2Config
+    gguf = Gguf("olmo2", rotates_neighbours=False)

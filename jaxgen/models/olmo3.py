@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, no_type_check
 
 from jaxgen.models.causal_lm import DecoderForCausalLM
+from jaxgen.models.gguf import Gguf
 from jaxgen.models.olmo2 import OlmoBlock
 from jaxgen.models.two_ropes import TwoRopesConfig
 
@@ -65,3 +66,11 @@ class Olmo3ForCausalLM(DecoderForCausalLM):
     """
 
     config_class = Olmo3Config
+    gguf = Gguf(
+        "olmo2",
+        rotates_neighbours=False,
+        told_by="attention.sliding_window",
+        optional={"rope.freq_base_swa": "rope_local_base_freq"},
+        windows_by_layer=True,
+        derived=lambda fields: {"rope_local_base_freq": fields["rope_theta"]} | fields,
+    )

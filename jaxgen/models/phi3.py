@@ -1,11 +1,15 @@
 """Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: projections stacked as one tensor, and a part of each head that is rotated."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, no_type_check
 
+from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.models.causal_lm import DecoderForCausalLM
 from jaxgen.models.config import DecoderConfig
+from jaxgen.models.fields import POSITIVE_INT
+from jaxgen.models.gguf import Gguf
 from jaxgen.models.rope import LongRope
 
 
@@ -87,6 +91,30 @@ class Phi3Config(DecoderConfig):
         return fields
 
 
+def _with_rotary(fields: dict[str, Any]) -> dict[str, Any]:
+    """`Gguf.derived`: the rotated share of heads, LongRoPE's factors, and a window of 0 for none."""
+    fields = dict(fields)
+    rotated, original, amplitude = (fields.pop(name, None) for name in ("rotary_size", "original", "amplitude"))
+    factors = {name: fields.pop(name) for name in ("short_factor", "long_factor") if name in fields}
+    if factors:
+        if original is None:
+            raise UnsupportedError("rope_factors are not supported without phi3.rope.scaling.original_context_length")
+        said = {"original_max_position_embeddings": original, "attention_factor": amplitude}
+        fields["rope_scaling"] = {"rope_type": "longrope", **factors, **said}
+    elif amplitude is not None:
+        raise UnsupportedError(f"phi3.rope.scaling.attn_factor={amplitude!r:.80} is not supported without rope_factors")
+    if fields.get("sliding_window") == 0:
+        fields["sliding_window"] = None
+    size, width, heads = fields["head_dim"], fields["hidden_size"], fields["num_attention_heads"]
+    if size is None and POSITIVE_INT[0](width) and POSITIVE_INT[0](heads):
+        size = width // heads
+    if not (POSITIVE_INT[0](rotated) and POSITIVE_INT[0](size) and rotated <= size):
+        raise JaxgenError(f"phi3.rope.dimension_count={rotated!r:.80} must be at most the size of heads, {size!r:.80}")
+    share = rotated / size  # of which the config takes the product with the size, rounded down
+    fields["partial_rotary_factor"] = share if int(size * share) == rotated else math.nextafter(share, math.inf)
+    return fields
+
+
 class Phi3ForCausalLM(DecoderForCausalLM):
     """A Phi-3 language model with random weights; `AutoModelForCausalLM.from_pretrained` loads real ones.
 
@@ -99,3 +127,11 @@ class Phi3ForCausalLM(DecoderForCausalLM):
     """
 
     config_class = Phi3Config
+    gguf = Gguf(
+        "phi3",
+        rotates_neighbours=False,
+        fields={"rope.dimension_count": "rotary_size"},
+        optional={"rope.scaling.original_context_length": "original", "rope.scaling.attn_factor": "amplitude"},
+        defaults={"rope.freq_base": 10000.0},
+        derived=_with_rotary,
+    )

@@ -10,6 +10,7 @@ from jaxgen.models.causal_lm import DecoderForCausalLM
 from jaxgen.models.config import DecoderConfig, read_config
 from jaxgen.models.experts import Routing
 from jaxgen.models.fields import POSITIVE_INT, TRUE_OR_FALSE, is_int
+from jaxgen.models.gguf import Gguf
 
 _LAYERS = (
     lambda value: isinstance(value, tuple) and all(is_int(layer, 0) for layer in value),
@@ -105,3 +106,13 @@ class Qwen3MoeForCausalLM(DecoderForCausalLM):
     """
 
     config_class = Qwen3MoeConfig
+    gguf = Gguf(
+        "qwen3moe",
+        rotates_neighbours=False,
+        fields={
+            "expert_count": "num_experts",
+            "expert_used_count": "num_experts_per_tok",
+            "expert_feed_forward_length": "moe_intermediate_size",
+        },
+        derived=lambda fields: fields | {"norm_topk_prob": True},
+    )

@@ -326,8 +326,8 @@ def test_gguf_of_more_bits_is_quantised_on_request(tmp_path, gguf):
     ("kind", "metadata", "named"),
     [
         ("Q5_0", {}, "'token_embd.weight' is of type Q5_0"),
-        ("Q4_0", {"arch": "gemma3"}, "general.architecture='gemma3'"),
-        ("Q4_0", {"llama.expert_count": 8}, "llama.expert_count=8"),
+        ("Q4_0", {"arch": "gemma4"}, "general.architecture='gemma4' is not supported: its layers have embeddings"),
+        ("Q4_0", {"llama.expert_shared_count": 8}, "llama.expert_shared_count=8"),
         ("Q4_0", {"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type='yarn'"),
         ("Q4_0", {"llama.rope.scaling.factor": 2.0}, "llama.rope.scaling.factor=2.0"),
         ("Q4_0", {"llama.logit_scale": 2.0}, "llama.logit_scale=2.0"),
