@@ -44,7 +44,7 @@ def read(place: Path) -> Model | None:
         tensors = {}
         for part in (part for parts in parameter_parts(config).values() for part in parts):
             if stored_as is not None and stored_as.stored(part) is not None:
-                weight = stored_as.read(part)
+                weight = stored_as.weight(part)
                 names = ("packed", "scale", "offset", "permutation", "table")
                 tensors[part.name] = [bits(getattr(weight, name, None)) for name in names]
             else:

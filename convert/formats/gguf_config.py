@@ -158,11 +158,12 @@ def _windows(kind: Any, own: Mapping[str, Any], fields: Mapping[str, Any]) -> di
             f"{_WINDOW}={window!r:.80} is not supported with {kind.config_class.architecture}: the file does not say "
             "which layers have it"
         )
-    named: Any = own.get(_PATTERN)
+    named = own.get(_PATTERN)
+    flags = named.flags if isinstance(named, GgufArray) else ()
+    if flags:
+        return {"sliding_window": window, "layer_types": tuple(SLIDING if flag else FULL for flag in flags)}
     layers = fields["num_hidden_layers"]
-    if isinstance(named, GgufArray) and named.flags:
-        return {"sliding_window": window, "layer_types": tuple(SLIDING if flag else FULL for flag in named.flags)}
-    if POSITIVE_INT[0](named) and POSITIVE_INT[0](layers):
+    if isinstance(named, int) and POSITIVE_INT[0](named) and POSITIVE_INT[0](layers):
         return {"sliding_window": window, "layer_types": pattern(named, layers)}
     if named is not None:
         raise CheckpointError("GGUF metadata", [f"{_PATTERN}={named!r:.80} names no layers"])

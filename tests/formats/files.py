@@ -38,7 +38,7 @@ def read(directory: Path, module: str) -> Int4:
     assert stored_as is not None
     part = Part(f"{module}.weight", shape, shape)
     assert stored_as.stored(part) is not None
-    int4 = stored_as.read(part)
+    int4 = stored_as.weight(part)
     assert isinstance(int4, Int4)
     return int4
 

@@ -70,7 +70,7 @@ def read_all(place: Path) -> dict[str, Any]:
     config, _, stored_as = open_checkpoint(place)
     assert stored_as is not None
     parts = [part for group in parameter_parts(config).values() for part in group]
-    return {part.name: stored_as.read(part) for part in parts if stored_as.stored(part) is not None}
+    return {part.name: stored_as.weight(part) for part in parts if stored_as.stored(part) is not None}
 
 
 # bitsandbytes

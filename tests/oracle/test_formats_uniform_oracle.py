@@ -61,7 +61,7 @@ def test_compressed_tensors_has_the_same_weights_and_logits(tmp_path, groups):
     for name in make_uniform.linears(expected):
         part = Part(name, tuple(expected[name].shape), tuple(expected[name].shape))
         assert stored_as.stored(part) is not None
-        np.testing.assert_array_equal(stored_as.read(part).dequantize(), expected[name].float().numpy())
+        np.testing.assert_array_equal(stored_as.weight(part).dequantize(), expected[name].float().numpy())
     np.testing.assert_allclose(ours(tmp_path)[0], make_uniform.logits(make_uniform.ODD, expected), atol=1e-4, rtol=0)
 
 
