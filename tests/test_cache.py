@@ -42,6 +42,7 @@ def empty(slots: int, window: int | None, int8: bool = False) -> LayerCache:
     return empty_layer_cache(ROWS, 2, slots, 4, jnp.dtype("float32"), int8, window)
 
 
+@pytest.mark.slow
 def test_each_layer_has_its_own_window_and_its_own_number_of_slots(model):
     """As the whole text at once: a full layer, a ring that turns, and a window with more slots than it needs."""
     windows = [None, 4, 4]
@@ -65,6 +66,7 @@ def test_caches_of_a_model_have_its_windows(model):
     assert written.window == 4
 
 
+@pytest.mark.slow
 def test_what_may_be_seen_is_worked_out_once_a_step(model, monkeypatch):
     """And not once a layer; twice, where layers are of two kinds."""
     asked = []

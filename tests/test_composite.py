@@ -62,6 +62,7 @@ def test_the_text_model_is_loaded_and_saved(tmp_path: Path, caplog, naming: str,
     assert same_bits(parameters(load(tmp_path / "saved")), parameters(model))
 
 
+@pytest.mark.slow
 def test_it_is_converted(tmp_path: Path):
     options = {"quantization_config": Int4Config(group_size=32)}
     ids = np.array([[5, 9, 7, 30]])

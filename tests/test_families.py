@@ -133,6 +133,7 @@ def rotated(weight: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
+@pytest.mark.slow
 def test_gguf_of_llama_3(tmp_path: Path):
     """With rows in llama.cpp's order, and scaled frequencies as the tensor that llama.cpp makes of them."""
     scaling = LLAMA3 | {"original_max_position_embeddings": 8192}
@@ -236,7 +237,7 @@ def test_gguf_of_others(name: str, architecture: str, rotate: bool, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama, as Llama 3.2", *SLOW_KINDS[:3:2]])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", some_slow([1, 3], lambda rows: rows == 3))
 def test_a_decode_step_of_kernels(name: str, rows: int):
     """In bfloat16, so as near as two orders of rounding are."""
     config = config_from_hf(CONFIGS[name] | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32})

@@ -20,6 +20,7 @@ from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
 from jaxgen.models.tensors import Part
 from jaxgen.quant import Int4, Lookup4
 from tests.formats.tables import BNB, MLX, bnb_tensors, is_linear, mlx_tensors, write_both
+from tests.helpers import some_slow
 
 FIXTURES = Path(__file__).parent / "formats"
 STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -210,7 +211,7 @@ def test_mlx_is_read_as_its_library_reads_it(dtype, group):
     assert reader.name == f"MLX 4-bit affine, group {group}"
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", some_slow([False, True], lambda tied: not tied))
 def test_an_mlx_checkpoint_has_embeddings_and_head_of_four_bits(tmp_path, tied):
     field = {"quantization": MLX, "quantization_config": MLX}
     both = write_both(tmp_path, field, mlx_tensors, lambda name: True, tie_word_embeddings=tied)

@@ -69,6 +69,7 @@ def test_a_layer_has_the_slots_that_it_needs(pair):
         assert memory.cache_bytes(one.config, 4, one.config.cache_slots(48)) == per_layer * count
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_the_whole_text_read_at_once(pair):
     """Far past the window, of ragged rows; and the window matters."""
     model = pair[0]

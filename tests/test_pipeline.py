@@ -43,6 +43,7 @@ def test_it_samples_by_default_and_a_seed_repeats_it(generator):
     assert len(fresh) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", some_slow([7, None], lambda seed: seed is None))
 def test_a_texts_result_does_not_depend_on_the_batch(generator, seed):
     options = {"temperature": 5.0, "max_new_tokens": 12, "num_return_sequences": 2}

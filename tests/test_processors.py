@@ -21,7 +21,7 @@ from jaxgen.generation.processors.chain import chain_of
 from jaxgen.generation.processors.constraint import AllowedTokens, host_errors
 from jaxgen.generation.processors.select import largest, ordered_keys
 from jaxgen.generation.processors.watermark import WatermarkDetector, WatermarkingConfig
-from tests.helpers import assert_same, floats, processed, rows_of, run, traces
+from tests.helpers import assert_same, floats, processed, rows_of, run, some_slow, traces
 from tests.reference import filters
 from tests.reference.filters import EOS
 from tests.reference.read import read
@@ -382,6 +382,7 @@ def by_sorting(row: np.ndarray, p: float, keep: int) -> np.ndarray:
     return np.where(gone[np.argsort(order)], -INF, row)
 
 
+@pytest.mark.slow
 def test_top_p_of_large_vocabularies_equals_a_stable_sort():
     # A nucleus of a few tokens, of about a thousand, and one of 2000 equals that ends among them; bfloat16 ties; and
     # 100 likely tokens above 2900 equals, which are neither all among the likeliest 256 nor all beyond.
@@ -486,7 +487,11 @@ def test_eta_cutoff_by_hand(cutoff: float, expected: list[int]):
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_k": 1}, {"top_p": 0.01}, {"min_p": 1.0}, {"typical_p": 0.01}, {"epsilon_cutoff": 0.9}]
+    "options",
+    some_slow(
+        [{"top_k": 1}, {"top_p": 0.01}, {"min_p": 1.0}, {"typical_p": 0.01}, {"epsilon_cutoff": 0.9}],
+        lambda options: "top_p" not in options,
+    ),
 )
 def test_beams_keep_one_more_than_there_are_ends(options: dict[str, float]):
     # Without equal logits, so that nothing else decides which ones stay.

@@ -84,6 +84,7 @@ def test_gptq_costs_the_output_less_than_rounding(group):
     assert error(ours) < 0.5 * error(quantize(weight, group))
 
 
+@pytest.mark.slow
 def test_gptq_with_inputs_that_say_nothing_is_rounding():
     weight = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
     plain = quantize(weight, 32)
@@ -93,6 +94,7 @@ def test_gptq_with_inputs_that_say_nothing_is_rounding():
         np.testing.assert_array_equal(ours.scale, plain.scale)
 
 
+@pytest.mark.slow
 def test_gptq_adds_damping_until_the_inputs_can_be_inverted():
     rng = np.random.default_rng(0)
     rotation = np.linalg.qr(rng.standard_normal((32, 32)))[0]
@@ -161,6 +163,7 @@ def test_gram_is_that_of_the_linear_layers_inputs(small):
     np.testing.assert_allclose(down @ gram @ down.T, added.T @ added, rtol=1e-3, atol=1e-1)
 
 
+@pytest.mark.slow
 def test_fused_weights_come_apart_as_hf_has_them_and_together_again(small):
     checkpoint, config = small
     layers = Layers(checkpoint, config)

@@ -346,6 +346,7 @@ def test_pipeline_has_one_too(model, tokenizer):
     assert generator("1, 2, 3", max_new_tokens=5, do_sample=False).record.generations[0]["config"]["do_sample"] is False
 
 
+@pytest.mark.slow
 def test_another_process_says_the_same(model, inputs, tmp_path):
     path = tmp_path / "record.json"
     model.generate(**inputs, do_sample=True, seed=9, return_dict_in_generate=True).record.save(path)

@@ -12,6 +12,7 @@ import pytest
 from jaxgen import GenerateOutput, JaxgenError, Strict, demo
 from jaxgen.convert.load import AutoModelForCausalLM
 from jaxgen.text.tokenizer import load_tokenizer
+from tests.helpers import some_slow
 
 REPOSITORY = Path(__file__).parent.parent
 TEXTS = ["I am a cat.", "Portugal is", "A list of colors: red", "A, B, C", "1, 2, 3, 4, 5", "Helicopters"]
@@ -59,7 +60,7 @@ def together(model, prompts):
 class TestManySeeds:
     """Vectorised experiments: one prompt, 1,000 seeds, in few batches; seed 417 alone gives the same text."""
 
-    @pytest.mark.parametrize("seed", [417, 0, 1, 2, 3, 999])
+    @pytest.mark.parametrize("seed", some_slow([417, 0, 1, 2, 3, 999], lambda seed: seed != 417))
     def test_a_seed_alone_gives_the_same(self, model, prompts, together, seed):
         tokens, logprobs = new(model.generate(prompts[:1], seed=seed, **OPTIONS))
         np.testing.assert_array_equal(tokens[0], together[0][seed])
@@ -155,6 +156,7 @@ def test_cold_and_warm_compile_cache(model, spec, tmp_path):
         assert result["float32/sampled/base/logprobs"][0].tobytes() == logprobs.tobytes()
 
 
+@pytest.mark.slow
 def test_draws_from_given_logits(spec, tmp_path):
     """L0: given equal logits, equal tokens, however the draws are arranged."""
     result = job({**spec, "job": "draws", "draws": "all", "positions": 128}, tmp_path)

@@ -31,6 +31,7 @@ def test_a_prompt_may_be_read_in_chunks(name: str, size: int, reference_model):
         np.testing.assert_array_equal(new[:, ids.shape[1] :], read().tokens[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_slow(NAMES, lambda name: name != "window_8"))
 def test_a_call_goes_on_from_an_earlier_one(name: str, reference_model):
     """In four calls, each with the past of the one before: the tokens of one call."""
@@ -205,6 +206,7 @@ def test_a_ring_that_a_row_went_on_writing_to_after_its_end(reference_model):
 DRAFTERS = ["prompt_lookup_num_tokens", "assistant_model"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", some_slow(DRAFTERS, DRAFTERS[0].__eq__))
 def test_a_ring_with_rejected_drafts(drafter: str, reference_model):
     model = reference_model("window_8")

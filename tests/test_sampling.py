@@ -19,6 +19,7 @@ def keys_for(rows: int, seed: int = 0) -> jax.Array:
     return row_keys(random_key(None, seed)[0], jnp.asarray(row_id_words(None, rows)), 1)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_distribution():
     rows, steps = 500, 400
     keys = keys_for(rows)

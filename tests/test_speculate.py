@@ -123,6 +123,7 @@ class TestSameTokens:
         expected = output_of(model, ids, mask, **GREEDY | changed)
         assert_same(output_of(model, ids, mask, **GREEDY | changed, **drafting(drafter)), expected)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("drafter", some_slow(DRAFTERS, lambda drafter: drafter != "prompt_lookup"))
     @few
     @given(batches, numbers, st.integers(0, 2**32), st.floats(0.3, 3))
@@ -202,6 +203,7 @@ class TestSameTokens:
 
 
 class TestStates:
+    @pytest.mark.slow
     @pytest.mark.parametrize("drafter", DRAFTERS)
     @few
     @given(batches, st.lists(st.integers(1, 16), max_size=4))

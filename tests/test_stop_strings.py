@@ -87,6 +87,7 @@ def test_byte_fallback_by_hand(strings: str, tokens: list[str], expected: list[b
     assert decisions(stop, ids_of(byte_fallback(), *tokens), 0) == expected
 
 
+@pytest.mark.slow
 def test_rows_know_nothing_of_each_other_or_of_what_lies_behind_their_end():
     stop = StopStrings.of(byte_level(), ["stop", "aab"], VOCAB)
     rows = [([b"s", b"to"], b"p"), ([b"a", b"a", b"a"], b"b"), ([b"p"], b"p"), ([b"stop"], b"b")]

@@ -75,6 +75,7 @@ def test_what_does_not_fit(model, inputs):
     assert Strict.of(True) == Strict(8, 512, 64)
 
 
+@pytest.mark.slow
 def test_a_thousand_seeds_in_few_batches(model, inputs):
     """Seed 417 alone gives what it gives among the others."""
     ids = inputs["input_ids"][3:], inputs["attention_mask"][3:]

@@ -96,7 +96,7 @@ def leaves(result: Any) -> list[np.ndarray]:
     ]
 
 
-DEFAULT = ("greedy", "a text", "logits", "int4", "int4 in a jit")
+DEFAULT = ("greedy", "a text", "int4", "int4 in a jit")
 
 
 @pytest.mark.parametrize("name", some_slow(CALLS, lambda name: name not in DEFAULT))
@@ -126,6 +126,7 @@ def test_loading_does_not_depend_on_them(switch: str):
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_quantisers_and_readers_of_files_make_the_same_bytes_in_a_process_of_64_bits(tmp_path):
     expected = digests(tmp_path)
     command = [sys.executable, "-m", "tests.formats.digests"]

@@ -64,6 +64,7 @@ def floats(model: Any) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 def test_a_new_kind_of_weight_loads_multiplies_and_generates():
     """Rows join into the fused parameters, the embedding stays; tokens are those of the same numbers as floats."""
     model = AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32", quantization_config=Int8Config())

@@ -107,6 +107,7 @@ def test_it_works_or_says_what_to_write(line: str, said: dict[str, str]):
     assert re.search(SAYS[line], said[line]), said[line]
 
 
+@pytest.mark.slow
 def test_the_tutorial_as_a_script():
     done = run(HEAD + TUTORIAL)
     assert done.returncode == 0, done.stderr
