@@ -1,5 +1,6 @@
 """What type checkers are told of `generate`: the same options as the table has, with the types that are taken."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -15,7 +16,14 @@ from beartype.door import is_bearable
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import ARGUMENTS, OPTIONS
-from jaxgen.generation.options.typed import CallArguments, GenerateOptions, StreamArguments, WarmupOptions
+from jaxgen.generation.options.typed import (
+    CallArguments,
+    GenerateOptions,
+    PipelineArguments,
+    StreamArguments,
+    WarmupOptions,
+)
+from jaxgen.text.pipeline import Options
 
 TYPES = get_type_hints(GenerateOptions)
 TOWER = BeartypeConf(is_pep484_tower=True)
@@ -43,6 +51,7 @@ def test_every_option_has_a_type():
     [
         (CallArguments, {"return_dict_in_generate"}),
         (StreamArguments, {"tokenizer"}),
+        (PipelineArguments, {"tokenizer"}),
         (WarmupOptions, {"max_new_tokens"}),
     ],
 )
@@ -50,6 +59,10 @@ def test_every_function_has_every_option(taken: type, written_out: set[str]):
     own = get_type_hints(taken)
     assert not written_out & own.keys()  # or there would be two of one name
     assert TYPES.keys() <= own.keys() | written_out
+
+
+def test_a_pipeline_has_every_option_of_its_own():
+    assert {field.name for field in dataclasses.fields(Options)} <= get_type_hints(PipelineArguments).keys()
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -90,6 +103,10 @@ def right(model: jaxgen.LlamaForCausalLM, ids: np.ndarray, config: jaxgen.Genera
     list(model.stream("A text", chunk_size=2, max_new_tokens=5, skip_special_tokens=False))
     list(model.stream([[{"role": "user", "content": "A chat"}]], seed=0))
     model.warmup(1, 10, 20, do_sample=True)
+    generator = jaxgen.pipeline("text-generation", model=model)
+    generator("A text", max_new_tokens=5, return_full_text=False)[0]["generated_text"]
+    generator([[{"role": "user", "content": "A chat"}], "A text"], batch_size=2, seed=0).record
+    next(generator((text for text in ["A text"]), do_sample=False))[0]["generated_text"]
 
 def wrong(model: jaxgen.LlamaForCausalLM, ids: np.ndarray, config: jaxgen.GenerationConfig):
     model.generate(ids, max_new_token=5)  # no such option
@@ -116,6 +133,9 @@ def wrong(model: jaxgen.LlamaForCausalLM, ids: np.ndarray, config: jaxgen.Genera
     model.stream("A text", max_new_token=5)
     model.stream("A text", skip_special_tokens="no")
     model.warmup(1, 10, 20, do_samples=True)
+    jaxgen.pipeline(model=model)(5)
+    jaxgen.pipeline(model=model)("A text", max_new_token=5)
+    jaxgen.pipeline(model=model)("A text", return_full_text="no")
     options: GenerateOptions = {"max_new_tokens": "5"}
 """
 

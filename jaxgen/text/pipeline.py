@@ -3,9 +3,9 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from types import GeneratorType
-from typing import Any
+from typing import Any, Unpack, overload
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation.choosing.sample import random_key, row_id_words
 from jaxgen.generation.options.config import GenerationConfig, check_names
 from jaxgen.generation.options.table import Extras
+from jaxgen.generation.options.typed import PipelineArguments
 from jaxgen.records.record import Recording
 from jaxgen.text.inputs import Messages, checked_text, checked_texts, continues_final_message, encode, is_message
 from jaxgen.text.tokenizer import continuation, left_pad, tokenizer_for
@@ -167,7 +168,17 @@ class TextGenerationPipeline:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of a {type(self.model).__name__}>"
 
-    def __call__(self, text_inputs: Any, **options: Any) -> Any:
+    @overload
+    def __call__(
+        self, text_inputs: "Generator[str | Messages, Any, Any]", **options: Unpack[PipelineArguments]
+    ) -> Iterator[list[dict[str, Any]]]: ...
+
+    @overload
+    def __call__(
+        self, text_inputs: "str | Messages | Sequence[str | Messages]", **options: Unpack[PipelineArguments]
+    ) -> "Results": ...
+
+    def __call__(self, text_inputs: object, **options: object) -> "Results | Iterator[list[dict[str, Any]]]":
         """Continue a text, a chat (a list of messages with "role" and "content"), or a list of either.
 
         A text gives `[{"generated_text": text}]`, with one entry per `num_return_sequences`; a chat gives its

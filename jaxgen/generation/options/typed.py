@@ -190,5 +190,35 @@ class StreamArguments(SharedOptions, MaxNewTokens, ReturnDict, total=False):
     include_stop_str_in_output: bool
 
 
+class PipelineArguments(SharedOptions, MaxNewTokens, ReturnDict, total=False):
+    """What a `TextGenerationPipeline` takes by name: its own options, and those of `generate`."""
+
+    generation_config: ConfigSource | None
+    streamer: Streamer | None
+    chunk_size: int | None
+    key: RandomKey | None
+    seed: Integer | None  # one for all texts
+    row_ids: RowIds | None
+    batch_size: int | None
+
+    return_full_text: bool | None
+    return_tensors: bool | None
+    return_text: bool | None
+    return_type: object  # the name of transformers' `ReturnType`, or one of them
+    clean_up_tokenization_spaces: bool | None
+    skip_special_tokens: bool | None
+    prefix: str | None
+    handle_long_generation: Literal["hole"] | None
+    stop_sequence: str | Sequence[str] | None
+
+    truncation: bool | str | None
+    padding: bool | str | None
+    add_special_tokens: bool | None
+    continue_final_message: bool | None
+    tokenizer_encode_kwargs: Mapping[str, Any] | None
+    tools: Sequence[Any] | None
+    documents: Sequence[Mapping[str, Any]] | None
+
+
 class WarmupOptions(SharedOptions, Tokenizer, ReturnDict, total=False):
     """What `model.warmup` takes by name, besides sizes."""
