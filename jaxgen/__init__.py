@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from jaxgen.generation.programs.stages import enable_compile_cache as enable_compile_cache
     from jaxgen.generation.programs.strict import Strict as Strict
     from jaxgen.generation.prompts.past_key_values import PastKeyValues as PastKeyValues
+    from jaxgen.generation.results.logprobs import logprobs as logprobs
     from jaxgen.generation.results.output import GenerateOutput as GenerateOutput
+    from jaxgen.generation.results.score_tokens import TokenScores as TokenScores
+    from jaxgen.generation.results.score_tokens import score_tokens as score_tokens
     from jaxgen.models.families import AutoConfig as AutoConfig
     from jaxgen.models.gemma2 import Gemma2Config as Gemma2Config
     from jaxgen.models.gemma2 import Gemma2ForCausalLM as Gemma2ForCausalLM
@@ -119,13 +122,16 @@ _HOME = {
     "SmolLM3ForCausalLM": "jaxgen.models.smollm3",
     "StoppingCriteriaList": "jaxgen.generation.options.arguments",
     "Strict": "jaxgen.generation.programs.strict",
+    "TokenScores": "jaxgen.generation.results.score_tokens",
     "UnsupportedError": "jaxgen.errors",
     "WatermarkDetector": "jaxgen.generation.processors.watermark",
     "WatermarkingConfig": "jaxgen.generation.processors.watermark",
     "enable_compile_cache": "jaxgen.generation.programs.stages",
     "generate": "jaxgen.generation.generate",
+    "logprobs": "jaxgen.generation.results.logprobs",
     "pipeline": "jaxgen.text.pipeline",
     "replay": "jaxgen.records.replay",
+    "score_tokens": "jaxgen.generation.results.score_tokens",
     "set_seed": "jaxgen.generation.choosing.seed",
 }
 _MODULES = ("demo", "plot")

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxgen.cache import KVCache
 from jaxgen.generation.choosing.sample import draw, row_keys
 from jaxgen.generation.choosing.stop import BROKEN, IDLE, RUNNING, meets_any, raise_if_broken, status_after
+from jaxgen.generation.choosing.told import Told
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import Extras
 from jaxgen.generation.programs.inputs import BatchLayout, StaticOptions, TracedOptions
@@ -45,6 +46,7 @@ class DecodeState:
     cache: KVCache  # keys and values of tokens 0 .. lengths - 2; those of the newest token are not in it yet
     matched: Int[Array, " R"] | None  # how far each row is into a stop string
     negative_shift: Int[Array, " R"] | None  # with guidance: a negative row's length minus that of its row
+    given: Int[Array, "R S"] | None  # strict: the tokens that rows are to get, in their slots; -1 where they choose
     step_outputs: StepOutputs  # scores and logits, if asked for
 
     @property
@@ -94,6 +96,7 @@ def begin(
         cache=jax.tree.map(spread, cache),
         matched=None if stop_strings is None else stop_strings.start(tokens, lengths),
         negative_shift=None if prompts.negative is None else spread(prompts.negative.lengths) - lengths,
+        given=None if prompts.given is None else jnp.asarray(prompts.given),
         step_outputs=StepOutputs.empty(layout.static, rows, logits.shape[1]),
     )
     return state, spread(logits)
@@ -144,11 +147,14 @@ def append_token(
         scores = process(guided(logits, traced.guidance_scale), rows, traced)
         logits = logits[: len(state.lengths)]  # the rows' own
         chosen = draw(scores, state.row_keys, state.lengths) if static.do_sample else greedy(scores)
+        told = None if state.given is None else Told.at(state.given, state.lengths)
+        chosen = told.instead_of(chosen) if told else chosen
 
     with jax.named_scope("record"):
         logprobs, model_logprobs = log_prob(scores, chosen), log_prob(logits, chosen)
         # One NaN or +inf anywhere in a row, or nothing left to choose from, shows here.
-        finite = jnp.isfinite(logprobs) & (jnp.isfinite(model_logprobs) | static.allow_invalid)
+        finite = jnp.isfinite(logprobs) | (told.removed(logprobs) if told else False)
+        finite &= jnp.isfinite(model_logprobs) | static.allow_invalid
         runs = rows.running & finite
         slot, lengths = jnp.where(runs, state.lengths, state.tokens.shape[1]), state.lengths + runs
         if len(slot) == 1:  # or XLA:GPU would compute them again where they are used, and for that copy the state
@@ -165,6 +171,7 @@ def append_token(
             meets_criterion=meets_any(traced.criteria, tokens, lengths, scores),
             reaches_limit=lengths >= state.max_lengths,
         )
+        status = told.ended(status) if told else status
         status = jnp.where(runs, status, jnp.where(rows.running, jnp.int8(BROKEN), state.status))
         return dataclasses.replace(
             state,

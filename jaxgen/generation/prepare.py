@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int, UInt32
 
 from jaxgen.errors import JaxgenError, UnsupportedError, shown
 from jaxgen.generation.choosing.sample import FreshSeed, padded_key, random_key, row_id_words
+from jaxgen.generation.loop import PlainSearch
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import Extras
 from jaxgen.generation.options.unused import once
@@ -96,6 +97,9 @@ def prepare(
         check_memory(model, shape, layout, assistant, guided=given.negative is not None)
         given = given._replace(key=padded_key(given.key, sizes.rows))
     prompts = in_bucket(given, sizes)
+    if strict and search == PlainSearch():
+        # Also where every row chooses: what scores given tokens is then the very same program.
+        prompts = dataclasses.replace(prompts, given=np.full((sizes.rows * samples, layout.total), -1, np.int32))
     if extras.past_key_values is not None:
         prompts, layout = _continued(extras.past_key_values, prompts, layout, len(given.ids), model)
         check_memory(model, shape, layout, assistant, past=True)

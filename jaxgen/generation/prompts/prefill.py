@@ -46,6 +46,7 @@ class Prompts:
     idle: Bool[Array | np.ndarray, " B"]  # nobody asked for this row
     negative: Negative | None = None
     past: Past | None = None
+    given: Int[Array | np.ndarray, "R S"] | None = None  # as in `DecodeState`; R: with all samples
 
 
 def prefill_prompts(

@@ -71,6 +71,24 @@ class GenerateOutput:
         return self.past_key_values
 
     @property
+    def prompt_lengths(self) -> Int[np.ndarray, " R"]:
+        """The real tokens of each row's prompt: what `jaxgen.score_tokens` asks for."""
+        return self._prompt_mask().sum(axis=1, dtype=np.int32)
+
+    @property
+    def attention_mask(self) -> Int[np.ndarray, "R total"]:
+        """Which of `sequences` are real tokens: 1 in the prompts and up to each row's end, int32."""
+        width = self.sequences.shape[1] - self._prompt_mask().shape[1]
+        new = np.arange(width) < self.lengths[:, None]
+        return np.concatenate([self._prompt_mask(), new], axis=1).astype(np.int32)
+
+    def _prompt_mask(self) -> np.ndarray:
+        if self.origin is None:
+            raise JaxgenError("this output was not made by model.generate, and does not know its prompts")
+        mask = self.origin.request.attention_mask
+        return np.repeat(mask, len(self.sequences) // len(mask), axis=0)
+
+    @property
     def record(self) -> Any:
         """A `jaxgen.Record`: everything that determined these tokens, and the tokens.
 

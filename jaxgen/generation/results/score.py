@@ -4,18 +4,15 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Float, Int
 
 from jaxgen.errors import JaxgenError, NonFiniteLogitsError
 from jaxgen.generation.options.checks import integer
 from jaxgen.generation.programs.structure import split
 from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, bucket, checked_prompt, pack, pad_to
+from jaxgen.generation.results.logprobs import Drawn, packed_logprobs
 from jaxgen.lowering import own_rules
-
-# Logits are computed for this many columns at a time: B*BLOCK*V floats, and not B*T*V.
-_BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,36 +57,33 @@ def token_logprobs(model: Any, input_ids: Any, attention_mask: Any = None) -> Fl
     """
     ids, mask = checked_prompt(input_ids, attention_mask, model.config.vocab_size)
     tokens, lengths = pack(ids, mask)
-    rows, length = bucket(len(ids)), bucket(tokens.shape[1], SMALLEST_PROMPT)
-    packed = _packed_logprobs(
-        *split(model), pad_to(tokens, (rows, length)), np.arange(length) < pad_to(lengths, (rows,), fill=1)[:, None]
-    )
+    _, packed = scored(model, tokens, lengths, None)
     result = np.zeros(ids.shape, np.float32)
-    broken = np.argwhere(~np.isfinite(np.asarray(packed)[: len(ids)]))
+    broken = np.argwhere(~np.isfinite(packed))
     if len(broken):
         raise NonFiniteLogitsError(broken[:1, 0].tolist(), broken[:1, 1].tolist())
-    result[mask] = np.asarray(packed)[: len(ids)][np.arange(length) < lengths[:, None]]
+    result[mask] = packed[np.arange(tokens.shape[1]) < lengths[:, None]]
     return result
 
 
-def _logprobs(structure: Any, weights: Any, tokens: Int[Array, "B T"], real: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    model = structure.module(weights)
-    hidden, following = model.hidden(tokens, real), jnp.roll(tokens, -1, axis=1)
-    spare = -tokens.shape[1] % _BLOCK
-    hidden, following = jnp.pad(hidden, ((0, 0), (0, spare), (0, 0))), jnp.pad(following, ((0, 0), (0, spare)))
-
-    def block(start: Array) -> Float[Array, "B t"]:
-        logits = model.logits(jax.lax.dynamic_slice_in_dim(hidden, start, _BLOCK, axis=1))
-        chosen = jax.lax.dynamic_slice_in_dim(following, start, _BLOCK, axis=1)
-        picked = jnp.take_along_axis(logits, chosen[..., None], axis=2)[..., 0]
-        return picked - jax.nn.logsumexp(logits, axis=2)
-
-    blocks = jax.lax.map(block, jnp.arange(0, hidden.shape[1], _BLOCK))
-    logprobs = jnp.moveaxis(blocks, 0, 1).reshape(len(tokens), -1)[:, : tokens.shape[1]]
-    return jnp.where(real, jnp.roll(logprobs, 1, axis=1), 0).at[:, 0].set(0)
+def scored(
+    model: Any, tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"], drawn: Drawn | None
+) -> tuple[Float[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
+    """`packed_logprobs` of rows in a bucket, on the host."""
+    shape = bucket(len(tokens)), bucket(tokens.shape[1], SMALLEST_PROMPT)
+    if drawn is not None:
+        starts, ends = (pad_to(x, shape[:1], fill=1) for x in (drawn.prompt_lengths, drawn.max_lengths))
+        drawn = dataclasses.replace(drawn, prompt_lengths=starts, max_lengths=ends)
+    both = _scored(*split(model), pad_to(tokens, shape), pad_to(lengths, shape[:1], fill=1), drawn)
+    after, own = (np.asarray(table)[: len(tokens), : tokens.shape[1]] for table in both)
+    return after, own
 
 
-_packed_logprobs = jax.jit(_logprobs, static_argnums=0)
+def _run(structure: Any, weights: Any, *rows: Any) -> Any:
+    return packed_logprobs(structure.module(weights), *rows)
+
+
+_scored = jax.jit(_run, static_argnums=0)
 
 
 def transition_scores(

@@ -1,0 +1,169 @@
+"""How likely the tokens of a text are, all at once: pure, and differentiable in the model's weights.
+
+    model_logprobs[t] = log softmax(z_t)[x_t]       z_t: the model's logits given x_0 .. x_(t-1)
+    logprobs[t]       = log softmax(f_t(z_t))[x_t]  f_t: the processors of a configuration, in HF's order
+
+`f_t` is what `generate` does to logits before it draws: with `do_sample=True` among others z / temperature, and
+-inf for what top_k and top_p remove. So `logprobs` are those under which a token was drawn, which importance ratios
+need, and -inf for one that could not be. With no processors both are the same.
+"""
+
+import dataclasses
+from typing import Any, no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxgen.errors import JaxgenError, UnsupportedError
+from jaxgen.generation.loop import log_prob
+from jaxgen.generation.options.config import GenerationConfig, resolve
+from jaxgen.generation.options.table import DEFAULT_NEW_TOKENS, Extras
+from jaxgen.generation.processors.constraint import AllowedTokens
+from jaxgen.generation.processors.processor import Processor
+from jaxgen.generation.programs.inputs import traced_options
+from jaxgen.generation.prompts.layout import pack
+from jaxgen.generation.prompts.rows import Rows
+from jaxgen.lowering import own_rules
+
+# Logits are computed for this many columns at a time: B*BLOCK*V floats, and not B*T*V.
+_BLOCK = 64
+
+
+@own_rules()
+def logprobs(
+    model: Any,
+    input_ids: Int[Array | np.ndarray, "B T"],
+    attention_mask: "Int[Array | np.ndarray, 'B T'] | Bool[Array | np.ndarray, 'B T'] | None" = None,
+    config: GenerationConfig | None = None,
+    prompt_lengths: "Int[Array | np.ndarray, ' B'] | int | None" = None,
+    **extras: object,
+) -> Float[Array, "B T"]:
+    """The log-probability of each id given the real ones before it, as a pure function: for `jit`, `grad` and `vmap`.
+
+    `attention_mask` is 1 on real ids, in any arrangement. Without `config` they are the model's own; with one those
+    under which `jaxgen.generate` with that config draws a token (the formulas: `jaxgen.generation.results.logprobs`),
+    -inf for one that its filters remove. `prompt_lengths` are the real ids of each row's prompt, by default 1; the
+    result, float32, is 0 for these and for masked ids. `extras` are `logits_processor` and `prefix_allowed_tokens_fn`
+    (a `jaxgen.AllowedTokens`). Logits are kept for 64 columns at a time, under `grad` too. Raises `JaxgenError` for a
+    bad configuration, and `UnsupportedError` for beams, guidance, drafts and what needs the host.
+
+    >>> model, _ = getfixture("demo")
+    >>> ids = jnp.array([[1, 5, 9]])
+    >>> own = jax.nn.log_softmax(model(ids).logits)[0, jnp.array([0, 1]), ids[0, 1:]]
+    >>> bool(jnp.allclose(logprobs(model, ids)[0, 1:], own, atol=1e-5))
+    True
+    """
+    given, unknown = Extras.take(extras)
+    if unknown:
+        raise JaxgenError(f"{next(iter(unknown))!r} is no argument of jaxgen.logprobs; options belong in config=")
+    for name, value in vars(given).items():
+        if value is not None and name not in ("logits_processor", "prefix_allowed_tokens_fn"):
+            hint = "use jaxgen.score_tokens" if name == "strict" else "it changes no logits; leave it out"
+            raise UnsupportedError(f"{name}: not in the pure function jaxgen.logprobs; {hint}")
+    ids = jnp.asarray(input_ids, jnp.int32)
+    mask = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32) != 0
+    tokens, lengths = pack(ids, mask, jnp)
+    starts = jnp.broadcast_to(jnp.asarray(1 if prompt_lengths is None else prompt_lengths, jnp.int32), lengths.shape)
+    drawn = None
+    if config is not None or extras:
+        effective = resolve({}, config, model.generation_config)
+        drawn = drawn_by(effective, given, model.config.vocab_size, starts, lengths)
+    packed, _ = packed_logprobs(model, tokens, lengths, drawn)
+    positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+    chosen = jnp.take_along_axis(packed, jnp.maximum(positions, 0), axis=1)
+    return jnp.where(mask & (positions >= starts[:, None]), chosen, 0)
+
+
+@jax.tree_util.register_dataclass
+@no_type_check  # JAX rebuilds it around placeholders
+@dataclasses.dataclass
+class Drawn:
+    """How the tokens of rows were drawn: all that processors may know, but the tokens themselves."""
+
+    processors: tuple[Processor, ...]
+    prompt_lengths: Int[Array | np.ndarray, " B"]
+    max_lengths: Int[Array | np.ndarray, " B"]  # as in `Rows`
+
+    def rows(self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], start: Array, count: int) -> Rows:
+        """Every row `count` times: as it was when the tokens after `start`, `start + 1`, ... were drawn."""
+
+        def each(x: Any) -> Array:
+            return jnp.repeat(jnp.asarray(x), count, axis=0)
+
+        held = jnp.tile(start + 1 + jnp.arange(count), len(tokens))
+        begun, ends = each(self.prompt_lengths), each(lengths)
+        return Rows(
+            tokens=each(tokens),
+            lengths=held,
+            prompt_lengths=begun,
+            max_lengths=each(self.max_lengths),
+            prompts=each(jnp.arange(len(tokens))),
+            running=(held >= begun) & (held < ends),
+        )
+
+
+def drawn_by(config: GenerationConfig, extras: Extras, vocab_size: int, prompt_lengths: Any, lengths: Any) -> Drawn:
+    """What `generate` with an effective configuration would draw these rows from; raises as `logprobs`."""
+    check_scorable(config, extras)
+    traced = traced_options(config, vocab_size, Extras(extras.logits_processor, None, extras.prefix_allowed_tokens_fn))
+    return Drawn(traced.processors, prompt_lengths, max_lengths_of(config, prompt_lengths, lengths))
+
+
+def max_lengths_of(config: GenerationConfig, prompt_lengths: Any, lengths: Any) -> Any:
+    """The length at which a configuration ends each row; where a row is longer, its own."""
+    xp: Any = np if isinstance(lengths, np.ndarray) else jnp
+    if config.max_new_tokens is None and config.max_length is not None:
+        return xp.maximum(lengths, np.int32(config.max_length))
+    new = DEFAULT_NEW_TOKENS if config.max_new_tokens is None else config.max_new_tokens
+    return xp.maximum(lengths, prompt_lengths + np.int32(new))
+
+
+def check_scorable(config: GenerationConfig, extras: Extras) -> None:
+    """Raise for options under which a token's probability does not follow from its row alone."""
+    refused = {
+        "num_beams": config.beams > 1,
+        "guidance_scale": config.is_guided,
+        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens,
+        "assistant_model": extras.assistant_model,
+        "past_key_values": extras.past_key_values,
+        "negative_prompt_ids": extras.negative_prompt_ids,
+        "prefix_allowed_tokens_fn": extras.prefix_allowed_tokens_fn is not None
+        and not isinstance(extras.prefix_allowed_tokens_fn, AllowedTokens),
+    }
+    for name, given in refused.items():
+        if given is not None and given is not False and given != 0:
+            hint = "; pass a jaxgen.AllowedTokens" if name == "prefix_allowed_tokens_fn" else ""
+            raise UnsupportedError(f"{name}: tokens that were chosen with it cannot be scored; leave it out{hint}")
+
+
+def packed_logprobs(
+    model: Any, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], drawn: Drawn | None
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """`logprobs` and `model_logprobs` of packed rows: of the token in each slot, 0 in the first and after the end."""
+    real = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    hidden, following = model.hidden(tokens, real), jnp.roll(tokens, -1, axis=1)
+    spare = -tokens.shape[1] % _BLOCK
+    hidden, following = jnp.pad(hidden, ((0, 0), (0, spare), (0, 0))), jnp.pad(following, ((0, 0), (0, spare)))
+
+    @jax.checkpoint  # gradients compute a block's logits again, and keep none
+    def block(start: Array) -> tuple[Float[Array, "B t"], Float[Array, "B t"]]:
+        logits = model.logits(jax.lax.dynamic_slice_in_dim(hidden, start, _BLOCK, axis=1))
+        chosen = jax.lax.dynamic_slice_in_dim(following, start, _BLOCK, axis=1)
+        logits, flat = logits.reshape(-1, logits.shape[2]), chosen.reshape(-1)
+        own = log_prob(logits, flat)
+        scores = logits
+        if drawn is not None and drawn.processors:
+            rows = drawn.rows(tokens, lengths, start, _BLOCK)
+            for processor in drawn.processors:
+                scores = processor(scores, rows)
+        after = own if scores is logits else log_prob(scores, flat)
+        return after.reshape(chosen.shape), own.reshape(chosen.shape)
+
+    def in_slots(blocks: Float[Array, "blocks B t"]) -> Float[Array, "B T"]:
+        rows = jnp.moveaxis(blocks, 0, 1).reshape(len(tokens), -1)[:, : tokens.shape[1]]
+        return jnp.where(real, jnp.roll(rows, 1, axis=1), 0).at[:, 0].set(0)
+
+    after, own = jax.lax.map(block, jnp.arange(0, hidden.shape[1], _BLOCK))
+    return in_slots(after), in_slots(own)
