@@ -13,6 +13,7 @@ from flax import nnx
 import jaxgen
 from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
 from jaxgen.generation.programs.stages import enable_compile_cache
+from jaxgen.generation.programs.structure import split
 from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, bucket
 from tests.helpers import counted
 
@@ -105,6 +106,57 @@ def test_trained_weights_are_used_without_recompiling(model):
     model.lm_head.weight[...] = head
     assert (changed != model.generate(prompt(9), max_new_tokens=20)).any()
     assert not compilations
+
+
+def test_a_hundred_updates_compile_nothing_and_copy_nothing(model):
+    """As a trainer makes them: new arrays, put into the model, or passed to the pure function."""
+    graph, params = nnx.split(model)
+    ids, options = prompt(9), {"max_new_tokens": 2, "do_sample": True, "return_dict_in_generate": True}
+    config, strict = GenerationConfig(**options), jaxgen.Strict(rows=1, tokens=16)
+    rollout = jax.jit(lambda params, key: jaxgen.generate(nnx.merge(graph, params), ids, None, key, config))
+    update = jax.jit(lambda params: jax.tree.map(lambda x: 1.01 * x, params))
+
+    def step(params, seed: int):
+        params = update(params)
+        nnx.update(model, params)
+        assert all(a is b for a, b in zip(split(model)[1], jax.tree.leaves(params), strict=True))
+        out = model.generate(ids, seed=seed, strict=strict, **options)
+        scores = jaxgen.score_tokens(model, out.sequences, 9, strict=strict, **options)
+        assert (scores.logprobs == out.logprobs).all()
+        rollout(params, jax.random.key(seed))
+        return params, out.model_logprobs
+
+    trained, first = step(*step(params, 0)[:1], 0)
+    with counted() as compilations:
+        for seed in range(100):
+            trained, last = step(trained, seed)
+    nnx.update(model, params)
+    assert not compilations
+    assert (first != last).all()
+
+
+def test_models_of_one_shape_share_executables(model):
+    model.generate(prompt(9), max_new_tokens=20)
+    other = MistralForCausalLM(model.config, rngs=nnx.Rngs(1))
+    with counted() as compilations:
+        theirs = other.generate(prompt(9), max_new_tokens=20)
+    assert not compilations
+    assert (theirs != model.generate(prompt(9), max_new_tokens=20)).any()
+
+
+def test_lora_in_the_model_generates_as_it_is_and_updates_compile_nothing(model):
+    other = MistralForCausalLM(model.config, rngs=nnx.Rngs(1))
+    lora = nnx.LoRA(16, 2, 53, base_module=other.lm_head, rngs=nnx.Rngs(0))
+    setattr(other, "lm_head", lora)  # noqa: B010  (the module's type is another)
+    rng, device = np.random.default_rng(0), jax.devices()[0]
+    nnx.update(other, jax.device_put(nnx.state(other), device))
+    before = other.generate(prompt(9), max_new_tokens=20)
+    state = nnx.state(other, nnx.LoRAParam)
+    with counted() as compilations:
+        nnx.update(other, jax.tree.map(lambda x: jax.device_put(rng.normal(size=x.shape).astype("f"), device), state))
+        after = other.generate(prompt(9), max_new_tokens=20)
+    assert not compilations
+    assert (before != after).any()
 
 
 def test_warmup_compiles_what_generate_needs(model):

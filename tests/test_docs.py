@@ -28,7 +28,8 @@ PAGES_WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encod
 NEEDS = {"looking": ("matplotlib", "pandas"), "training": ("optax",)}  # pages that need more than jaxgen
 # Pages and modules whose examples compile much.
 SLOW = {
-    "beams", "chat", "compile", "convert", "jit", "looking", "processors", "reuse", "scores", "speculation", "stopping",
+    "beams", "chat", "compile", "convert", "jit", "looking", "processors", "reuse", "rollouts",
+    "scores", "speculation", "stopping",
     "training", "tutorial", "jaxgen.generation.generate", "jaxgen.plot",
 }  # fmt: skip
 MODULES = [module.name for module in pkgutil.walk_packages(jaxgen.__path__, "jaxgen.") if "demo" not in module.name]

@@ -185,7 +185,8 @@ def test_strict_scores_equal_what_generate_said_to_the_last_bit(models, name, st
 @pytest.mark.slow
 def test_samples_are_scored_in_the_shape_that_they_were_drawn_in(models):
     """Some of a prompt's samples too, and more prompts than the shape has room for."""
-    model, strict, options = models("bfloat16"), Strict(rows=6, tokens=48, chunk=8), {"num_return_sequences": 3}
+    model, strict = models("bfloat16"), Strict(rows=6, tokens=48, chunk=8)
+    options: dict[str, Any] = {"num_return_sequences": 3}
     outs = [generated(model, [row], strict=strict, **options) for row in ROWS]
     for out in outs:
         assert differ(score(model, out, [2, 0], strict=strict, **options), out, [2, 0]) == 0
