@@ -106,7 +106,9 @@ class AutoModelForCausalLM:
         )
 
     @classmethod
-    def from_config(cls, config: Any, *, dtype: Any = None, torch_dtype: Any = None, **options: Any) -> Any:
+    def from_config(
+        cls, config: Any, *, dtype: Any = None, torch_dtype: Any = None, **options: Any
+    ) -> DecoderForCausalLM:
         """A model with random weights, which `jaxgen.set_seed` decides; `dtype` is float32 by default.
 
         `config` is ours (`DecoderConfig`, ...) or one of transformers. Raises as `from_pretrained`.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxgen import demo as demo
     from jaxgen import plot as plot
     from jaxgen.causal_output import CausalLMOutput as CausalLMOutput
-    from jaxgen.convert.load import AutoModelForCausalLM as AutoModelForCausalLM
+    from jaxgen.convert import AutoModelForCausalLM as AutoModelForCausalLM
     from jaxgen.errors import CheckpointError as CheckpointError
     from jaxgen.errors import JaxgenError as JaxgenError
     from jaxgen.errors import NonFiniteLogitsError as NonFiniteLogitsError

@@ -259,7 +259,7 @@ plt.show()
 # ## How fast
 #
 # A token needs every weight once. A GPU spends its time on fetching them, so a quarter of the bytes should be felt there;
-# jaxgen has no figures from a GPU yet. On a CPU four bits save no time. Each call of `generate` unpacks the weights, and
+# the README has figures from one. On a CPU four bits save no time. Each call of `generate` unpacks the weights, and
 # then computes with the unpacked copy at the speed of the float32 model; while it runs, it does not save memory either.
 # `Int4Config(low_cpu_memory=True)` unpacks a few rows at a time instead, again for each token: it stays within the memory
 # of the packed weights, and is slower.

@@ -300,4 +300,4 @@ print("ids:", best[-1].tolist())
 # - All of this works on a model of four bits too: `from_pretrained(MODEL, load_in_4bit=True)`. Ablation as above needs
 #   float weights.
 # - The modules have the names of transformers' (`model.model.layers[3].mlp.down_proj`), but `qkv_proj` and
-#   `gate_up_proj` are fused; `jaxgen/model.py` says in which order.
+#   `gate_up_proj` are fused; `jaxgen/models/decoder.py` says in which order.

@@ -4,10 +4,12 @@ import json
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+import jaxgen
 from jaxgen import GenerationConfig, JaxgenError, MistralConfig, MistralForCausalLM, UnsupportedError
 from jaxgen.generation.prompts import memory
 from tests.helpers import counted
@@ -121,6 +123,10 @@ BAD_OPTIONS = {
         {"negative_prompt_attention_mask": [[1], [1]], "guidance_scale": 2.0},
         "negative_prompt_attention_mask was given without",
     ),
+    "negative prompt past the context": (
+        {"negative_prompt_ids": [[1] * 60], "guidance_scale": 2.0, "max_new_tokens": 5},
+        "negative_prompt_ids: the 60 tokens of row 0 and its 5 new ones exceed the model's context of 64",
+    ),
     "a chunk size without a streamer": ({"chunk_size": 4}, "chunk_size=4 .* there is no streamer"),
     "a streamer that is none": ({"streamer": object()}, "streamer"),
     "a chunk size of zero": ({"streamer": _Streamer(), "chunk_size": 0}, "chunk_size=0 must be"),
@@ -150,6 +156,35 @@ def test_bad_prompt(name: str, model):
 def test_bad_option(name: str, model):
     options, message = BAD_OPTIONS[name]
     expect(message, lambda: model.generate(IDS, **options))
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        (IDS, [[1]], r"attention_mask has shape \(1, 1\), input_ids has \(2, 3\)"),
+        (IDS, [[1], [1]], r"attention_mask has shape \(2, 1\)"),
+        (IDS, [1, 1, 1], r"attention_mask has shape \(3,\)"),
+        ([1, 2, 3], None, r"input_ids has shape \(3,\); expected \[batch, length\]"),
+        ([[]], None, r"input_ids has shape \(1, 0\)"),
+        ([[1.7, 2.2]], None, "input_ids has dtype float32; expected ints"),
+    ],
+)
+def test_shapes_and_dtypes_are_checked_inside_jit_too(model, ids, mask, message):
+    ids, mask = jnp.asarray(ids), None if mask is None else jnp.asarray(mask)
+    config = GenerationConfig(max_new_tokens=2)
+    expect(message, lambda: jax.jit(lambda ids: jaxgen.generate(model, ids, mask, config=config))(ids))
+
+
+@pytest.mark.parametrize("name", ["batch", "prompt_length", "max_new_tokens"])
+@pytest.mark.parametrize("value", ["1", 0, True])
+def test_sizes_to_warm_up_for(model, name, value):
+    sizes = {"batch": 1, "prompt_length": 2, "max_new_tokens": 1, name: value}
+    expect(f"{name}={value!r} must be", lambda: model.warmup(**sizes))
+
+
+def test_an_option_is_unset_and_not_deleted(model):
+    with pytest.raises(JaxgenError, match=r"config.top_k cannot be deleted; set it to None"):
+        del model.generation_config.top_k
 
 
 def test_every_unsupported_field_raises_by_name(model):

@@ -238,3 +238,18 @@ def test_a_past_of_a_model_that_has_changed_is_refused(reference_model):
     model.lm_head.weight[...] = model.lm_head.weight[...] * 2
     with pytest.raises(JaxgenError, match="before its weights changed"):
         model.generate([[5, 6, 7]], past_key_values=past)
+
+
+def test_training_frees_arrays_whose_places_later_ones_take(reference_model):
+    """Another weight may lie where the first one did, and have its id."""
+    structure, state = nnx.split(reference_model("gqa_1"))
+    model = nnx.merge(structure, jax.tree.map(jnp.copy, state))
+    past = model.generate([[5, 6]], max_new_tokens=1, return_dict_in_generate=True, **GREEDY).past_key_values
+    parameter = model.lm_head.weight
+    first = id(parameter[...])
+    for _ in range(50):
+        parameter[...] = jnp.negative(parameter[...])
+        with pytest.raises(JaxgenError, match="before its weights changed"):
+            model.generate([[5, 6, 7]], max_new_tokens=1, past_key_values=past, **GREEDY)
+        if id(parameter[...]) == first:
+            break

@@ -133,6 +133,8 @@ def wrong(model: jaxgen.LlamaForCausalLM, ids: np.ndarray, config: jaxgen.Genera
     model.stream("A text", max_new_token=5)
     model.stream("A text", skip_special_tokens="no")
     model.warmup(1, 10, 20, do_samples=True)
+    jaxgen.AutoModelForCausalLM.from_pretrained("a").generate(ids, max_new_token=5)
+    jaxgen.AutoModelForCausalLM.from_config({}).generate(ids, max_new_token=5)
     jaxgen.pipeline(model=model)(5)
     jaxgen.pipeline(model=model)("A text", max_new_token=5)
     jaxgen.pipeline(model=model)("A text", return_full_text="no")

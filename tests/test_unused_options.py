@@ -2,6 +2,7 @@
 
 import json
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from jaxgen.generation.options import unused
 from tests.helpers import counted
 
 IDS = [[1, 5, 9]]
-GREEDY = {"max_new_tokens": 3}
+GREEDY: Any = {"max_new_tokens": 3}
 
 
 @pytest.fixture(scope="module")

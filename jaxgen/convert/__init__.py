@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from convert import AutoModelForCausalLM as AutoModelForCausalLM
+    from convert import convert_checkpoint as convert_checkpoint
+    from convert import save_pretrained as save_pretrained
 
     def __getattr__(name: str) -> Any: ...
 

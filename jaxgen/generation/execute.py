@@ -74,7 +74,7 @@ def advance(program: Program, request: Request, state: DecodeState, until: int |
 def decode(program: Program, request: Request, state: DecodeState, started: float) -> DecodeState:
     """Decode to the end, which with `max_time` may be a matter of time: then look at the clock now and then.
 
-    `started` is when the call did, by `time.monotonic`.
+    `started` is when that began, by `time.monotonic`.
     """
     limit = request.config.max_time
     if limit is None:

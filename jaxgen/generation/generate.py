@@ -133,13 +133,13 @@ class GenerationMixin:
         request = self._prepare(input_ids, attention_mask, generation_config, key, seed, row_ids, options)
         if streamer is None and chunk_size is not None:
             raise JaxgenError(f"chunk_size={chunk_size!r} says how often a streamer looks; there is no streamer=")
-        started = time.time()
+        now, started = time.time(), time.monotonic()
         if streamer is not None:
-            return collect(self, request, self._feed(streamer, request, chunk_size), started)
-        now, program = time.monotonic(), program_for(self, request)
+            return collect(self, request, self._feed(streamer, request, chunk_size), now)
+        program = program_for(self, request)
         state = prefill(program, request)
-        state = decode(program, request, state, now)
-        return collect(self, request, state, started)
+        state = decode(program, request, state, started)
+        return collect(self, request, state, now)
 
     def stream(
         self,
@@ -235,11 +235,15 @@ class GenerationMixin:
     def warmup(self, batch: int, prompt_length: int, max_new_tokens: int, **options: Unpack[WarmupOptions]) -> None:
         """Compile what a `generate` call of this size needs, so that the first real one is already fast.
 
-        `options` are those of the later call: which processors run decides what is compiled.
+        `options` are those of the later call: which processors run decides what is compiled. Raises as `generate`.
 
         >>> model, _ = getfixture("demo")
         >>> model.warmup(batch=1, prompt_length=10, max_new_tokens=20)
         """
+        sizes = {"batch": batch, "prompt_length": prompt_length}
+        for name, size in sizes.items():
+            if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
+                raise JaxgenError(f"{name}={size!r:.60} must be a positive int")
         ids = np.zeros((batch, prompt_length), np.int32)
         request = self._prepare(ids, None, None, None, None, None, {**options, "max_new_tokens": max_new_tokens})
         program = program_for(self, request)

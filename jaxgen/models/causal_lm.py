@@ -4,6 +4,7 @@ An ordinary Flax module: `model(input_ids).logits` are logits, and `jax.grad` go
 `decoder.py`; what distinguishes the families is in their files.
 """
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -29,12 +30,20 @@ from jaxgen.models.gguf import Gguf
 from jaxgen.models.layers import Linear
 from jaxgen.residual import add_and_norm
 
-# What no kernel computes: a model with another value than the block's own decodes in XLA's forms.
+# What a family may say of the block without its decoding by kernels being another: they compute it, or it is nothing
+# that they compute. With another value than the block's own of anything else, a model decodes in XLA's forms.
+_KNOWN_TO_KERNELS = frozenset(
+    """
+    model_type architecture rope_types scales_queries field_checks nullable_fields layered_fields activation_field
+    fixed_fields ignored_fields overflows_float16 experts_field sliding_window layer_types rope_scaling qkv_bias qk_norm
+    embedding_multiplier rounds_embedding_multiplier
+    """.split()
+)
 _UNKNOWN_TO_KERNELS = (
-    "stacks_projections", "o_bias", "mlp_bias", "norms", "norm_offset", "norms_in_float32", "rotates_in_float32",
-    "activation", "residual_multiplier", "attention_multiplier", "attn_logit_softcapping", "final_logit_softcapping",
-    "logits_scaling",
-)  # fmt: skip
+    DecoderConfig.__annotations__.keys()
+    - {field.name for field in dataclasses.fields(DecoderConfig)}
+    - _KNOWN_TO_KERNELS
+)
 
 
 class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
@@ -134,7 +143,7 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], slots: Slots, int8: bool = False
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Read right-padded prompts: float32 logits after each row's last token, and a cache of `slots` slots."""
+        """Process right-padded prompts: float32 logits after each row's last token, and a cache of `slots` slots."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         hidden, fresh = self._prompt(tokens, positions, positions < lengths[:, None])
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
@@ -150,7 +159,7 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
     def step(
         self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Read one token per row at `positions`: float32 logits for the next one, and the cache that holds it."""
+        """Process one token per row at `positions`: float32 logits for the next one, and the cache that holds it."""
         if target().kernels and self._fits_kernels:  # an assistant may not, beside a model that does
             from jaxgen.kernels.step import decode_step
 
@@ -168,7 +177,7 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
     def extend(
         self, tokens: Int[Array, "B T"], starts: Int[Array, " B"], counts: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Read up to T tokens per row from position `starts` on, after what the cache holds.
+        """Process up to T tokens per row from position `starts` on, after what the cache holds.
 
         Only the first `counts` tokens of a row are real. Returns the last layer's hidden states, which `logits` turns
         into logits, and the cache. Beside a sliding window W the cache must have W + T slots (`cache`).

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from jaxgen.cache import KVCache, Slots
 
 
+@runtime_checkable
 class ModelConfig(Protocol):
     """The sizes of a model; hashable."""
 
@@ -21,8 +22,38 @@ class ModelConfig(Protocol):
         """The longest row, in tokens."""
         ...
 
+    @property
+    def num_hidden_layers(self) -> int:
+        """L; this and what follows tell how much memory a call takes."""
+        ...
+
+    @property
+    def num_attention_heads(self) -> int:
+        """N, of queries."""
+        ...
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """K."""
+        ...
+
+    @property
+    def head_size(self) -> int:
+        """H."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        ...
+
+    @property
+    def intermediate_size(self) -> int:
+        """The width of the feed-forward."""
+        ...
+
     def cache_slots(self, total_length: int, ahead: int = 0) -> Slots:
-        """Key-value slots that a row of at most `total_length` tokens needs, reading `ahead` at a time.
+        """Key-value slots that a row of at most `total_length` tokens needs, processing `ahead` at a time.
 
         One number for all layers, or one for each where they differ.
         """
@@ -40,19 +71,19 @@ class DecodingModel(Protocol):
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], slots: Slots, int8: bool = False
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Read right-padded prompts: float32 logits after each row's last token, and a cache of `slots` slots."""
+        """Process right-padded prompts: float32 logits after each row's last token, and a cache of `slots` slots."""
         ...
 
     def step(
         self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Read one token per row at `positions`: float32 logits for the next one, and the cache that holds it."""
+        """Process one token per row at `positions`: float32 logits for the next one, and the cache that holds it."""
         ...
 
     def extend(
         self, tokens: Int[Array, "B T"], starts: Int[Array, " B"], counts: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Read up to T tokens per row from `starts` on: hidden states, which `logits` turns into logits."""
+        """Process up to T tokens per row from `starts` on: hidden states, which `logits` turns into logits."""
         ...
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -69,6 +100,7 @@ class CausalLM(DecodingModel, Protocol):
     """A model that `jaxgen.generate` can drive; a Flax NNX module."""
 
     config: Any  # a `ModelConfig`
+    generation_config: Any  # a `GenerationConfig`: what holds where a call says nothing
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -1,6 +1,7 @@
 """The Weight protocol: all that loading, models, records and kernels ask of a linear layer's matrix.
 
-A kind of weight (`int4.py`, `lookup.py`, `adapted.py`) is one file with one subclass; nobody else asks which it is.
+A kind of weight (`int4.py`, `lookup.py`, `adapted.py`) is one file with one subclass; nobody else asks which it is,
+but for the kernels that are made for one.
 A model holds floats as the plain arrays that training wants: `as_weight` gives them the same methods.
 """
 
@@ -31,7 +32,7 @@ class Weight(ABC):
     along axis 0, or are None; the other fields belong to all rows. It must have `shape` and `dequantize`; `matmul` is
     then right, and may be made fast.
 
-    >>> @jax.tree_util.register_dataclass
+    >>> @pytree
     ... @dataclasses.dataclass(frozen=True)
     ... class Signs(Weight):
     ...     by_row = ("positive", "scale")

@@ -55,6 +55,9 @@ class GenerationConfig(Options):
         if name in OPTIONS:  # anything else that passes does nothing here, as in the constructor
             object.__setattr__(self, name, checked(name, value, self.do_sample is True))
 
+    def __delattr__(self, name: str) -> None:
+        raise JaxgenError(f"config.{name} cannot be deleted; set it to None")
+
     def __hash__(self) -> int:
         if not hasattr(self, "_hash"):
             object.__setattr__(self, "_hash", hash(tuple(vars(self).values())))

@@ -1,7 +1,8 @@
 """The options of `generate`: for each what it may hold, its default, and the processor that does what it says.
 
-A row of this table, and a class in `jaxgen.generation.processors`, is all that a new filter takes: the fields of
-`GenerationConfig`, the order of the processors, what is said of unused options, and the documentation come from here.
+A row of this table, a class in `jaxgen.generation.processors` and a type in `typed.py` are all that a new filter takes:
+the fields of `GenerationConfig`, the order of the processors, what is said of unused options, and the documentation
+come from here.
 """
 
 import dataclasses
@@ -214,7 +215,7 @@ class Options:
         choice("static", "quantized"), '"static", or "quantized": keys and values in 8 bits', shown='"static"'
     )
     max_cache_len: int | None = _cache(integer(1), "room for so many tokens")
-    prefill_chunk_size: int | None = _cache(integer(1), "read prompts so many tokens at a time")
+    prefill_chunk_size: int | None = _cache(integer(1), "process prompts so many tokens at a time")
 
 
 def _argument(says: str, processor: type[Processor] | None = None, **columns: object) -> Any:

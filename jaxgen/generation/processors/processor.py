@@ -8,12 +8,12 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, dataclass_transform
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxgen.generation.prompts.layout import bucket, pad_to
 from jaxgen.generation.prompts.rows import Rows
+from jaxgen.pytree import pytree
 
 Logits = Float[Array, "R V"]
 Number = Float[Array | np.ndarray, ""]
@@ -51,25 +51,7 @@ class Processor:
     always: ClassVar[bool] = False  # made from the value at which it does nothing, too
 
     def __init_subclass__(cls) -> None:
-        dataclasses.dataclass(frozen=True, eq=False)(cls)
-        fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]  # it is one by now
-        numbers = [field.name for field in fields if not field.metadata.get("static")]
-        settings = [field.name for field in fields if field.metadata.get("static")]
-        keys = [jax.tree_util.GetAttrKey(name) for name in numbers]
-
-        def flatten(self: object) -> tuple[list[Any], tuple[Any, ...]]:
-            return [getattr(self, name) for name in numbers], tuple(getattr(self, name) for name in settings)
-
-        def flatten_with_keys(self: object) -> tuple[list[Any], tuple[Any, ...]]:
-            leaves, static = flatten(self)
-            return list(zip(keys, leaves, strict=True)), static
-
-        def unflatten(static: tuple[Any, ...], leaves: Iterable[Any]) -> Any:
-            self = object.__new__(cls)  # not checked: JAX puts placeholders there
-            vars(self).update(zip(settings, static, strict=True), **dict(zip(numbers, leaves, strict=True)))
-            return self
-
-        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+        pytree(dataclasses.dataclass(frozen=True, eq=False)(cls))
 
     @classmethod
     def of(cls, value: Any, call: Call) -> "Processor | None":

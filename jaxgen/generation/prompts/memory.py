@@ -7,7 +7,7 @@ from jaxgen.cache import Slots, of_layers
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.programs.inputs import BatchLayout
 from jaxgen.generation.prompts.layout import largest_bucket
-from jaxgen.models.config import DecoderConfig
+from jaxgen.models.protocol import ModelConfig
 
 _SHOWN = 1_000_000_000
 
@@ -62,7 +62,7 @@ def check_memory(
     if static.drafts and drafting > free // 2:
         name = "prompt_lookup_num_tokens" if static.prompt_lookup else "num_assistant_tokens"
         raise JaxgenError(
-            f"{rows} rows that read {static.drafts} drafts at a time need {drafting / _SHOWN:.2f} GB, and "
+            f"{rows} rows that process {static.drafts} drafts at a time need {drafting / _SHOWN:.2f} GB, and "
             f"{free / _SHOWN:.2f} GB are free on {device}; lower {name}"
         )
     # Layers with the most slots grow with the rows; beside them, those with a window stay as they are.
@@ -78,8 +78,8 @@ def check_memory(
     )
 
 
-def _drafting_bytes(config: DecoderConfig, itemsize: int, rows: int, layout: BatchLayout) -> int:
-    """About what a decode step takes beside the cache: the logits, and with drafts what reading them all takes."""
+def _drafting_bytes(config: ModelConfig, itemsize: int, rows: int, layout: BatchLayout) -> int:
+    """About what a decode step takes beside the cache: the logits, and with drafts what processing them all takes."""
     tokens = layout.static.drafts + 1
     logits = 4 * rows * tokens * config.vocab_size
     return logits + (
@@ -92,8 +92,8 @@ def assistant_slots(config: Any, layout: BatchLayout) -> Slots:
     return config.cache_slots(layout.total, ahead=max(layout.chunk, layout.static.drafts + 2))
 
 
-def prefill_bytes(config: DecoderConfig, itemsize: int, prompts: int, length: int, queries: int, slots: int) -> int:
-    """About what reading the prompts takes beside weights and cache: attention scores, activations and logits.
+def prefill_bytes(config: ModelConfig, itemsize: int, prompts: int, length: int, queries: int, slots: int) -> int:
+    """About what processing the prompts takes beside weights and cache: attention scores, activations and logits.
 
     `length` tokens at a time, of which `queries` look at `slots` others at a time.
     """
@@ -103,19 +103,19 @@ def prefill_bytes(config: DecoderConfig, itemsize: int, prompts: int, length: in
     return prompts * (scores + activations + logits)
 
 
-def kv_bytes_per_token(config: DecoderConfig, itemsize: int, int8: bool = False) -> int:
+def kv_bytes_per_token(config: ModelConfig, itemsize: int, int8: bool = False) -> int:
     """Bytes of keys and values that one token of one row takes in all layers."""
     per_head = config.head_size + 4 if int8 else config.head_size * itemsize
     return 2 * config.num_hidden_layers * config.num_key_value_heads * per_head
 
 
-def cache_bytes(config: DecoderConfig, itemsize: int, slots: Slots, int8: bool = False) -> int:
+def cache_bytes(config: ModelConfig, itemsize: int, slots: Slots, int8: bool = False) -> int:
     """Bytes of the cache of one row, with so many slots in every layer, or in each."""
     counts = of_layers(slots, config.num_hidden_layers)
     return kv_bytes_per_token(config, itemsize, int8) // len(counts) * sum(counts)
 
 
-def _most(config: DecoderConfig, slots: Slots) -> int:
+def _most(config: ModelConfig, slots: Slots) -> int:
     """The slots of the largest layer."""
     return max(of_layers(slots, config.num_hidden_layers))
 

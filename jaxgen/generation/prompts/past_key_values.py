@@ -11,7 +11,7 @@ from jaxtyping import Int
 from jaxgen.cache import Int8Slots, KVCache, of_layers
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.programs.inputs import BatchLayout
-from jaxgen.generation.programs.structure import split
+from jaxgen.generation.programs.structure import references, same_arrays, split
 from jaxgen.generation.prompts.layout import bucket, pad_to
 from jaxgen.generation.prompts.prefill import Past, Prompts
 
@@ -37,7 +37,7 @@ class PastKeyValues:
         # A row that has ended goes on reading its newest token, and rejected drafts were read after it: so many
         # slots of a ring hold something else than what was there.
         self._overwritten = drafts + 1
-        self._model, self._weights = weakref.ref(model), _identity(model)
+        self._model, self._weights = weakref.ref(model), references(split(model)[1])
 
     def get_seq_length(self) -> int:
         """Tokens that the longest row holds."""
@@ -91,14 +91,9 @@ class PastKeyValues:
                 f"past_key_values holds {len(self.lengths)} rows, input_ids has {rows}; they must agree, or the past "
                 "have one row that all continue"
             )
-        if self._model() is not model or self._weights != _identity(model):
+        if self._model() is not model or not same_arrays(self._weights, split(model)[1]):
             raise JaxgenError("past_key_values comes from another model, or from this one before its weights changed")
         if layout.int8_cache and not isinstance(self.cache[0].keys, Int8Slots):
             raise JaxgenError(
                 "cache_implementation='quantized', but past_key_values is not: give the option from the first call on"
             )
-
-
-def _identity(model: Any) -> tuple[int, ...]:
-    """Which arrays a model consists of."""
-    return tuple(map(id, split(model)[1]))

@@ -54,3 +54,13 @@ def row_limits(config: GenerationConfig, lengths: Int[np.ndarray, " B"], context
             f"that {asked} allows it"
         )
     return max_lengths.astype(np.int32)
+
+
+def check_negative_lengths(lengths: Int[np.ndarray, " B"], new: Int[np.ndarray, " B"], context: int) -> None:
+    """Raise `JaxgenError` where a negative prompt with its row's new tokens would exceed the model's `context`."""
+    row = int((lengths + new).argmax())
+    if lengths[row] + new[row] > context:
+        raise JaxgenError(
+            f"negative_prompt_ids: the {lengths[row]} tokens of row {row} and its {new[row]} new ones exceed the "
+            f"model's context of {context} tokens"
+        )
