@@ -12,6 +12,7 @@ from flax import nnx
 from jaxgen import GenerationConfig, JaxgenError, MistralConfig, MistralForCausalLM, UnsupportedError
 from jaxgen.generation.prepare import prepare
 from jaxgen.generation.prompts import memory
+from jaxgen.generation.results.score import score
 from tests.helpers import counted
 
 IDS = np.array([[1, 2, 3], [4, 5, 6]])
@@ -181,6 +182,11 @@ def test_shapes_and_dtypes_are_checked_inside_jit_too(model, ids, mask, message)
 def test_sizes_to_warm_up_for(model, name, value):
     sizes = {"batch": 1, "prompt_length": 2, "max_new_tokens": 1, name: value}
     expect(f"{name}={value!r} must be", lambda: model.warmup(**sizes))
+
+
+@pytest.mark.parametrize(("texts", "row"), [([1, 2], 0), (["a", None], 1), (("a", ["b"]), 1)])
+def test_what_is_scored_are_texts(model, texts, row):
+    expect(rf"texts\[{row}\] is of type .*, and not a text", lambda: score(model, texts, object(), 8))
 
 
 def test_an_option_is_unset_and_not_deleted(model):

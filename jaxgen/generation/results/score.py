@@ -27,7 +27,11 @@ def score(model: Any, texts: Any, tokenizer: Any, batch_size: int) -> list[TextS
     """As `GenerationMixin.score`."""
     from jaxgen.text.tokenizer import tokenizer_for
 
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = [texts] if not isinstance(texts, list | tuple) else list(texts)
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise JaxgenError(f"texts[{row}] is of type {kind}, and not a text; ids go to jaxgen.score_tokens")
     tokenizer = tokenizer_for(model, tokenizer)
     batch_size = integer(1)("batch_size", batch_size)
     scores: list[TextScore] = []
