@@ -9,7 +9,7 @@ need, and -inf for one that could not be. With no processors both are the same.
 """
 
 import dataclasses
-from typing import Any, no_type_check
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jaxgen.generation.programs.inputs import traced_options
 from jaxgen.generation.prompts.layout import pack
 from jaxgen.generation.prompts.rows import Rows
 from jaxgen.lowering import own_rules
+from jaxgen.pytree import pytree
 
 # Logits are computed for this many columns at a time: B*BLOCK*V floats, and not B*T*V.
 _BLOCK = 64
@@ -76,8 +77,7 @@ def logprobs(
     return jnp.where(mask & (positions >= starts[:, None]), chosen, 0)
 
 
-@jax.tree_util.register_dataclass
-@no_type_check  # JAX rebuilds it around placeholders
+@pytree
 @dataclasses.dataclass
 class Drawn:
     """How the tokens of rows were drawn: all that processors may know, but the tokens themselves."""
