@@ -102,6 +102,7 @@ def nf4(tmp_path):
     return write_both(tmp_path, {"quantization_config": BNB}, bnb_tensors, is_linear)
 
 
+@pytest.mark.slow
 def test_a_bitsandbytes_checkpoint_is_the_model_of_its_values(nf4):
     packed, plain = map(load, nf4)
     assert [type(weight) is Lookup4 for weight in weights(packed)] == [True] * 4 + [False]

@@ -137,6 +137,7 @@ def same(left: dict[str, Int4], right: dict[str, Int4]) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_layers_compute_what_the_model_does(small):
     checkpoint, config = small
     model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype="float32")

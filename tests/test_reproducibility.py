@@ -92,7 +92,9 @@ class TestManySeeds:
             model.generate(ids, mask, seed=[1, 2, 3], **OPTIONS)
 
 
-@pytest.mark.parametrize("options", [{}, {"do_sample": False}], ids=["sampled", "greedy"])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, marks=pytest.mark.slow), {"do_sample": False}], ids=["sampled", "greedy"]
+)
 class TestStrict:
     """Batch size, order, mates and padding: tokens and log-probabilities are equal to the last bit."""
 

@@ -46,6 +46,7 @@ def test_a_call_goes_on_from_an_earlier_one(name: str, reference_model):
         assert past.get_seq_length() == max(CASES[name].lengths) + count - 1  # the newest token has not been read
 
 
+@pytest.mark.slow
 def test_both_names_of_the_past(reference_model):
     """transformers calls it `cache` since 5.24, as an argument and in the output."""
     model = reference_model("gqa_4")

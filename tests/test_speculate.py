@@ -220,6 +220,7 @@ class TestStates:
             np.testing.assert_array_equal(getattr(state, name), getattr(whole, name))
         assert counters(state, BATCH) == counters(whole, BATCH)
 
+    @pytest.mark.slow
     @few
     @given(batches, batches, st.sampled_from(DRAFTERS))
     def test_neighbours_change_nothing(self, model, drafting, rows, others, drafter):
@@ -243,6 +244,7 @@ class TestStates:
             assert 0 <= accepted < 6
             assert drafted > 60
 
+    @pytest.mark.slow
     def test_an_unsure_assistant_drafts_one_token_per_round(self, model, drafting):
         options: Any = {"max_new_tokens": 19, "eos_token_id": None}
         state = finished(model, [[5, 6, 7]], **options, **drafting("itself", confidence=1.0))

@@ -187,6 +187,7 @@ def test_rows_of_a_batch(model, tokenizer, chunk_size):
     assert len(set(rows[6:])) == 2
 
 
+@pytest.mark.slow
 def test_half_a_character_waits_for_its_rest(model, tokenizer):
     """A model whose tokens are bytes at random: the pieces are the text, broken characters included."""
     shown = list(stream(model, COLORS, tokenizer=tokenizer, **WILD))
