@@ -170,6 +170,7 @@ FIGURES = (
     "gpu-nvidia-h200",
     "gpu_aot",
     "reproducibility",
+    "rollouts",
 )
 
 
@@ -180,7 +181,7 @@ def hook(monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module("generated")
 
 
-@pytest.mark.parametrize("name", ["fields", "levels", "docstrings"])
+@pytest.mark.parametrize("name", ["fields", "levels", "rollouts", "docstrings"])
 def test_the_hooks_examples(hook, name: str):
     if name == "docstrings":
         pytest.importorskip("griffe")

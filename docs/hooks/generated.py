@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads this file by its 
 from fields import fields  # noqa: E402
 from levels import reproducibility  # noqa: E402
 from pictures import plots, result  # noqa: E402
+from rollouts import rollouts  # noqa: E402
 
 # The files of results do not all say what they were measured on.
 EPYC, XEON, NO_GPU = "2 cores of an AMD EPYC", "2 cores of an Intel Xeon", "a machine without a GPU"
@@ -358,4 +359,5 @@ PARTS: dict[str, Callable[[], str]] = {
     "result": result,
     "plots": plots,
     "reproducibility": lambda: reproducibility(read("reproducibility")),
+    "rollouts": lambda: rollouts(read("rollouts")),
 }
