@@ -28,7 +28,7 @@ from jaxgen.generation.prompts.rows import Rows
 from jaxgen.lowering import own_rules
 from jaxgen.pytree import pytree
 
-# Logits are computed for this many columns at a time: B*BLOCK*V floats, and not B*T*V.
+# Logits are computed for so many columns at a time, at most: B*BLOCK*V floats, and not B*T*V.
 _BLOCK = 64
 
 
@@ -144,18 +144,19 @@ def packed_logprobs(
     """`logprobs` and `model_logprobs` of packed rows: of the token in each slot, 0 in the first and after the end."""
     real = jnp.arange(tokens.shape[1]) < lengths[:, None]
     hidden, following = model.hidden(tokens, real), jnp.roll(tokens, -1, axis=1)
-    spare = -tokens.shape[1] % _BLOCK
+    size = min(_BLOCK, tokens.shape[1])
+    spare = -tokens.shape[1] % size
     hidden, following = jnp.pad(hidden, ((0, 0), (0, spare), (0, 0))), jnp.pad(following, ((0, 0), (0, spare)))
 
     @jax.checkpoint  # gradients compute a block's logits again, and keep none
     def block(start: Array) -> tuple[Float[Array, "B t"], Float[Array, "B t"]]:
-        logits = model.logits(jax.lax.dynamic_slice_in_dim(hidden, start, _BLOCK, axis=1))
-        chosen = jax.lax.dynamic_slice_in_dim(following, start, _BLOCK, axis=1)
+        logits = model.logits(jax.lax.dynamic_slice_in_dim(hidden, start, size, axis=1))
+        chosen = jax.lax.dynamic_slice_in_dim(following, start, size, axis=1)
         logits, flat = logits.reshape(-1, logits.shape[2]), chosen.reshape(-1)
         own = log_prob(logits, flat)
         scores = logits
         if drawn is not None and drawn.processors:
-            rows = drawn.rows(tokens, lengths, start, _BLOCK)
+            rows = drawn.rows(tokens, lengths, start, size)
             for processor in drawn.processors:
                 scores = processor(scores, rows)
         after = own if scores is logits else log_prob(scores, flat)
@@ -165,5 +166,5 @@ def packed_logprobs(
         rows = jnp.moveaxis(blocks, 0, 1).reshape(len(tokens), -1)[:, : tokens.shape[1]]
         return jnp.where(real, jnp.roll(rows, 1, axis=1), 0).at[:, 0].set(0)
 
-    after, own = jax.lax.map(block, jnp.arange(0, hidden.shape[1], _BLOCK))
+    after, own = jax.lax.map(block, jnp.arange(0, hidden.shape[1], size))
     return in_slots(after), in_slots(own)
