@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from jaxgen import demo as demo
     from jaxgen import plot as plot
     from jaxgen.causal_output import CausalLMOutput as CausalLMOutput
+    from jaxgen.constraints.patterns import Constraint as Constraint
+    from jaxgen.constraints.patterns import choice as choice
+    from jaxgen.constraints.patterns import json_schema as json_schema
+    from jaxgen.constraints.patterns import regex as regex
     from jaxgen.convert import AutoModelForCausalLM as AutoModelForCausalLM
     from jaxgen.errors import CheckpointError as CheckpointError
     from jaxgen.errors import JaxgenError as JaxgenError
@@ -82,6 +86,7 @@ _HOME = {
     "BitsAndBytesConfig": "jaxgen.quant.bitsandbytes",
     "CausalLMOutput": "jaxgen.causal_output",
     "CheckpointError": "jaxgen.errors",
+    "Constraint": "jaxgen.constraints.patterns",
     "Gemma2Config": "jaxgen.models.gemma2",
     "Gemma2ForCausalLM": "jaxgen.models.gemma2",
     "Gemma3ForCausalLM": "jaxgen.models.gemma3",
@@ -126,10 +131,13 @@ _HOME = {
     "UnsupportedError": "jaxgen.errors",
     "WatermarkDetector": "jaxgen.generation.processors.watermark",
     "WatermarkingConfig": "jaxgen.generation.processors.watermark",
+    "choice": "jaxgen.constraints.patterns",
     "enable_compile_cache": "jaxgen.generation.programs.stages",
     "generate": "jaxgen.generation.generate",
+    "json_schema": "jaxgen.constraints.patterns",
     "logprobs": "jaxgen.generation.results.logprobs",
     "pipeline": "jaxgen.text.pipeline",
+    "regex": "jaxgen.constraints.patterns",
     "replay": "jaxgen.records.replay",
     "score_tokens": "jaxgen.generation.results.score_tokens",
     "set_seed": "jaxgen.generation.choosing.seed",

@@ -107,6 +107,10 @@ def _add_generating(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop", action="append", dest="stop_strings", metavar="TEXT", help="end a text with this; may be repeated"
     )
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--regex", metavar="PATTERN", help="every text matches this, from its beginning to its end")
+    shape.add_argument("--choice", action="append", metavar="TEXT", help="every text is one of these; repeat it")
+    shape.add_argument("--json-schema", type=Path, metavar="FILE", help="every text is JSON, valid by this schema")
     parser.add_argument("--seed", type=int, help="any int; the same seed gives the same text")
     parser.add_argument(
         "--set",
@@ -151,6 +155,8 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     from jaxgen.generation.options.table import OPTIONS
 
     settings = {name: value for name in NAMED if (value := getattr(options, name)) is not None}
+    if (constraint := _constraint_of(options)) is not None:
+        settings["constraint"] = constraint
     known = {*OPTIONS, *REFUSED, "strict"}
     for name, value in options.set:
         if name not in known:
@@ -163,3 +169,15 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
             raise JaxgenError(f"--set {name}=...: {name} is given twice")
         settings[name] = value
     return settings
+
+
+def _constraint_of(options: argparse.Namespace) -> Any:
+    """What the texts must look like, if anything was said of it."""
+    from jaxgen.constraints.patterns import choice, json_schema, regex
+    from jaxgen.files import read_json
+
+    if options.regex is not None:
+        return regex(options.regex)
+    if options.choice is not None:
+        return choice(options.choice)
+    return None if options.json_schema is None else json_schema(read_json(options.json_schema, any_names=True))

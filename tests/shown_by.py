@@ -39,6 +39,7 @@ SHOWN_BY: dict[str, str] = {
     "prompt_lookup_num_tokens": SPECULATION,
     "max_matching_ngram_size": SPECULATION,
     # Arguments that are not fields of a GenerationConfig.
+    "constraint": "tests/test_constraints.py",
     "logits_processor": "tests/test_processors.py",
     "stopping_criteria": "tests/test_stop.py",
     "negative_prompt_ids": OUTPUTS,

@@ -208,6 +208,8 @@ def test_inspect(capsys):
 OPTIONS = {
     "beams": (["--num-beams", "3", "--set", "length_penalty=0.5"], {"num_beams": 3, "length_penalty": 0.5}),
     "penalty": (["--repetition-penalty", "1.3"], {"repetition_penalty": 1.3}),
+    "regex": (["--regex", "[0-9]+"], {"constraint": jaxgen.regex("[0-9]+")}),
+    "choice": (["--choice", "a", "--choice", "b.c"], {"constraint": jaxgen.choice(["a", "b.c"])}),
     "stop": (["--stop", "yellow", "--stop", "orange"], {"stop_strings": ["yellow", "orange"]}),
     "int": (["--set", "no_repeat_ngram_size=2", "--set", "min_new_tokens=5"],
             {"no_repeat_ngram_size": 2, "min_new_tokens": 5}),

@@ -25,10 +25,14 @@ ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 PAGES_WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
-NEEDS = {"looking": ("matplotlib", "pandas"), "training": ("optax",)}  # pages that need more than jaxgen
+NEEDS = {
+    "constraints": ("outlines_core",),
+    "looking": ("matplotlib", "pandas"),
+    "training": ("optax",),
+}  # pages that need more than jaxgen
 # Pages and modules whose examples compile much.
 SLOW = {
-    "beams", "chat", "compile", "convert", "jit", "looking", "processors", "reuse", "rollouts",
+    "beams", "chat", "compile", "constraints", "convert", "jit", "looking", "processors", "reuse", "rollouts",
     "scores", "speculation", "stopping",
     "training", "tutorial", "jaxgen.generation.generate", "jaxgen.plot",
 }  # fmt: skip
@@ -165,6 +169,7 @@ FIGURES = (
     "speculate",
     "beams",
     "processors",
+    "constraints",
     "quality",
     "convert",
     "gpu-nvidia-h200",

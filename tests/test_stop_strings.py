@@ -1,7 +1,5 @@
 """Stop strings as an automaton: cases worked out by hand, and the text itself as the judge of random ones."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.core import Tracer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.choosing.stop_strings import StopStrings, checked_strings
@@ -17,7 +15,7 @@ from tests.helpers import SLOTS, decisions
 from tests.tokenizers import (
     TOKENIZERS,
     VOCAB,
-    byte_alphabet,
+    alone,
     byte_fallback,
     byte_level,
     characters,
@@ -97,24 +95,6 @@ def test_rows_know_nothing_of_each_other_or_of_what_lies_behind_their_end():
     state = stop.start(jnp.asarray(tokens), jnp.array([len(prompt) for prompt, _ in rows]))
     _, ended = stop.advance(state, jnp.array(ids_of(byte_level(), *(token for _, token in rows))))
     assert ended.tolist() == [YES, YES, NO, NO]
-
-
-@functools.cache
-def alone(name: str) -> dict[int, bytes]:
-    """What each of the tokenizer's plain tokens says, from its spelling: the tests' own reading."""
-    unspell = {letter: byte for byte, letter in byte_alphabet(pre_tokenizers.ByteLevel(add_prefix_space=False)).items()}
-    said = {}
-    for token, index in TOKENIZERS[name]().get_vocab().items():
-        if index in TOKENIZERS[name]().added_tokens_decoder:
-            continue
-        if name in ("byte_level", "demo"):
-            if set(token) <= unspell.keys():  # 13 bytes occur in no text
-                said[index] = bytes(unspell[letter] for letter in token)
-        elif name == "byte_fallback" and token.startswith("<0x"):
-            said[index] = bytes.fromhex(token[3:5])
-        else:
-            said[index] = token.replace("▁", " ").encode()
-    return said
 
 
 @st.composite

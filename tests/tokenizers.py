@@ -87,3 +87,21 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, *tokens: str | bytes | int) -> li
     vocabulary = tokenizer.get_vocab()
     spelled = (spell(token) if isinstance(token, bytes) else token for token in tokens)
     return [token if isinstance(token, int) else vocabulary[token] for token in spelled]
+
+
+@functools.cache
+def alone(name: str) -> dict[int, bytes]:
+    """What each of the tokenizer's plain tokens says, from its spelling: the tests' own reading."""
+    unspell = {letter: byte for byte, letter in byte_alphabet(pre_tokenizers.ByteLevel(add_prefix_space=False)).items()}
+    said = {}
+    for token, index in TOKENIZERS[name]().get_vocab().items():
+        if index in TOKENIZERS[name]().added_tokens_decoder:
+            continue
+        if name in ("byte_level", "demo"):
+            if set(token) <= unspell.keys():  # 13 bytes occur in no text
+                said[index] = bytes(unspell[letter] for letter in token)
+        elif name == "byte_fallback" and token.startswith("<0x"):
+            said[index] = bytes.fromhex(token[3:5])
+        else:
+            said[index] = token.replace("▁", " ").encode()
+    return said

@@ -211,6 +211,32 @@ def processors() -> str:
     return part("Logits processors", prose, rows_of(("processor", *cases), rows), command)
 
 
+def constraints() -> str:
+    """What constraints cost to build, to hold and per step."""
+    if (results := read("constraints")) is None:
+        return ""
+    header = ("constraint", "V", "states", "classes", "kB", "first, s", "next, s", "1 row, ms", "8 rows, ms")
+    rows = (
+        (
+            r["constraint"],
+            f"{r['vocab']:,}",
+            r["states"],
+            r["classes"],
+            f"{r['kilobytes']:.0f}",
+            f"{r['first_seconds']:.2f}",
+            f"{r['next_seconds']:.3f}",
+            *(f"{(r[f'microseconds_{batch}'] - r[f'nothing_{batch}']) / 1000:.2f}" for batch in (1, 8)),
+        )
+        for r in results["rows"]
+    )
+    prose = (
+        "Vocabularies of V tokens. What is held on the device; the time to build it, where nothing is known of the "
+        "vocabulary and where it has been read; and the time of the mask per step."
+    )
+    command = source("python benchmarks/constraints.py", XEON, _versions(results), "constraints")
+    return part("Constraints", prose, rows_of(header, rows), command)
+
+
 METHODS = {"absmax": "int4, absmax / 7", "rtn": "int4, searched (default)", "bitsandbytes": "NF4 (bitsandbytes)"}
 
 
@@ -351,6 +377,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "speculate": speculate,
     "beams": beams,
     "processors": processors,
+    "constraints": constraints,
     "quality": quality,
     "convert": convert,
     "gpu-nvidia-h200": gpu,

@@ -14,7 +14,15 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgen.cache import KVCache
 from jaxgen.generation.choosing.sample import draw, row_keys
-from jaxgen.generation.choosing.stop import BROKEN, IDLE, RUNNING, meets_any, raise_if_broken, status_after
+from jaxgen.generation.choosing.stop import (
+    BROKEN,
+    IDLE,
+    RUNNING,
+    Completes,
+    meets_any,
+    raise_if_broken,
+    status_after,
+)
 from jaxgen.generation.choosing.told import Told
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import Extras
@@ -45,6 +53,7 @@ class DecodeState:
     row_keys: Key[Array, " R"]  # never advanced: a draw folds in its position
     cache: KVCache  # keys and values of tokens 0 .. lengths - 2; those of the newest token are not in it yet
     matched: Int[Array, " R"] | None  # how far each row is into a stop string
+    constrained: Int[Array, " R"] | None  # where each row is in its constraint's automaton
     negative_shift: Int[Array, " R"] | None  # with guidance: a negative row's length minus that of its row
     given: Int[Array, "R S"] | None  # strict: the tokens that rows are to get, in their slots; -1 where they choose
     step_outputs: StepOutputs  # scores and logits, if asked for
@@ -57,7 +66,8 @@ class DecodeState:
     def rows(self, active: Bool[Array, " R"] | None = None) -> Rows:
         """What processors may know; `active`, if given, narrows down the running rows."""
         running = self.running if active is None else self.running & active
-        return Rows(self.tokens, self.lengths, self.prompt_lengths, self.max_lengths, self.prompts, running)
+        lengths = self.lengths, self.prompt_lengths, self.max_lengths
+        return Rows(self.tokens, *lengths, self.prompts, running, self.constrained)
 
 
 State = TypeVar("State", bound=DecodeState)  # of this search, or of one that builds on it
@@ -81,13 +91,14 @@ def begin(
         return jnp.repeat(jnp.asarray(x), layout.samples, axis=0) if layout.samples > 1 else jnp.asarray(x)
 
     tokens, lengths, idle = spread(prompts.tokens), spread(prompts.lengths), spread(prompts.idle)
-    rows, stop_strings = len(tokens), traced.stop_strings
+    rows, stop_strings, automata = len(tokens), traced.stop_strings, traced.automata
     tokens = jnp.pad(tokens, ((0, 0), (0, layout.total - tokens.shape[1])))
+    of_prompt = spread(jnp.arange(len(prompts.tokens)))
     state = DecodeState(
         tokens=tokens,
         lengths=lengths,
         prompt_lengths=lengths,
-        prompts=spread(jnp.arange(len(prompts.tokens))),
+        prompts=of_prompt,
         max_lengths=spread(prompts.max_lengths),
         status=jnp.where(idle, jnp.int8(IDLE), jnp.int8(RUNNING)),
         logprobs=jnp.zeros((rows, layout.total), jnp.float32),
@@ -95,6 +106,7 @@ def begin(
         row_keys=row_keys(key, jnp.asarray(prompts.row_ids), layout.samples),
         cache=jax.tree.map(spread, cache),
         matched=None if stop_strings is None else stop_strings.start(tokens, lengths),
+        constrained=None if automata is None else automata.start(of_prompt),
         negative_shift=None if prompts.negative is None else spread(prompts.negative.lengths) - lengths,
         given=None if prompts.given is None else jnp.asarray(prompts.given),
         step_outputs=StepOutputs.empty(layout.static, rows, logits.shape[1]),
@@ -165,11 +177,13 @@ def append_token(
         if traced.stop_strings is not None and matched is not None:
             after, hits = traced.stop_strings.advance(matched, chosen)
             matched = jnp.where(runs, after, matched)
+        constrained, completes = constrain(traced, state.constrained, state.prompts, chosen, runs)
         status = status_after(
             is_eos=(chosen[:, None] == traced.eos_ids).any(axis=1),
             hits_stop_string=hits,
             meets_criterion=meets_any(traced.criteria, tokens, lengths, scores),
             reaches_limit=lengths >= state.max_lengths,
+            completes=completes,
         )
         status = told.ended(status) if told else status
         status = jnp.where(runs, status, jnp.where(rows.running, jnp.int8(BROKEN), state.status))
@@ -181,6 +195,7 @@ def append_token(
             logprobs=logprobs,
             model_logprobs=model_logprobs,
             matched=matched,
+            constrained=constrained,
             step_outputs=state.step_outputs.put(rows.new_tokens, runs, scores, logits),
         )
 
@@ -196,6 +211,23 @@ def put(tables: Sequence[Array], slot: Int[Array, " R"], values: Sequence[Array]
         table.at[index, slot].set(value, mode="drop", unique_indices=True, indices_are_sorted=True)
         for table, value in zip(tables, values, strict=True)
     ]
+
+
+def constrain(
+    traced: TracedOptions,
+    before: Int[Array, " R"] | None,
+    prompts: Int[Array, " R"],
+    chosen: Int[Array, " R"],
+    runs: Bool[Array, " R"],
+) -> tuple[Int[Array, " R"] | None, Completes | None]:
+    """Where rows that run are in their constraints with one more token, and whether their texts are whole.
+
+    None without constraints.
+    """
+    if traced.automata is None or before is None:
+        return None, None
+    after, whole, ends = traced.automata.advance(before, prompts, chosen)
+    return jnp.where(runs, after, before), (whole, ends)
 
 
 def process(logits: Float[Array, "R V"], rows: Rows, traced: TracedOptions) -> Float[Array, "R V"]:

@@ -83,7 +83,7 @@ def prepare(
     static = static_options(config, extras)
     search = search_for(static)
     search.check(model, config, extras)
-    traced = traced_options(config, model.config.vocab_size, extras)
+    traced = traced_options(config, model.config.vocab_size, extras, len(given.ids))
 
     samples, context = search.rows_per_prompt(config), model.config.max_position_embeddings
     if inside_jit:
@@ -100,6 +100,8 @@ def prepare(
         check_memory(model, shape, layout, assistant, guided=given.negative is not None)
         given = given._replace(key=padded_key(given.key, sizes.rows))
     prompts = in_bucket(given, sizes)
+    if traced.automata is not None and not inside_jit:
+        traced.automata.check_room(sizes.max_lengths - given.lengths)
     if strict and search == PlainSearch():
         # Also where every row chooses: what scores given tokens is then the very same program.
         prompts = dataclasses.replace(prompts, given=np.full((sizes.rows * samples, layout.total), -1, np.int32))

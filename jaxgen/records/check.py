@@ -130,6 +130,11 @@ def _fit_together(where: str, entry: JsonObject) -> None:
             f"not a record: {where}: {rows} rows in output_ids, but {prompts} in prompt_ids times "
             f"num_return_sequences={cut(samples)}"
         )
+    constraint = entry.get("constraint", {"patterns": [None]})["patterns"]
+    if len(constraint) not in (1, prompts):
+        raise JaxgenError(
+            f"not a record: {where}.constraint.patterns has {len(constraint)} entries for {prompts} prompts"
+        )
     counts = {"row_ids": prompts, "negative_prompt_ids": prompts, "logprobs": rows, "finish_reason": rows}
     if isinstance(entry["seed"], list):
         counts["seed"] = prompts

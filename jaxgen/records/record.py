@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxgen.constraints.patterns import Constraint
 from jaxgen.errors import JaxgenError
 from jaxgen.files import JsonObject, read_bytes
 from jaxgen.generation.choosing.sample import SAMPLER_VERSION
@@ -162,6 +163,7 @@ def generation_of(output: Any) -> JsonObject:
         "negative_prompt_ids": None if request.prompts.negative is None else _rows_of(request.prompts.negative, rows),
         "strict": None if request.strict is None else dataclasses.asdict(request.strict),
         "python": [name for name in PYTHON if _given(getattr(request.extras, name))],
+        **_constraint(request),
         "helpers": [name for name in _HELPERS if getattr(request.extras, name) is not None],
         "shapes": _shapes(request),
         "compiler_options": compiler_options(output.origin.model, request.strict is not None),
@@ -172,6 +174,16 @@ def generation_of(output: Any) -> JsonObject:
         "started": datetime.datetime.fromtimestamp(output.origin.started, datetime.UTC).isoformat("T", "milliseconds"),
         "seconds": round(output.seconds, 3),
     }
+
+
+def _constraint(request: Request) -> JsonObject:
+    """What the texts were to look like, if anything."""
+    automata, given = request.traced.automata, request.extras.constraint
+    if automata is None:
+        return {}
+    several = [given] if isinstance(given, Constraint) else given
+    patterns = [None if one is None else one.pattern for one in several]
+    return {"constraint": {"patterns": patterns, "sha256": automata.sha256()}}
 
 
 def _no_constant(name: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxgen.constraints.patterns import Constraint
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.files import JsonObject
 from jaxgen.generation.choosing.sample import SAMPLER_VERSION
@@ -62,8 +63,8 @@ def replay(
     record names is loaded only if you say `load_model=True`, from the Hugging Face hub, by id and revision; without,
     the answer says what that would be. A model that was somewhere else, was quantised by you, or was trained, must be
     passed. `python` are functions that a record names but does not hold (`logits_processor`, ...), and `tokenizer`,
-    for the stop strings of a model without one. An assistant is left out: it changes no token. Raises `JaxgenError`
-    for a file that is no record, or contradicts itself, and for other names in `python`.
+    for the stop strings or the constraint of a model without one. An assistant is left out: it changes no token. Raises
+    `JaxgenError` for a file that is no record, or contradicts itself, and for other names in `python`.
 
     >>> model, tokenizer = getfixture("demo")
     >>> inputs = tokenizer(["1, 2, 3"], return_tensors="np")
@@ -192,7 +193,10 @@ def _again(model: Any, number: int, entry: JsonObject, python: JsonObject) -> Js
             f"pass them: jaxgen.replay(record, model, {missing[0]}=...)"
         )
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    if config.stop_strings:
+    if constraint := entry.get("constraint"):
+        asked = [None if pattern is None else Constraint(pattern) for pattern in constraint["patterns"]]
+        options["constraint"] = asked[0] if len(asked) == 1 and asked[0] is not None else asked
+    if config.stop_strings or constraint:
         options["tokenizer"] = tokenizer_for(model, python.get("tokenizer"))
     if entry["negative_prompt_ids"] is not None:
         options["negative_prompt_ids"], options["negative_prompt_attention_mask"] = _table(entry["negative_prompt_ids"])

@@ -345,7 +345,7 @@ class _Call:
             key=self.key,
             seed=self.seed,
             row_ids=range(start, end) if chosen is None else chosen[start:end],
-            **{**self.generate, **length, **self._details_anyway()},
+            **{**self.generate, **length, **self._constraint(start, end), **self._details_anyway()},
         )
         sequences = output if isinstance(output, np.ndarray) else output.sequences  # a model may wrap `generate`
         if self.recording is not None and sequences is not output:
@@ -356,6 +356,15 @@ class _Call:
             rows = range(row * samples, (row + 1) * samples)
             results = [self._result(prompt, sequences[r].tolist(), ids.shape[1]) for r in rows]
             yield [result | _details(output, r) if asked else result for result, r in zip(results, rows, strict=True)]
+
+    def _constraint(self, start: int, end: int) -> dict[str, Any]:
+        """Of a list, which has one for each text, those of a batch."""
+        given = self.generate.get("constraint")
+        if not isinstance(given, Sequence):
+            return {}
+        if len(given) < end:
+            raise JaxgenError(f"constraint is a list of {len(given)}, and this is text {end - 1}; pass one for each")
+        return {"constraint": given[start:end]}
 
     def _details_anyway(self) -> dict[str, Any]:
         """What the record needs; but what `generate` says of `output_scores` without details is its to say."""

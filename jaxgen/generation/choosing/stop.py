@@ -8,9 +8,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.errors import JaxgenError, NonFiniteLogitsError
 
-RUNNING, EOS, STOP_STRING, CRITERION, LENGTH, BROKEN, IDLE, TIME = range(8)
+RUNNING, EOS, STOP_STRING, CRITERION, LENGTH, BROKEN, IDLE, TIME, COMPLETE = range(9)
 # What a user reads. Broken rows raise, and idle ones only fill up a bucket.
-FINISH_REASON = {EOS: "eos", STOP_STRING: "stop_string", CRITERION: "criterion", LENGTH: "length", TIME: "time"}
+FINISH_REASON = {
+    EOS: "eos",
+    STOP_STRING: "stop_string",
+    CRITERION: "criterion",
+    LENGTH: "length",
+    TIME: "time",
+    COMPLETE: "complete",
+}
+Completes = tuple[Bool[Array, " R"], Bool[Array, " R"]]
 
 
 def status_after(
@@ -19,9 +27,16 @@ def status_after(
     hits_stop_string: Bool[Array, " R"],
     meets_criterion: Bool[Array, " R"],
     reaches_limit: Bool[Array, " R"],
+    completes: Completes | None = None,
 ) -> Int[Array, " R"]:
-    """The status of rows that have just been given a token; of several reasons to end, the first counts."""
-    reasons = ((LENGTH, reaches_limit), (CRITERION, meets_criterion), (STOP_STRING, hits_stop_string), (EOS, is_eos))
+    """The status of rows that have just been given a token; of several reasons to end, the first counts.
+
+    With a constraint, `completes` says of each row whether its text is whole, and whether nothing may follow.
+    """
+    reasons = [(LENGTH, reaches_limit), (CRITERION, meets_criterion), (STOP_STRING, hits_stop_string), (EOS, is_eos)]
+    if completes is not None:
+        whole, ends = completes
+        reasons.insert(1, (COMPLETE, ends | reaches_limit & whole))
     status = jnp.zeros(is_eos.shape, jnp.int8)
     for code, applies in reasons:
         status = jnp.where(applies, jnp.int8(code), status)

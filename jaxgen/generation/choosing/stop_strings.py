@@ -11,12 +11,8 @@ that is the same as comparing characters: UTF-8 finds no character inside anothe
 
 import dataclasses
 import functools
-import json
-import re
-import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +20,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxgen.errors import JaxgenError, shown
+from jaxgen.generation.choosing.vocabulary import SILENT, UNKNOWN, Vocabulary, lift, vocabulary_of
 from jaxgen.generation.prompts.layout import bucket
 from jaxgen.pytree import pytree
 
 SMALLEST_TABLE = 1 << 14  # entries; most sets of stop strings need fewer, so they share one compiled loop
 BUILDS_KEPT = 8
 MOST_BYTES = 1 << 14  # of all stop strings together: each is a state
-MOST_ENTRIES = 1 << 24  # states times kinds of tokens, 64 MB
-# Kinds of tokens: one that says nothing leaves the state alone, one that the tokenizer does not know resets it.
-SILENT, UNKNOWN = 0, 1
-# A tokenizer may drop a space at the start of a text, so tokens are decoded behind this one, as in transformers.
-BEFORE = "abcdef"
-BYTE_TOKEN = re.compile(r"<0x([0-9a-fA-F]{2})>")
 
 
 @pytree
@@ -62,9 +53,7 @@ class StopStrings:
         or a non-empty sequence of them, and if no token of the vocabulary can end any of them.
         """
         encoded = tuple(sorted({string.encode() for string in checked_strings(strings)}))
-        if tokenizer is None:
-            raise JaxgenError("stop_strings needs tokenizer=: the tokenizer says what text each token stands for")
-        return _build(_vocabulary(tokenizer), encoded, vocab_size)
+        return _build(vocabulary_of(tokenizer, "stop_strings"), encoded, vocab_size)
 
     def start(self, tokens: Int[Array, "R S"], lengths: Int[Array, " R"]) -> Int[Array, " R"]:
         """The state after each row's first `lengths` tokens; what stands in `tokens` behind them is not read.
@@ -127,8 +116,8 @@ def checked_strings(strings: object) -> tuple[str, ...]:
 
 
 @functools.lru_cache(BUILDS_KEPT)
-def _build(vocabulary: "_Vocabulary", strings: tuple[bytes, ...], vocab_size: int) -> StopStrings:
-    kinds, functions = _lift(_automaton(strings), vocabulary)
+def _build(vocabulary: Vocabulary, strings: tuple[bytes, ...], vocab_size: int) -> StopStrings:
+    kinds, functions = lift(_automaton(strings), vocabulary, "stop_strings")
     known = vocabulary.ids < vocab_size
     # Kinds that only occur half-way through a token, or in tokens that the model does not have, need no column.
     columns, renumbered = np.unique(np.concatenate([[SILENT, UNKNOWN], kinds[known]]), return_inverse=True)
@@ -181,144 +170,3 @@ def _automaton(strings: tuple[bytes, ...]) -> Int[np.ndarray, "N 256"]:
             following[state, byte] = child
             queue.append(child)
     return following * 2 + ends[following]
-
-
-def _lift(step: Int[np.ndarray, "N 256"], vocabulary: "_Vocabulary") -> tuple[np.ndarray, np.ndarray]:
-    """What each token does to each state: the kind of each token of the vocabulary, and per kind a function.
-
-    A function is a row of `states` entries, each as in `_automaton`. All tokens are read at once, byte by byte, and
-    what matters of the bytes read so far is only their function. There are few functions, so what a byte makes of
-    each is worked out once.
-    """
-    letters = np.flatnonzero((step > 0).any(axis=0))  # all other bytes lead to state 0
-    letter_of = np.zeros(256, np.int64)
-    letter_of[letters] = np.arange(1, len(letters) + 1)
-    step = np.column_stack([np.zeros(len(step), np.int32), step[:, letters]])
-    text = letter_of[vocabulary.text]
-
-    states = np.arange(len(step), dtype=np.int32)
-    functions = [states * 2, states * 0]  # SILENT, UNKNOWN
-    number = {function.tobytes(): kind for kind, function in enumerate(functions)}
-    moves = np.full((0, step.shape[1]), -1)  # the kind that a kind becomes through one more letter; -1: not asked yet
-    kinds = np.full(len(vocabulary.ids), SILENT)
-    for position, longer in enumerate(vocabulary.longer):
-        moves = np.pad(moves, ((0, len(functions) - len(moves)), (0, 0)), constant_values=-1)
-        pairs = kinds[:longer] * moves.shape[1] + text[vocabulary.starts[:longer] + position]
-        for pair in np.unique(pairs[moves.ravel()[pairs] < 0]):
-            kind, letter = divmod(int(pair), moves.shape[1])
-            function = step[functions[kind] >> 1, letter] | functions[kind] & 1
-            moves[kind, letter] = number.setdefault(function.tobytes(), len(functions))
-            if moves[kind, letter] == len(functions):
-                functions.append(function)
-                if len(functions) * len(step) > MOST_ENTRIES:
-                    raise JaxgenError(
-                        f"stop_strings: {len(step) - 1} beginnings of strings times {len(functions)} kinds of tokens "
-                        f"are a table of more than {MOST_ENTRIES} entries; pass fewer or shorter strings"
-                    )
-        kinds[:longer] = moves.ravel()[pairs]
-    return kinds, np.stack(functions)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)  # equal only if the same: it is a key of the cache
-class _Vocabulary:
-    """The bytes that each token stands for; the longest tokens come first."""
-
-    size: int  # of the tokenizer when it was read
-    ids: np.ndarray
-    text: np.ndarray  # uint8: all tokens, one after the other
-    starts: np.ndarray  # where in `text` each begins
-    longer: np.ndarray  # how many tokens have more than 0, 1, 2... bytes
-
-
-_vocabularies: "weakref.WeakKeyDictionary[Any, _Vocabulary]" = weakref.WeakKeyDictionary()
-
-
-def _vocabulary(tokenizer: Any) -> _Vocabulary:
-    """The tokenizer's vocabulary, read once, and again when tokens were added."""
-    if not (hasattr(tokenizer, "get_vocab") and hasattr(tokenizer, "convert_tokens_to_string")):
-        raise JaxgenError(f"tokenizer is {type(tokenizer).__name__}; stop_strings needs a tokenizer of transformers")
-    known = _vocabularies.get(tokenizer)
-    if known is None or known.size != len(tokenizer):
-        known = _vocabularies[tokenizer] = _read_vocabulary(tokenizer)
-    return known
-
-
-def _read_vocabulary(tokenizer: Any) -> _Vocabulary:
-    vocabulary = tokenizer.get_vocab()
-    texts = _texts(tokenizer, list(vocabulary))
-    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-    order = np.argsort(-lengths, kind="stable")
-    return _Vocabulary(
-        size=len(tokenizer),
-        ids=np.fromiter(vocabulary.values(), np.int64, len(texts))[order],
-        text=np.frombuffer(b"".join(texts), np.uint8),
-        starts=(np.cumsum(lengths) - lengths)[order],
-        longer=np.cumsum(np.bincount(lengths)[::-1])[::-1][1:],
-    )
-
-
-def _texts(tokenizer: Any, tokens: list[str]) -> list[bytes]:
-    """The bytes that each token adds to a text, special tokens included (they stand for their names).
-
-    Source: `clean_tokenizer_vocab` of transformers' `StopStringCriteria`, which treats these tokenizers likewise.
-    """
-    kinds = _decoder_kinds(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
-    spelled = _byte_token if "ByteFallback" in kinds else _byte_level if "ByteLevel" in kinds else lambda token: None
-    texts = {token: text for token in tokens if (text := spelled(token)) is not None}
-    if rest := [token for token in tokens if token not in texts]:
-        before = tokenizer.convert_ids_to_tokens(tokenizer(BEFORE, add_special_tokens=False)["input_ids"])
-        texts.update((token, _decoded(tokenizer, before, token)) for token in rest)
-    return [texts[token] for token in tokens]
-
-
-def _decoded(tokenizer: Any, before: list[str], token: str) -> bytes:
-    """What the token adds to the text of the tokens `before`, which stand for `BEFORE`."""
-    text = tokenizer.convert_tokens_to_string([*before, token])
-    _, found, added = text.partition(BEFORE)
-    if not found:
-        raise JaxgenError(
-            f"stop_strings: the tokenizer makes {text!r} of {BEFORE!r} and the token {token!r}, so what the token "
-            "adds to a text is not known; without stop_strings this tokenizer can be used"
-        )
-    return added.encode()
-
-
-def _decoder_kinds(decoder: object) -> set[str]:
-    """The names of a `tokenizers` decoder and of those inside it; empty for None."""
-    if decoder is None:
-        return set()
-    kinds, left = {type(decoder).__name__}, []
-    if hasattr(decoder, "__getstate__") and isinstance(state := decoder.__getstate__(), bytes | str):
-        left.append(json.loads(state))
-    while left:
-        part = left.pop()
-        if isinstance(part, dict):
-            kinds.update({part["type"]} if "type" in part else ())  # a pattern inside has none
-            left.extend(part.values())
-        elif isinstance(part, list):
-            left.extend(part)
-    return kinds
-
-
-def _byte_characters() -> dict[str, int]:
-    """The character that stands for each byte in byte-level vocabularies, as GPT-2 introduced them."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in own]
-    return {chr(byte): byte for byte in own} | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_characters()
-
-
-def _byte_level(token: str) -> bytes | None:
-    """The bytes of a byte-level token; None if it is not one (an added token with a space in it, for example)."""
-    try:
-        return bytes(map(_BYTE_OF.__getitem__, token))
-    except KeyError:
-        return None
-
-
-def _byte_token(token: str) -> bytes | None:
-    """The byte that a token like <0x0A> stands for; None for other tokens."""
-    found = BYTE_TOKEN.fullmatch(token)
-    return bytes.fromhex(found[1]) if found else None

@@ -26,7 +26,8 @@ from jaxgen.generation.options.checks import (
     plain,
     token_ids,
 )  # fmt: skip
-from jaxgen.generation.processors import constraint, filters, history, lengths
+from jaxgen.generation.processors import filters, history, lengths, regular
+from jaxgen.generation.processors.constraint import AllowedPrefixes, UserProcessors
 from jaxgen.generation.processors.processor import Filter, Processor
 from jaxgen.generation.processors.watermark import Watermark, WatermarkingConfig
 
@@ -227,15 +228,22 @@ class Extras:
     """The arguments of `generate` that are no fields of a `GenerationConfig`, by HF's names."""
 
     logits_processor: Any = _argument(
-        "jittable functions of tokens, lengths and logits", constraint.UserProcessors, off=(), before="temperature"
+        "jittable functions of tokens, lengths and logits", UserProcessors, off=(), before="temperature"
     )
     stopping_criteria: Any = _argument("jittable functions of tokens, lengths and scores")
     prefix_allowed_tokens_fn: Any = _argument(
-        "which tokens may come next", constraint.AllowedPrefixes, before="forced_bos_token_id"
+        "which tokens may come next", AllowedPrefixes, before="forced_bos_token_id"
+    )
+    constraint: Any = _argument(
+        "what the text must look like: `jaxgen.regex`, `choice` or `json_schema`, or a list of one per prompt; needs "
+        "`tokenizer=`; jaxgen's own",
+        regular.Constrained,
+        before="temperature",
+        ours=True,
     )
     negative_prompt_ids: Any = _argument("the prompts that `guidance_scale` leads away from")
     negative_prompt_attention_mask: Any = _argument("their masks")
-    tokenizer: Any = _argument("for `stop_strings`")
+    tokenizer: Any = _argument("for `stop_strings` and `constraint`")
     assistant_model: Any = _argument("a smaller model that drafts")
     past_key_values: Any = _argument("of an earlier output; also by the name it has since transformers 5.24, `cache`")
     strict: Any = _argument("True, or a `Strict`: the one shape of every batch; jaxgen's own", ours=True)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxgen.errors import JaxgenError
+from jaxgen.generation.choosing.constrained import Automata
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import ARGUMENTS, OPTIONS
 from jaxgen.generation.processors.processor import Call, Processor, several
@@ -16,17 +17,19 @@ def chain_of(
     user: object = (),
     beams: bool = False,
     prefix_allowed_tokens_fn: object = None,
+    constraint: Automata | None = None,
 ) -> tuple[Processor, ...]:
     """The processors that an effective configuration switches on: `entry(logits [R, V] float32, rows) -> logits`.
 
     `user` is a sequence of jittable `f(tokens [R, S], lengths [R], logits) -> logits`. `beams` says that rows are
-    beams. `prefix_allowed_tokens_fn` is HF's function, or an `AllowedTokens`. Each stands where HF has it: see the
-    order of `jaxgen.generation.options.table`.
+    beams. `prefix_allowed_tokens_fn` is HF's function, or an `AllowedTokens`. Each stands where HF has it, and
+    `constraint` behind all but what only sampling has: see the order of `jaxgen.generation.options.table`.
 
     Raises `JaxgenError` for a token id outside the vocabulary, and for options that contradict each other.
     Source: transformers `GenerationMixin._get_logits_processor`.
     """
-    values = {**vars(config), "logits_processor": user, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn}
+    arguments = {"logits_processor": user, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn}
+    values = {**vars(config), **arguments, "constraint": constraint}
     on = [*_in_order(values)]
     _check_tokens(values, {name: processor for name, processor, _ in on}, vocab_size)
     call = Call(values, config.eos_token_ids, beams)
@@ -36,11 +39,9 @@ def chain_of(
 
 def _in_order(values: Mapping[str, Any]) -> Iterator[tuple[str, type[Processor], bool]]:
     """The options that are on and have a processor: name, processor, and whether only sampling uses it."""
-    ahead = {row.before: (name, row) for name, row in ARGUMENTS.items() if row.before}
     for name, option in OPTIONS.items():
-        if option.processor is None:
-            continue
-        for each, row in (ahead[name], (name, option)) if name in ahead else ((name, option),):
+        ahead = [(argument, row) for argument, row in ARGUMENTS.items() if row.before == name]
+        for each, row in (*ahead, (name, option)):
             if row.processor is not None and row.is_on(values[each]):
                 yield each, row.processor, row.only_sampling
 

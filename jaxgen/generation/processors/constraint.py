@@ -109,7 +109,7 @@ class AllowedPrefixes(Processor):
 
         shape = jax.ShapeDtypeStruct(logits.shape, bool)
         told = (rows.tokens, rows.lengths, rows.prompts, rows.running)
-        return _restrict(logits, rows, jax.pure_callback(ask, shape, self.function, *told), self.beams)
+        return restrict(logits, rows, jax.pure_callback(ask, shape, self.function, *told), self.beams)
 
 
 class _AllowedByTrace(AllowedPrefixes):
@@ -122,7 +122,7 @@ class _AllowedByTrace(AllowedPrefixes):
                 f"AllowedTokens returned {allowed.dtype} {list(allowed.shape[1:])} for a row; "
                 f"expected bool [{logits.shape[1]}], one entry per token of the vocabulary"
             )
-        return _restrict(logits, rows, allowed, self.beams)
+        return restrict(logits, rows, allowed, self.beams)
 
 
 def _listed(tokens: object, prompt: int, vocab_size: int) -> Bool[np.ndarray, " V"]:
@@ -143,7 +143,7 @@ def _listed(tokens: object, prompt: int, vocab_size: int) -> Bool[np.ndarray, " 
     return allowed
 
 
-def _restrict(logits: Logits, rows: Rows, allowed: Bool[Array, "R V"], beams: bool) -> Logits:
+def restrict(logits: Logits, rows: Rows, allowed: Bool[Array, "R V"], beams: bool) -> Logits:
     """-inf where not allowed. A row with nothing left but -inf chooses evenly among what is allowed.
 
     With beams this takes all beams of a prompt to have nothing left: one alone simply dies.

@@ -10,12 +10,14 @@ from jaxtyping import Array, Float, Int
 
 from jaxgen.cache import Slots
 from jaxgen.errors import JaxgenError, UnsupportedError, shown
+from jaxgen.generation.choosing.constrained import Automata
 from jaxgen.generation.choosing.stop_strings import StopStrings
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import OPTIONS, Extras
 from jaxgen.generation.processors.chain import chain_of
 from jaxgen.generation.processors.constraint import as_pytree
 from jaxgen.generation.processors.processor import Processor, as_count, as_number
+from jaxgen.generation.processors.regular import Constrained
 from jaxgen.generation.prompts.layout import bucket, pad_to
 from jaxgen.pytree import pytree
 
@@ -64,6 +66,11 @@ class TracedOptions:
     confidence: Float[Array | np.ndarray, ""]  # an assistant stops drafting when it is less sure than this
     ngram: Int[Array | np.ndarray, ""]  # prompt lookup: the longest end of a row that is looked up
 
+    @property
+    def automata(self) -> Automata | None:
+        """What the rows are constrained by."""
+        return next((processor.automata for processor in self.processors if isinstance(processor, Constrained)), None)
+
 
 def static_options(config: GenerationConfig, extras: Extras = Extras()) -> StaticOptions:
     """The static half of an effective configuration; raises `JaxgenError` for strategies that exclude each other."""
@@ -90,8 +97,10 @@ def static_options(config: GenerationConfig, extras: Extras = Extras()) -> Stati
     )
 
 
-def traced_options(config: GenerationConfig, vocab_size: int, extras: Extras = Extras()) -> TracedOptions:
-    """The traced half of an effective configuration, as numpy arrays."""
+def traced_options(
+    config: GenerationConfig, vocab_size: int, extras: Extras = Extras(), prompts: int = 1
+) -> TracedOptions:
+    """The traced half of an effective configuration for so many prompts, as numpy arrays."""
     eos = config.eos_token_ids
     for token in eos:
         if token >= vocab_size:
@@ -105,6 +114,9 @@ def traced_options(config: GenerationConfig, vocab_size: int, extras: Extras = E
             user=_functions("logits_processor", extras.logits_processor),
             beams=config.beams > 1,
             prefix_allowed_tokens_fn=extras.prefix_allowed_tokens_fn,
+            constraint=None
+            if extras.constraint is None
+            else Automata.of(extras.constraint, extras.tokenizer, prompts, vocab_size, eos),
         ),
         criteria=tuple(
             as_pytree(f, "stopping_criteria") for f in _functions("stopping_criteria", extras.stopping_criteria)

@@ -18,6 +18,7 @@ class Rows:
     max_lengths: Int[Array, " R"]  # the length at which the row ends: prompt and all the new tokens it may get
     prompts: Int[Array, " R"]  # the index, in the call, of the prompt that the row continues
     running: Bool[Array, " R"]  # False: the row has ended, or only fills up a bucket; its result is not used
+    constrained: Int[Array, " R"] | None = None  # where the row is in its constraint's automaton
 
     @property
     def new_tokens(self) -> Int[Array, " R"]:

@@ -61,7 +61,8 @@ def logprobs(
         raise JaxgenError(f"{next(iter(unknown))!r} is no argument of jaxgen.logprobs; options belong in config=")
     for name, value in vars(given).items():
         if value is not None and name not in ("logits_processor", "prefix_allowed_tokens_fn"):
-            hint = "use jaxgen.score_tokens" if name == "strict" else "it changes no logits; leave it out"
+            hint = {"strict": "use jaxgen.score_tokens", "constraint": "of rows under one, generate gives them"}
+            hint = hint.get(name, "it changes no logits; leave it out")
             raise UnsupportedError(f"{name}: not in the pure function jaxgen.logprobs; {hint}")
     ids = jnp.asarray(input_ids, jnp.int32)
     mask = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32) != 0
@@ -127,6 +128,7 @@ def check_scorable(config: GenerationConfig, extras: Extras) -> None:
         "guidance_scale": config.is_guided,
         "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens,
         "assistant_model": extras.assistant_model,
+        "constraint": extras.constraint,
         "past_key_values": extras.past_key_values,
         "negative_prompt_ids": extras.negative_prompt_ids,
         "prefix_allowed_tokens_fn": extras.prefix_allowed_tokens_fn is not None

@@ -43,7 +43,7 @@ class GenerateOutput:
     logprobs: Float[np.ndarray, "R N"]  # of each new token where it was drawn, after processors; 0 after the end
     model_logprobs: Float[np.ndarray, "R N"]  # the model's own, before processors; 0 after the end
     lengths: Int[np.ndarray, " R"]  # new tokens per row
-    finish_reason: list[str]  # "eos", "stop_string", "criterion", "length" or "time", per row
+    finish_reason: list[str]  # "eos", "stop_string", "criterion", "length", "time" or "complete", per row
     generation_config: GenerationConfig  # the values in effect
     seed: int | tuple[int, ...] | None  # the seed in effect, or one per row; None when a key was given
     past_key_values: PastKeyValues | None = None  # for a call that goes on; None with beams; also called `cache`

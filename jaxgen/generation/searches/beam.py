@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgen.errors import UnsupportedError
 from jaxgen.generation.choosing.stop import BROKEN, LENGTH, RUNNING, meets_any, status_after
-from jaxgen.generation.loop import DecodeState, begin, process, unfinished
+from jaxgen.generation.loop import DecodeState, begin, constrain, process, unfinished
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import Extras
 from jaxgen.generation.processors.select import best_of
@@ -170,6 +170,8 @@ def append(
         if matched is not None and traced.stop_strings is not None:
             after, _ = traced.stop_strings.advance(matched[parents], onward.picked.reshape(-1))
             matched = jnp.where(runs, after, matched)
+        before = None if state.constrained is None else state.constrained[parents]
+        constrained, _ = constrain(traced, before, state.prompts, onward.picked.reshape(-1), runs)
         status = jnp.where(jnp.repeat(ended, beams), finished.reasons, jnp.int8(RUNNING))
         broken = jnp.where(rows.running, jnp.int8(BROKEN), state.status)
         state = dataclasses.replace(
@@ -180,6 +182,7 @@ def append(
             logprobs=put(state.logprobs, onward.logprobs),
             model_logprobs=put(state.model_logprobs, onward.model_logprobs),
             matched=matched,
+            constrained=constrained,
             step_outputs=state.step_outputs.put(rows.new_tokens, runs, scores, own),
             scores=where_running(onward.scores, state.scores),
             picked=put(state.picked, onward.picked),
@@ -227,11 +230,14 @@ def propose(
     if traced.criteria:
         tokens = state.tokens[flat].at[jnp.arange(len(flat)), lengths - 1].set(token, mode="drop")
         meets = meets_any(traced.criteria, tokens, lengths, scores[flat])
+    before = None if state.constrained is None else state.constrained[flat]
+    _, completes = constrain(traced, before, state.prompts[flat], token, jnp.ones_like(hits))
     status = status_after(
         is_eos=(token[:, None] == traced.eos_ids).any(axis=1),
         hits_stop_string=hits,
         meets_criterion=meets,
         reaches_limit=lengths >= state.max_lengths[flat],
+        completes=completes,
     )
     return Candidates(at(total), parents, picked, at(scores), at(log_probs), status.reshape(index.shape))
 

@@ -189,22 +189,25 @@ def ask_assistant(
     index, slots = jnp.arange(len(state.tokens)), state.tokens.shape[1]
     most = state.lengths + _room(state, static)
 
-    def choose(logits: Array, tokens: Array, lengths: Array, going: Array) -> tuple[Array, Array, Array]:
-        rows = dataclasses.replace(state.rows(going), tokens=tokens, lengths=lengths)
+    def choose(
+        logits: Array, tokens: Array, lengths: Array, going: Array, constrained: Array | None
+    ) -> tuple[Array, Array, Array, Array | None]:
+        rows = dataclasses.replace(state.rows(going), tokens=tokens, lengths=lengths, constrained=constrained)
         scores = loop.process(logits, rows, traced)
         chosen = draw(scores, state.row_keys, lengths) if static.do_sample else loop.greedy(scores)
         going &= ~_ends(chosen, traced)
         tokens = tokens.at[index, jnp.where(going, lengths, slots)].set(chosen, mode="drop")
         lengths += going
         sure = jnp.exp(loop.log_prob(scores, chosen)) >= traced.confidence
-        return tokens, lengths, going & sure & (lengths < most)
+        constrained, _ = loop.constrain(traced, constrained, state.prompts, chosen, going)
+        return tokens, lengths, going & sure & (lengths < most), constrained
 
-    def draft_next(carry: tuple[Array, Array, Array, KVCache]) -> tuple[Array, Array, Array, KVCache]:
-        tokens, lengths, going, cache = carry
+    def draft_next(carry: tuple[Array, Array, Array, Array | None, KVCache]) -> tuple[Any, ...]:
+        tokens, lengths, going, constrained, cache = carry
         # Rows that draft no more read their newest token again, as in `loop.decode_step`.
         newest = lengths - 1
         logits, cache = assistant.step(jnp.take_along_axis(tokens, newest[:, None], axis=1)[:, 0], newest, cache)
-        return *choose(logits, tokens, lengths, going), cache
+        return *choose(logits, tokens, lengths, going, constrained), cache
 
     assert state.assistant_cache is not None
     with jax.named_scope("draft"):
@@ -214,8 +217,8 @@ def ask_assistant(
         two = jnp.take_along_axis(state.tokens, start[:, None] + jnp.arange(2), axis=1)
         hidden, cache = assistant.extend(two, start, jnp.full_like(start, 2), state.assistant_cache)
         logits = assistant.logits(hidden[:, 1:])[:, 0]
-        carry = (*choose(logits, state.tokens, state.lengths, state.lengths < most), cache)
-        tokens, lengths, _, cache = jax.lax.while_loop(lambda carry: carry[2].any(), draft_next, carry)
+        carry = (*choose(logits, state.tokens, state.lengths, state.lengths < most, state.constrained), cache)
+        tokens, lengths, _, _, cache = jax.lax.while_loop(lambda carry: carry[2].any(), draft_next, carry)
         place = state.lengths[:, None] + jnp.arange(static.drafts)
         drafts = jnp.take_along_axis(tokens, jnp.minimum(place, slots - 1), axis=1)
         return jnp.where(place < lengths[:, None], drafts, NO_DRAFT), cache
