@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.linear import product
 from jaxgen.lowering import target
-from jaxgen.models.rope import Scaling, Yarn, plain_frequencies
+from jaxgen.models.rope import LongRope, Scaling, Yarn, plain_frequencies
 
 # Queries are taken this many at a time, so that scores take B*N*BLOCK*T floats and not B*N*T*T.
 QUERY_BLOCK = 512
@@ -37,15 +37,26 @@ class Rotation(NamedTuple):
 
 
 def rope(
-    positions: Int[Array, "B T"], head_dim: int, theta: float, dtype: jnp.dtype, scaling: "Scaling | None" = None
+    positions: Int[Array, "B T"],
+    head_dim: int,
+    theta: float,
+    dtype: jnp.dtype,
+    scaling: "Scaling | None" = None,
+    ends: Int[Array, " B"] | None = None,
 ) -> Rotation:
     """Cosines and sines of the rotary angles: computed in float32, cast to `dtype` as HF does.
 
+    `ends`: the position of each row's last token, by which LongRoPE chooses; by default that of its first column.
     Source: Su et al. 2021 (arXiv 2104.09864); transformers `LlamaRotaryEmbedding`.
     """
     frequencies, amplitude = plain_frequencies(head_dim, theta), 1.0
     if scaling is not None:
-        frequencies, amplitude = scaling.frequencies(frequencies, theta), scaling.amplitude
+        amplitude = scaling.amplitude
+        frequencies = (
+            scaling.of_rows(frequencies, theta, positions[:, 0] if ends is None else ends)
+            if isinstance(scaling, LongRope)
+            else scaling.frequencies(frequencies, theta)
+        )
     angles = positions[..., None].astype(jnp.float32) * frequencies
     tables = jnp.cos(angles), jnp.sin(angles)
     cos, sin = tables if amplitude == 1 else (table * jnp.float32(amplitude) for table in tables)

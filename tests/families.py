@@ -174,6 +174,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0], "long_factor": [1.5] * 6,
         },
     },
+    "phi3, long rows": {
+        "model_type": "phi3", **_SMALL, "hidden_size": 64, "original_max_position_embeddings": 24, "sliding_window": 20,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.5, 2, 3, 4, 5, 6, 7, 8]},
+    },
     "phi3, as transformers 5 writes it": {
         "model_type": "phi3", **_SMALL, "hidden_size": 64, "num_key_value_heads": 1,
         "original_max_position_embeddings": 128, "max_position_embeddings": 256, "rope_parameters": {

@@ -22,7 +22,7 @@ from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.kernels import step
 from jaxgen.models.families import config_from_hf, families, family_of
 from jaxgen.models.protocol import CausalLM
-from jaxgen.models.rope import Llama3, LongRope, plain_frequencies
+from jaxgen.models.rope import Llama3, plain_frequencies
 from jaxgen.models.tensors import logical_axes, parameter_parts
 from jaxgen.quant import Int4
 from tests.families import CONFIGS, HUB, LLAMA3, LLAMA_4, YARN
@@ -294,15 +294,6 @@ def test_a_model_that_overflows_float16(name: str, tmp_path: Path):
     assert auto_dtype(t4) == jnp.float16
 
 
-def test_rows_beyond_the_context_of_short_factors():
-    """Longer rows have other rotary positions, from the first token on. Files keep the whole context."""
-    config = config_from_hf(CONFIGS["phi3, longrope"])
-    assert config.max_position_embeddings == 128 and config.to_hf()["max_position_embeddings"] == 512
-    model = family_of(config)(config.with_layers([0]), rngs=nnx.Rngs(0))
-    with pytest.raises(JaxgenError, match="128"):
-        model.generate([[5, 9]], max_new_tokens=127)
-
-
 @every
 def test_every_parameter_has_axes_and_a_place(name: str):
     config = config_from_hf(CONFIGS[name])
@@ -393,8 +384,7 @@ def test_configs_of_the_hub_are_read(name: str, caplog: pytest.LogCaptureFixture
     assert family_of(config).__name__ == HUB[name]["architectures"][0]
     told = {key: value for key, value in HUB[name].items() if hasattr(config, key) and key not in ("model_type",)}
     for key, value in told.items():
-        limited = key == "max_position_embeddings" and isinstance(config.rope_scaling, LongRope)
-        if not limited and key not in ("rope_scaling", "rope_parameters", "sliding_window", "layer_types", "use_cache"):
+        if key not in ("rope_scaling", "rope_parameters", "sliding_window", "layer_types", "use_cache"):
             assert getattr(config, key) == (tuple(value) if isinstance(value, list) else value), key
     assert ("attn_factor" in caplog.text) == (name == "DeepSeek-R1-0528-Qwen3-8B")
 

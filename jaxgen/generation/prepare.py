@@ -17,6 +17,7 @@ from jaxgen.generation.options.table import Extras
 from jaxgen.generation.options.unused import once
 from jaxgen.generation.programs.inputs import BatchLayout, TracedOptions, static_options, traced_options
 from jaxgen.generation.programs.strict import Strict
+from jaxgen.generation.prompts.contexts import check_pieces, contexts, note
 from jaxgen.generation.prompts.layout import checked_prompt, pack, pad_to
 from jaxgen.generation.prompts.memory import check_memory
 from jaxgen.generation.prompts.past_key_values import PastKeyValues
@@ -85,15 +86,18 @@ def prepare(
     search.check(model, config, extras)
     traced = traced_options(config, model.config.vocab_size, extras, len(given.ids))
 
-    samples, context = search.rows_per_prompt(config), model.config.max_position_embeddings
+    samples = search.rows_per_prompt(config)
     if inside_jit:
-        sizes = sizes_inside_jit(config, given.lengths, given.ids.shape[1], context)
+        sizes = sizes_inside_jit(config, given.lengths, given.ids.shape[1], model.config)
     else:
         longest = max(int(x.lengths.max()) for x in (given, given.negative) if x is not None)
-        sizes = bucketed_sizes(config, samples, longest, given.lengths, context, strict)
+        sizes = bucketed_sizes(config, samples, longest, given.lengths, model.config, strict)
         if given.negative is not None:
-            check_negative_lengths(given.negative.lengths, sizes.max_lengths - given.lengths, context)
+            negative, new = np.asarray(given.negative.lengths), np.asarray(sizes.max_lengths - given.lengths)
+            check_negative_lengths(negative, new, contexts(model.config, negative), note(model.config))
     layout = layout_of(model, config, static, samples, sizes, strict)
+    if layout.chunk and not inside_jit:
+        check_pieces(model.config, given.lengths)
     shape, assistant = (sizes.rows, sizes.length), extras.assistant_model
     if not inside_jit:
         # Before anything is padded: what the device cannot hold, the host may not either.

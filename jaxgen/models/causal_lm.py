@@ -134,7 +134,7 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
         First the embeddings, without attentions; then every layer's output, the last one normed.
         """
         ids, positions, mask = _read_mask(tokens, real)
-        x, tables = self.model.embed_tokens(ids), self.rotations(positions)
+        x, tables = self.model.embed_tokens(ids), self.rotations(positions, _ends(positions, mask))
         yield x, None
         for index, (layer, rotation) in enumerate(zip(self.model.layers, tables, strict=True)):
             x, weights = _layer_activations(*split(layer), x, rotation, positions, mask, with_attentions)
@@ -218,14 +218,19 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
     ) -> tuple[Float[Array, "B T D"], list[tuple[Array, Array]]]:
         x = self.model.embed_tokens(ids)
         fresh = []
-        for layer, rotation in zip(self.model.layers, self.rotations(positions), strict=True):
+        for layer, rotation in zip(self.model.layers, self.rotations(positions, _ends(positions, real)), strict=True):
             x, keys_and_values = layer.prompt(x, rotation, positions, real)
             fresh.append(keys_and_values)
         return self.model.norm(x), fresh
 
-    def rotations(self, positions: Int[Array, "B T"]) -> list[Rotation | None]:
-        """The rotary tables of `positions` for each layer, in the compute dtype."""
-        return rotations(self.config, positions, self.dtype)
+    def rotations(self, positions: Int[Array, "B T"], ends: Int[Array, " B"] | None = None) -> list[Rotation | None]:
+        """The rotary tables of `positions` for each layer, in the compute dtype; `ends` as for `rope`."""
+        return rotations(self.config, positions, self.dtype, ends)
+
+
+def _ends(positions: Int[Array, "B T"], real: Bool[Array, "B T"]) -> Int[Array, " B"]:
+    """The position of each row's last real token."""
+    return jnp.where(real, positions, 0).max(axis=1)
 
 
 def _read_mask(input_ids: Any, attention_mask: Any) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]]:

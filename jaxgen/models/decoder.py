@@ -40,11 +40,13 @@ from jaxgen.residual import add_and_norm
 _module_list = getattr(nnx, "List", list)
 
 
-def rotations(config: DecoderConfig, positions: Int[Array, "B T"], dtype: jnp.dtype) -> list[Rotation | None]:
-    """The rotary tables of `positions` for each layer; layers of one base and scaling share theirs."""
+def rotations(
+    config: DecoderConfig, positions: Int[Array, "B T"], dtype: jnp.dtype, ends: Int[Array, " B"] | None = None
+) -> list[Rotation | None]:
+    """The rotary tables of `positions` for each layer; layers of one base and scaling share theirs. `ends`: `rope`."""
     dtype = jnp.dtype("float32") if config.rotates_in_float32 else dtype
     tables = {
-        given: None if given is None else rope(positions, config.rotary_size, given[0], dtype, given[1])
+        given: None if given is None else rope(positions, config.rotary_size, given[0], dtype, given[1], ends)
         for given in dict.fromkeys(config.ropes)
     }
     return [tables[given] for given in config.ropes]

@@ -20,8 +20,8 @@ class Phi3Config(DecoderConfig):
 
     `partial_rotary_factor`: the share of a head's dimensions that is rotated. `rope_scaling`: None, or a mapping as
     HF's, of `rope_type` "longrope". Such a model has other rotary positions for rows that are longer than its original
-    context, from the first token on: jaxgen has those of shorter rows, and `max_position_embeddings` becomes the
-    original context. Raises `JaxgenError` for sizes that do not fit together. Source: transformers `Phi3Config`.
+    context, from the first token on: a prompt within the original context may not go on beyond it. Raises `JaxgenError`
+    for sizes that do not fit together. Source: transformers `Phi3Config`.
 
     >>> Phi3Config(partial_rotary_factor=0.75).rotary_size
     72
@@ -55,16 +55,16 @@ class Phi3Config(DecoderConfig):
     }
     stacks_projections = True
 
-    def __post_init__(self):
-        super().__post_init__()
-        if isinstance(self.rope_scaling, LongRope):
-            original = self.rope_scaling.original_max_position_embeddings
-            object.__setattr__(self, "max_position_embeddings", min(original, self.max_position_embeddings))
-
     @property
     def rotary_size(self) -> int:
         """As `DecoderConfig.rotary_size`."""
         return int(self.head_size * self.partial_rotary_factor)
+
+    @property
+    def short_context(self) -> int | None:
+        """How long a row may become whose prompt is not longer; None where all may have the whole context."""
+        scaling = self.rope_scaling
+        return scaling.original_max_position_embeddings if isinstance(scaling, LongRope) else None
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
@@ -72,14 +72,9 @@ class Phi3Config(DecoderConfig):
         return super().rope_parameters | {"partial_rotary_factor": self.partial_rotary_factor}
 
     def to_hf(self) -> dict[str, Any]:
-        """As `DecoderConfig.to_hf`, with the whole context."""
-        scaling = self.rope_scaling
-        if not isinstance(scaling, LongRope):
-            return super().to_hf()
-        return super().to_hf() | {
-            "max_position_embeddings": scaling.max_position_embeddings,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        }
+        """As `DecoderConfig.to_hf`, with the original context."""
+        original = self.short_context
+        return super().to_hf() | ({} if original is None else {"original_max_position_embeddings": original})
 
     @classmethod
     def _in_plain_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:

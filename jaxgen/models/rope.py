@@ -125,13 +125,13 @@ class Yarn:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongRope:
-    """LongRoPE (arXiv 2402.13753) for rows within the original context: each frequency is divided by its own factor.
+    """LongRoPE (arXiv 2402.13753): each frequency is divided by its own factor, another one in longer rows.
 
     Source: transformers `_compute_longrope_parameters`.
     """
 
     short_factor: tuple[float, ...]
-    long_factor: tuple[float, ...]  # of longer rows
+    long_factor: tuple[float, ...]  # of rows beyond the original context, from their first token on
     original_max_position_embeddings: int
     max_position_embeddings: int
     factor: float | None = None
@@ -147,9 +147,18 @@ class LongRope:
         return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
     def frequencies(self, plain: Frequencies, theta: float) -> Frequencies:
-        """As `Scaling.frequencies`."""
-        exponents = np.arange(0, 2 * len(plain), 2, dtype=_F32) / _F32(2 * len(plain))
-        return _F32(1) / (np.array(self.short_factor, _F32) * _F32(theta) ** exponents)
+        """As `Scaling.frequencies`, of rows within the original context."""
+        return self._divided(self.short_factor, theta)
+
+    def of_rows(self, plain: Frequencies, theta: float, ends: Int[Array, " B"]) -> Float[Array, "B 1 half"]:
+        """Those of each row, by the position of its last token."""
+        is_long = ends >= self.original_max_position_embeddings
+        long = self._divided(self.long_factor, theta)
+        return jnp.where(is_long[:, None, None], long, self.frequencies(plain, theta))
+
+    def _divided(self, factors: tuple[float, ...], theta: float) -> Frequencies:
+        exponents = np.arange(0, 2 * len(factors), 2, dtype=_F32) / _F32(2 * len(factors))
+        return _F32(1) / (np.array(factors, _F32) * _F32(theta) ** exponents)
 
 
 SCALINGS: dict[str, type[Any]] = {"linear": Linear, "llama3": Llama3, "yarn": Yarn, "longrope": LongRope}

@@ -11,6 +11,7 @@ import jax
 
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.choosing.sample import random_key
+from jaxgen.generation.prompts.contexts import context_of
 from jaxgen.generation.prompts.past_key_values import PastKeyValues
 from jaxgen.text.inputs import Messages, encode
 from jaxgen.text.stream import TextStream
@@ -67,7 +68,7 @@ class Session:
 
     def _start(self, messages: Messages) -> TextStream:
         ids = encode(self.tokenizer, messages)["input_ids"]
-        context = self.model.config.max_position_embeddings
+        context = context_of(self.model.config, len(ids))
         room = context - len(ids)
         if room < 1:
             raise JaxgenError(

@@ -14,6 +14,7 @@ from jaxgen.generation.choosing.sample import random_key, row_id_words
 from jaxgen.generation.options.config import GenerationConfig, check_names
 from jaxgen.generation.options.table import Extras
 from jaxgen.generation.options.typed import PipelineArguments
+from jaxgen.generation.prompts.contexts import context_of
 from jaxgen.records.record import Recording
 from jaxgen.text.inputs import Messages, checked_text, checked_texts, continues_final_message, encode, is_message
 from jaxgen.text.tokenizer import continuation, left_pad, tokenizer_for
@@ -302,7 +303,8 @@ class _Call:
                     f"{context}; ask for fewer"
                 )
             ids, mask = ids[-keep:], mask[-keep:]
-        room = max(1, min(DEFAULTS["max_new_tokens"], context - sum(mask))) if self._default_length else None
+        left = context_of(self.model.config, sum(mask)) - sum(mask)
+        room = max(1, min(DEFAULTS["max_new_tokens"], left)) if self._default_length else None
         if ids:
             return Prompt(text, ids, mask, max_new_tokens=room)
         bos = self._set(self.generate).get("bos_token_id")

@@ -13,7 +13,6 @@ import transformers
 
 import jaxgen
 from jaxgen.models.families import config_from_hf, families
-from jaxgen.models.rope import LongRope
 from tests.families import CONFIGS, HUB, ORIGINAL_CONTEXT
 from tests.oracle.beams import Watched, compare
 from tests.oracle.clear import agreed
@@ -22,7 +21,8 @@ from tests.reference.cases import Run, left_padded, with_holes
 
 pytestmark = pytest.mark.oracle
 
-every = pytest.mark.parametrize("name", CONFIGS)
+LONG = "phi3, long rows"  # whose original context of 24 is shorter than some of the prompts
+every = pytest.mark.parametrize("name", [name for name in CONFIGS if name != LONG])
 LENGTHS = (3, 30, 17)
 IGNORED = ("type", "attn_factor", "max_position_embeddings")  # of rope_parameters, by transformers too
 NEW = 64  # beyond the original context of 32 that the scaled ones were stretched from
@@ -91,9 +91,7 @@ def names_of(config: Any) -> list[str]:
 
 def shared_names(ours: Any, theirs: Any) -> list[str]:
     """Those whose values must agree: some configs of transformers compute a few later, as ours do."""
-    names = [name for name in names_of(ours) if name not in UNKNOWN or getattr(theirs, name, None) is not None]
-    limited = isinstance(ours.rope_scaling, LongRope)  # to the original context
-    return [name for name in names if not (limited and name == "max_position_embeddings")]
+    return [name for name in names_of(ours) if name not in UNKNOWN or getattr(theirs, name, None) is not None]
 
 
 def windows_of(theirs: Any) -> tuple[int | None, ...]:
@@ -151,6 +149,36 @@ def test_logits_tokens_and_beams(name: str, tmp_path: Path):
     options = {"num_beams": 3, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
     clear, _ = compare(Watched(theirs), model, given, max_new_tokens=12, **options)
     assert any(clear)
+
+
+def test_rows_beyond_the_original_context_of_longrope(tmp_path: Path):
+    """Prompts that are longer than it, over 64 steps; of shorter ones transformers gives all rows the long factors."""
+    theirs, given = torch_model(LONG, tmp_path), [row for row in prompts() if len(row) > 24]
+    given += [[*given[0], 5, 9, 7, 30, 41]]
+    model = ours(tmp_path)
+    for row in prompts():  # each alone: transformers chooses by the longest of a batch
+        alone = np.array([row])
+        assert_close(logits_of(model, alone, np.ones_like(alone)), live.prefill_logits(theirs, [row]))
+    run = Run("", {"max_new_tokens": NEW, "eos_token_id": 2, "pad_token_id": 0})
+    new, scores = live.generate(theirs, given, run)
+    shared = agreed(new, scores, run.eos())
+    assert shared.mean() > 0.5
+    ids, mask = left_padded(given)
+    actual = model.generate(ids, mask, **run.arguments())[:, ids.shape[1] :]
+    columns = min(actual.shape[1], new.shape[1])
+    assert ((actual[:, :columns] == new[:, :columns]) | ~shared[:, :columns]).all()
+
+
+def test_transformers_reads_a_row_anew_that_outgrows_the_original_context(tmp_path: Path):
+    """Which no cache of one shape can: jaxgen refuses such a row, and has the same tokens up to there."""
+    theirs, row = torch_model(LONG, tmp_path), prompts()[2]
+    model, options = ours(tmp_path), {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = theirs.generate(torch.tensor([row]), max_new_tokens=20, **options).numpy()
+    np.testing.assert_array_equal(model.generate([row], max_new_tokens=7, **options), expected[:, :24])
+    with pytest.raises(jaxgen.JaxgenError, match=r"context of 24 tokens \(of rows whose prompt has at most 24: "):
+        model.generate([row], max_new_tokens=8, **options)
+    whole = np.asarray(model(expected[:, :-1]).logits).argmax(-1)[0, 25:]  # the long factors, from the first token on
+    np.testing.assert_array_equal(whole[: len(expected[0]) - 26], expected[0, 26:])
 
 
 @every

@@ -12,6 +12,7 @@ from jaxgen.cache import Int8Slots, KVCache, of_layers
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.programs.inputs import BatchLayout
 from jaxgen.generation.programs.structure import references, same_arrays, split
+from jaxgen.generation.prompts.contexts import short_context
 from jaxgen.generation.prompts.layout import bucket, pad_to
 from jaxgen.generation.prompts.prefill import Past, Prompts
 
@@ -54,6 +55,8 @@ class PastKeyValues:
         sources = np.arange(rows) if len(self.lengths) == rows else np.zeros(rows, np.int64)
         known = [self._known(prompts, row, source) for row, source in enumerate(sources.tolist())]
         held = np.array(known, np.int32)
+        if not self._rotates_like(np.asarray(prompts.lengths[:rows]), sources, held, short_context(model.config)):
+            return prompts, dataclasses.replace(layout, int8_cache=isinstance(self.cache[0].keys, Int8Slots))
         fresh = bucket(int((prompts.lengths[:rows] - held).max()), SMALLEST_FRESH)
         chunk = min(fresh, layout.chunk or CHUNK)
         past = Past(
@@ -83,7 +86,16 @@ class PastKeyValues:
                 return 0  # the ring has turned past what the next token would look at
         return known
 
-    def _check(self, prompts: Prompts, layout: BatchLayout, rows: int, model: object) -> None:
+    def _rotates_like(
+        self, lengths: Int[np.ndarray, " B"], sources: Int[np.ndarray, " B"], held: Int[np.ndarray, " B"], short: Any
+    ) -> bool:
+        """Whether what is held was rotated as the prompts are; else all is read anew (`prompts.contexts`)."""
+        if short is None:
+            return True
+        was_long, is_long = self.lengths[sources] >= short, lengths > short
+        return bool(((was_long == is_long) & (~is_long | (held >= short))).all())
+
+    def _check(self, prompts: Prompts, layout: BatchLayout, rows: int, model: Any) -> None:
         if prompts.negative is not None:
             raise JaxgenError("past_key_values and guidance_scale exclude each other: the negative rows have no past")
         if len(self.lengths) not in (1, rows):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.programs.inputs import BatchLayout, StaticOptions
 from jaxgen.generation.programs.strict import Strict
+from jaxgen.generation.prompts.contexts import contexts, note, short_context
 from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, SMALLEST_TOTAL, bucket
 from jaxgen.generation.prompts.row_limits import row_limits
 
@@ -29,11 +30,11 @@ def bucketed_sizes(
     samples: int,
     longest: int,
     lengths: Int[np.ndarray, " B"],
-    context: int,
+    model_config: Any,
     strict: Strict | None,
 ) -> Sizes:
     """Sizes rounded up, so that few of them are compiled; `longest` is the longest prompt, negative ones included."""
-    max_lengths = row_limits(config, lengths, context)
+    max_lengths = row_limits(config, lengths, contexts(model_config, lengths), note(model_config))
     guided = config.is_guided  # a negative row may be longer than its row
     budget = int((max_lengths - lengths).max())
     if strict:
@@ -46,10 +47,13 @@ def bucketed_sizes(
     return Sizes(bucket(len(lengths)), length, total, budget, max_lengths)
 
 
-def sizes_inside_jit(config: GenerationConfig, lengths: Int[Array, " B"], columns: int, context: int) -> Sizes:
+def sizes_inside_jit(config: GenerationConfig, lengths: Int[Array, " B"], columns: int, model_config: Any) -> Sizes:
     """Sizes as if every column were a real token: how many are is known to the device only, as are the limits."""
     batch = len(lengths)
-    total = int(row_limits(config, np.full(batch, columns, np.int32), context).max())
+    # A row that has fewer may be of the other kind, where there are two: all stay within the short context.
+    context = short_context(model_config) or model_config.max_position_embeddings
+    limits = np.full(batch, min(context, model_config.max_position_embeddings), np.int64)
+    total = int(row_limits(config, np.full(batch, columns, np.int32), limits, note(model_config)).max())
     if _by_length(config):
         return Sizes(batch, columns, total, total, jnp.full(batch, total))
     return Sizes(batch, columns, total, total - columns, lengths + (total - columns))

@@ -19,6 +19,7 @@ from jaxgen.generation.options.table import Extras
 from jaxgen.generation.options.typed import ConfigSource, GenerateOptions, TokenIds, TokenMask
 from jaxgen.generation.prepare import prepare
 from jaxgen.generation.programs.strict import Strict
+from jaxgen.generation.prompts.contexts import context_of, note
 from jaxgen.generation.prompts.layout import checked_prompt, generated, pack, pad_to
 from jaxgen.generation.results.logprobs import check_scorable, drawn_by, max_lengths_of
 from jaxgen.generation.results.score import scored
@@ -117,10 +118,9 @@ def _checked(sequences: Any, prompt_lengths: Any, attention_mask: Any, config: A
             raise JaxgenError(f"prompt_lengths: {start} in row {row}; a prompt has at least one token")
         if start >= length:
             raise JaxgenError(f"sequences: row {row} has {length} real tokens, and none after its prompt of {start}")
-        if length > config.max_position_embeddings:
+        if length > (context := context_of(config, start)):
             raise JaxgenError(
-                f"sequences: row {row} has {length} tokens, more than the model's context of "
-                f"{config.max_position_embeddings}"
+                f"sequences: row {row} has {length} tokens, more than the model's context of {context}{note(config)}"
             )
     return Rows(tokens, lengths, starts.astype(np.int32))
 
@@ -170,7 +170,7 @@ def _told(
     mask = np.arange(longest) < prompts.prompt_lengths[:, None]
     max_lengths = max_lengths_of(config, placed.prompt_lengths, placed.lengths).reshape(-1, samples).max(axis=1)
     # What a call may ask for that scores nothing but what is there: lengths beyond the shape have no room to reserve.
-    room = min(strict.tokens, model.config.max_position_embeddings) - longest
+    room = min(strict.tokens, context_of(model.config, longest)) - longest
     sized = copy.copy(config)
     sized.update(max_new_tokens=min(int((max_lengths - prompts.prompt_lengths).max()), room))
     request = prepare(model, prompts.tokens[:, :longest] * mask, mask, sized, seed=FreshSeed(0), extras=extras)
