@@ -79,7 +79,7 @@ class Quarters:
     def stored(self, part: Part) -> dict[str, Wanted] | None:
         return {part.name: Wanted(part.shape)} if self.pattern.fullmatch(part.name) else None
 
-    def read(self, part: Part) -> Int4:
+    def weight(self, part: Part) -> Int4:
         codes = (4 * self.checkpoint.read(part.name).astype(np.float32)).astype(np.int8)
         order = np.random.default_rng(0).permutation(part.shape[1]).astype(np.int32)
         return Int4(pack(codes[:, order]), np.full((part.shape[0], 1), 0.25, np.float32), permutation=order)

@@ -307,7 +307,7 @@ def test_order_of_quality(monkeypatch):
     tokenizer = load_tokenizer(demo.path()).backend_tokenizer
     calibration = next(batches(tokenizer, seed=2, batch=64, length=63))
     text = next(batches(tokenizer, seed=3, batch=64, length=63))
-    monkeypatch.setitem(blocks._METHODS, "autoround", functools.partial(AutoRound, iterations=60, batch=8))
+    monkeypatch.setattr(AutoRound, "__init__", functools.partialmethod(AutoRound.__init__, iterations=60, batch=8))
     compute = nnx.jit(lambda model: jax.nn.log_softmax(model(jnp.asarray(text)).logits))
     model = AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
     exact = compute(model)

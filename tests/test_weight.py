@@ -55,11 +55,11 @@ class Int8Config(Quantization):
 
 
 def floats(model: Any) -> dict[str, np.ndarray]:
-    """The model's weights by path, dequantised."""
+    """The model's weights by path, dequantised; those of norms are no matrices."""
     flat = nnx.to_flat_state(nnx.state(model))
     weights = split(model)[1]
     return {
-        ".".join(map(str, path)): np.asarray(as_weight(weight).dequantize())
+        ".".join(map(str, path)): np.asarray(weight if len(weight.shape) == 1 else as_weight(weight).dequantize())
         for (path, _), weight in zip(flat, weights, strict=True)
     }
 

@@ -70,11 +70,11 @@ def _read() -> dict[str, Any]:
     for name in (name for name in tables.tensors if ".quant_state." in name and "across" not in name):
         weight, _ = name.split(".quant_state.")
         shape = tuple(json.loads(tables.read_bytes(name).tobytes())["shape"])
-        found[f"bitsandbytes {weight}"] = reader.read(Part(weight, shape, shape))
+        found[f"bitsandbytes {weight}"] = reader.weight(Part(weight, shape, shape))
     affine = Checkpoint(FIXTURES, "mlx.safetensors")
     for name in (name.removesuffix(".scales") for name in affine.tensors if name.endswith(".scales")):
         reader = open_mlx({"group_size": int(name.split("_")[1]), "bits": 4}, affine)
-        found[f"MLX {name}"] = reader.read(Part(f"{name}.weight", (4, 128), (4, 128)))
+        found[f"MLX {name}"] = reader.weight(Part(f"{name}.weight", (4, 128), (4, 128)))
     blocks = Checkpoint(FIXTURES, "ggml_blocks.safetensors")
     for name in (name.removesuffix(".rows") for name in blocks.tensors if name.endswith(".rows")):
         found[f"GGUF {name}"] = (FOUR_BITS.get(name) or FLOATS[name])(blocks.read(f"{name}.rows"))
