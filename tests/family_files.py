@@ -36,7 +36,8 @@ def written(directory: Path, name: str, **sizes: int) -> Path:
 
 
 def load(place: Path, **options: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(place, **{"dtype": "float32", "device_map": "cpu"} | options)
+    options = {"dtype": "float32", "device_map": "cpu", **options}
+    return AutoModelForCausalLM.from_pretrained(place, **options)
 
 
 def logits(model: Any, ids: Any) -> np.ndarray:

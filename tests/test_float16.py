@@ -40,7 +40,7 @@ def inputs() -> Any:
 
 @pytest.fixture(scope="module")
 def load():
-    loaded: dict[Any, MistralForCausalLM] = {}
+    loaded: dict[Any, Any] = {}
 
     def get(dtype: str, load_in_4bit: bool = False) -> MistralForCausalLM:
         if (dtype, load_in_4bit) not in loaded:

@@ -1,6 +1,7 @@
 """`generate` beyond greedy tokens: ends, layout, precedence of options, details, and the pure function."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -264,7 +265,7 @@ def test_both_modes_of_nnx(graph: bool, model: MistralForCausalLM):
 @pytest.mark.parametrize("dtype", some_slow(["bfloat16", "float16"], "bfloat16".__eq__))
 def test_half_precision(dtype: str):
     """Computed in 16 bits the demo says the same: its margins are wide."""
-    half = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), dtype=dtype)
+    half: Any = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), dtype=dtype)
     full = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), dtype="float32")
     from jaxgen.text.tokenizer import load_tokenizer
 
@@ -275,7 +276,7 @@ def test_half_precision(dtype: str):
 
 @pytest.mark.slow
 def test_overflow_to_infinity_raises_too():
-    half = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), dtype="float16")
+    half: Any = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), dtype="float16")
     half.lm_head.weight[...] = half.lm_head.weight[...] * 30000
     with pytest.raises(jaxgen.NonFiniteLogitsError, match="row 0 at step 0"):
         half.generate([[1, 2]])

@@ -408,7 +408,7 @@ class TestCall:
 
         gradient, out = all_of_them(weights, ids[None])
         assert isinstance(out, jaxgen.CausalLMOutput)
-        assert out.logits.shape == (1, 1, 3, 9) and out.loss.shape == (1,)
+        assert out.logits.shape == (1, 1, 3, 9) and out.loss is not None and out.loss.shape == (1,)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
         assert isinstance(nnx.jit(lambda model: model(ids))(nnx.merge(structure, weights)), jaxgen.CausalLMOutput)
 

@@ -1,5 +1,7 @@
 """The table of options: a class and a row are all that a new filter takes, and what the table says is true."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,8 +39,8 @@ def row(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_new_filter_is_a_class_and_a_row(row: str):
-    model = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path())
-    options = {"max_new_tokens": 6, "do_sample": True, "seed": 3, "temperature": 5.0}
+    model: Any = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path())  # who knows of the new option
+    options: Any = {"max_new_tokens": 6, "do_sample": True, "seed": 3, "temperature": 5.0}
     drawn = model.generate(IDS, **options, typical_p2=1e-6)
     greedy = model.generate(IDS, max_new_tokens=6)
     with counted() as compilations:

@@ -258,7 +258,7 @@ def test_what_the_default_was_is_written_down(inputs, model):
 
 def test_trained_weights_are_other_weights(inputs):
     """What counts is what is in memory, not what the files say."""
-    model = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
+    model: Any = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
     record = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True).record
     model.lm_head.weight = nnx.Param(model.lm_head.weight[...] + 1e-3)
     assert replay(record, model).exit_code == 2

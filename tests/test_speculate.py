@@ -96,7 +96,7 @@ def finished(model: MistralForCausalLM, *arguments: Any, **options: Any) -> Any:
     return advance(*run_of(model, *arguments, **options))
 
 
-def output_of(model: MistralForCausalLM, ids: Any, mask: Any = None, **options: Any) -> GenerateOutput:
+def output_of(model: Any, ids: Any, mask: Any = None, **options: Any) -> GenerateOutput:
     output = model.generate(ids, mask, return_dict_in_generate=True, **options)
     assert isinstance(output, GenerateOutput)
     return output
