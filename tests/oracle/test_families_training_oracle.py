@@ -11,7 +11,7 @@ import transformers
 from flax import nnx
 
 from jaxgen.models.tensors import parameter_parts
-from tests.oracle.test_families_oracle import assert_close, logits_of, ours, prompts, torch_model
+from tests.oracle.torch_families import assert_close, logits_of, ours, prompts, torch_model
 from tests.reference import live
 from tests.reference.cases import left_padded
 

@@ -14,7 +14,7 @@ from jaxgen.models.families import config_from_hf, family_of
 from jaxgen.quant import Int4
 from tests.families import CONFIGS
 from tests.family_files import load, logits
-from tests.oracle.test_families_oracle import torch_model
+from tests.oracle.torch_families import torch_model
 
 pytestmark = [
     pytest.mark.oracle,
