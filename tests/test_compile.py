@@ -108,6 +108,7 @@ def test_trained_weights_are_used_without_recompiling(model):
     assert not compilations
 
 
+@pytest.mark.slow
 def test_a_hundred_updates_compile_nothing_and_copy_nothing(model):
     """As a trainer makes them: new arrays, put into the model, or passed to the pure function."""
     graph, params = nnx.split(model)

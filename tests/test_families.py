@@ -46,12 +46,12 @@ ROWS = [(name, options) for name in BOTH for options in ("few", "everything", "b
 ROWS += [(name, "everything") for name in KINDS]
 
 
-@pytest.fixture(scope="module", params=[*BOTH, *SLOW_KINDS])
+@pytest.fixture(scope="module", params=some_slow([*BOTH, *KINDS], lambda name: name != BOTH[1]))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load(written(tmp_path_factory.mktemp("family"), request.param))
 
 
-@pytest.mark.parametrize(("model", "options"), some_slow(ROWS, lambda row: row[1] != "few"), indirect=["model"])
+@pytest.mark.parametrize(("model", "options"), some_slow(ROWS, lambda row: row != (BOTH[1], "few")), indirect=["model"])
 def test_a_row_depends_on_itself_only(model: Any, options: str):
     rng, names = np.random.default_rng(0), [f"row {index}" for index in range(BATCH)]
     rows = [rng.integers(0, 97, length).tolist() for length in (3, 14, 1, 9)]
@@ -92,7 +92,7 @@ def test_an_assistant_of_another_family(model: Any, tmp_path: Path):
     np.testing.assert_array_equal(model.generate(ids, assistant_model=assistant, **options), expected)
 
 
-@pytest.mark.parametrize("name", [*BOTH, *SLOW_KINDS])
+@pytest.mark.parametrize("name", some_slow([*BOTH, *KINDS], lambda name: name != BOTH[1]))
 def test_int4_is_the_model_of_the_rounded_weights(name: str, tmp_path: Path):
     path = written(tmp_path / "plain", name, hidden_size=64, intermediate_size=128, head_dim=32)
     loaded, plain, ids = load(path, quantization_config=Int4Config(group_size=64)), load(path), [[5, 9, 7, 30, 41, 2]]

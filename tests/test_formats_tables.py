@@ -57,7 +57,7 @@ def test_bitsandbytes_is_read_as_its_library_reads_it(variant):
     assert stored is not None and headers_agree(checkpoint, stored)
     of_variant = {n for n in checkpoint.tensors if n.split(".")[0] == variant}
     assert stored.keys() == of_variant - {f"{variant}.rows", f"{variant}.expected"}
-    read = reader.read(weight)
+    read = reader.weight(weight)
     assert read.group_size == (128 if variant == "nf4_large_blocks" else 64) and read.scale.dtype == np.float32
     rows, expected = checkpoint.read(f"{variant}.rows"), checkpoint.read(f"{variant}.expected")
     np.testing.assert_array_equal(np.asarray(read.dequantize())[rows], expected)
@@ -123,6 +123,7 @@ def test_four_bits_stay_as_they_are_under_load_in_4bit(nf4, caplog):
     assert [type(weight) is Lookup4 for weight in weights(packed)] == [True] * 4 + [False] and not caplog.records
 
 
+@pytest.mark.slow
 def test_nf4_becomes_int4_on_request_with_one_warning(nf4, caplog):
     with caplog.at_level(logging.WARNING, "jaxgen"):
         packed = load(nf4[0], quantization_config=Int4Config(group_size=32))
@@ -204,7 +205,7 @@ def test_mlx_is_read_as_its_library_reads_it(dtype, group):
     weight = part(f"{dtype}_{group}.weight", 4, 128)
     stored = reader.stored(weight)
     assert stored is not None and len(stored) == 3 and headers_agree(checkpoint, stored)
-    read = reader.read(weight)
+    read = reader.weight(weight)
     assert read.scale.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype), "the file's precision"
     assert (read.scale < 0).any(), "the fixture has scales of both signs"
     expected = checkpoint.read(f"{dtype}_{group}.expected")
@@ -212,6 +213,7 @@ def test_mlx_is_read_as_its_library_reads_it(dtype, group):
     assert reader.name == f"MLX 4-bit affine, group {group}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", some_slow([False, True], lambda tied: not tied))
 def test_an_mlx_checkpoint_has_embeddings_and_head_of_four_bits(tmp_path, tied):
     field = {"quantization": MLX, "quantization_config": MLX}

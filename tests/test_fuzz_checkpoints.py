@@ -187,6 +187,7 @@ def numbers_by_one(header: dict[str, Any]) -> Iterator[str]:
                 numbers[place] = number
 
 
+@pytest.mark.slow
 def test_indices(tmp_path):
     weight_map = write_hf(tmp_path, CONFIG, hf_tensors(CONFIG), shards=3)
     whole, draw, tally = read(tmp_path), random.Random(3), Tally()

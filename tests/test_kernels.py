@@ -97,6 +97,7 @@ def test_int4_products(out: int, inputs: int, group: int, offset: bool, dtype: A
     check_products(rng, int4_weight(rng, out, inputs, group, offset), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("out", "inputs", "block", "dtype"),
     some_slow(
@@ -149,6 +150,7 @@ def check_products(rng: np.random.Generator, stored: Int4 | Lookup4, dtype: Any)
     assert relative(got.T[:5], swiglu(wide(rows) @ whole.T)) < 2 * CLOSE[dtype]
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None)
 @given(
     rows=st.sampled_from([2, 7, 16, 33, 64]), seed=st.integers(0, 99), splits=st.sampled_from([1, 2, 4]),

@@ -23,6 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load(written(tmp_path_factory.mktemp("phi"), "phi3, long rows", num_hidden_layers=1, sliding_window=128))
 
 
+@pytest.mark.slow
 def test_rows_of_both_kinds_are_as_they_are_alone(model: Any):
     rows = [ROW[:5], ROW[:40], ROW[:19], ROW[:25]]
     together = model.generate(*padded(rows, "left", 0), max_new_tokens=5, **OPTIONS)[:, -5:]

@@ -64,6 +64,7 @@ def labels(ax: Any) -> list[str]:
     return [label.get_text() for label in ax.get_xticklabels()]
 
 
+@pytest.mark.slow
 def test_token_probabilities(sampled, tokenizer):
     ax = plot.token_probabilities(sampled, row=1)
     count = sampled.lengths[1]

@@ -401,6 +401,7 @@ def test_top_p_of_large_vocabularies_equals_a_stable_sort():
         np.testing.assert_array_equal(floats(processed(options, logits[row : row + 1])), expected[row : row + 1])
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True, max_examples=50)
 @given(
     # Powers of two as weights, so that sums are exact and equal logits are frequent.
@@ -656,6 +657,7 @@ def word_by_hand(key: jax.Array, token: int) -> int:
     return int(jax.random.key_data(jax.random.fold_in(key, token // 2))[token % 2])
 
 
+@pytest.mark.slow
 def test_words_are_the_documented_hash():
     key = jax.random.key(15485863, impl="threefry2x32")
     seed = jax.random.fold_in(key, 3)

@@ -248,6 +248,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
         all_of((Checkpoint(tmp_path), MistralConfig.from_hf(SMALL)))
 
 
+@pytest.mark.slow
 def test_autoround_learns_and_stays_within_its_limits(small):
     checkpoint, config = small
     layers, hidden = Layers(checkpoint, config), embedded(checkpoint)
@@ -274,6 +275,7 @@ def test_autoround_learns_and_stays_within_its_limits(small):
     assert moved > 0
 
 
+@pytest.mark.slow
 def test_autoround_is_compiled_once_for_all_layers(small):
     learned = AutoRound(small[1], 16, iterations=2, batch=4)
     hidden = embedded(small[0])

@@ -88,7 +88,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", some_slow(OPTIONS, ("beams", "drafted", "watermark", "guided").__contains__))
+@pytest.mark.parametrize(
+    "name", some_slow(OPTIONS, ("beams", "drafted", "watermark", "guided", "int8 cache", "processors").__contains__)
+)
 def test_replays_identically(model, inputs, name):
     """From the JSON alone, whatever the options."""
     out = model.generate(**inputs, **{"max_new_tokens": 10, "return_dict_in_generate": True, **OPTIONS[name]})
@@ -104,6 +106,7 @@ def changed(record, **fields):
     return dataclasses.replace(record, generations=[{**entry, **fields}])
 
 
+@pytest.mark.slow
 def test_says_what_differs(model, inputs):
     out = model.generate(**inputs, max_new_tokens=6, return_dict_in_generate=True)
     record, [entry] = out.record, out.record.generations
@@ -409,6 +412,7 @@ def test_weights_that_changed_since_are_not_recorded(own, inputs):
         _ = out.record
 
 
+@pytest.mark.slow
 def test_a_record_keeps_no_weights(inputs):
     model = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
     weight = weakref.ref(model.lm_head.weight[...])

@@ -60,6 +60,7 @@ def together(model, prompts):
 class TestManySeeds:
     """Vectorised experiments: one prompt, 1,000 seeds, in few batches; seed 417 alone gives the same text."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("seed", some_slow([417, 0, 1, 2, 3, 999], lambda seed: seed != 417))
     def test_a_seed_alone_gives_the_same(self, model, prompts, together, seed):
         tokens, logprobs = new(model.generate(prompts[:1], seed=seed, **OPTIONS))

@@ -59,6 +59,7 @@ def test_criteria_end_rows_one_by_one(model, batch):
     assert set(output.finish_reason) == {"criterion"}
 
 
+@pytest.mark.slow
 def test_an_end_of_sequence_is_the_first_of_several_reasons(model, batch):
     ids, mask = batch
     everything = {"stopping_criteria": lambda tokens, lengths, scores: lengths > 0, "max_new_tokens": 1}

@@ -200,6 +200,7 @@ def test_half_a_character_waits_for_its_rest(model, tokenizer):
     assert "<s>" + COLORS + "".join(with_special) == tokenizer.decode(ids[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [1, 50])
 def test_a_stop_string_ends_the_text_with_it_or_before_it(model, tokenizer, chunk_size):
     def text(**options) -> str:

@@ -111,6 +111,7 @@ def test_what_is_computed_does_not_depend_on_them(name: str, model: MistralForCa
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", some_slow(SWITCHES, lambda switch: switch != "x64"))
 def test_loading_does_not_depend_on_them(switch: str):
     def weights() -> list[np.ndarray]:

@@ -60,6 +60,7 @@ def test_the_models_generation_config(model):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_generation_config_is_passed_or_becomes_the_models(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(NAME)
     generation_config = GenerationConfig(max_new_tokens=50, eos_token_id=model.config.eos_token_id)

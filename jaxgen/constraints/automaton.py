@@ -39,7 +39,7 @@ def byte_automaton(pattern: str) -> ByteAutomaton:
     try:
         from outlines_core import Index, Vocabulary
     except ImportError as error:
-        raise JaxgenError("constraint needs outlines-core: pip install 'jaxgen[constraints]'") from error
+        raise JaxgenError("constraint needs outlines-core: pip install outlines-core") from error
     places, begins = _places(pattern)
     if places > MOST_PLACES or len(pattern) > MOST_CHARACTERS:
         raise JaxgenError(
