@@ -24,9 +24,9 @@ def rollouts(results: Any) -> str:
         "What `generate` said of the tokens that it drew, against what scoring the same tokens says: differences in "
         "nats, and the share of ratios outside [0.9, 1.1]. *exact* is with `strict=` in both, *fast* without, and "
         "transformers on torch is measured the same way (`output_scores` against a forward pass). The demo model, 8 "
-        "prompts with 8 samples of 48 tokens, temperature 1.5. Rates are of the fastest call on a machine that "
-        "other work shared, and good to a factor of two; so is what exactness costs here. The larger a device, the "
-        "more it costs to read tokens one after the other, as exact scoring does. Nothing was measured on a GPU."
+        "prompts with 8 samples of 48 tokens, temperature 1.5. Rates were taken while other work shared the machine: "
+        "they are no comparison, and what exactness costs in time is unknown. The larger a device, the more "
+        "it costs to read tokens one after the other, as exact scoring does. Nothing was measured on a GPU."
     )
     core = "core" if machine["cores"] == 1 else "cores"
     source = f"`{command}` ({results['date']}), {machine['cores']} {core}, {machine['cpu']}; {versions}.\n{{ .source }}"
