@@ -3,15 +3,21 @@
     python benchmarks/families.py               every family
     python benchmarks/families.py --tiny        sizes that take seconds, to see that it runs
     python benchmarks/families.py --only llama  these; may be repeated
+    python benchmarks/families.py --json FILE   what was measured, also as JSON
 
 Random weights, float32, greedy, on the CPU; of each side the best of three calls after one that compiles or warms up.
 """
 
 import argparse
 import dataclasses
+import json
+import os
+import platform
 import time
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 import transformers
@@ -53,10 +59,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--only", action="append", metavar="MODEL_TYPE")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     new, prompt = (8, 6) if arguments.tiny else (64, 32)
     ids = np.random.default_rng(0).integers(3, 97, (1, prompt))
     print(f"{'family':<12} {'jaxgen':>10} {'torch':>10} {'ratio':>7}   tokens/s, {new} after {prompt}, one row")
+    rows = []
     for kind in families():
         name = kind.config_class.model_type
         if arguments.only and name not in arguments.only:
@@ -72,6 +80,12 @@ def main() -> None:
         with torch.no_grad():
             there = new / best(lambda theirs=theirs, options=options: theirs.generate(torch.from_numpy(ids), **options))
         print(f"{name:<12} {here:>10.1f} {there:>10.1f} {here / there:>7.2f}", flush=True)
+        rows.append({"family": name, "jaxgen": round(here, 1), "transformers": round(there, 1)})
+    if arguments.json:
+        versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), **versions}
+        measured = {"machine": machine, "prompt": prompt, "new_tokens": new, "rows": rows}
+        arguments.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
