@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from jaxgen import demo as demo
     from jaxgen import plot as plot
     from jaxgen.causal_output import CausalLMOutput as CausalLMOutput
+    from jaxgen.constraints.grammars import Grammar as Grammar
+    from jaxgen.constraints.grammars import grammar as grammar
     from jaxgen.constraints.patterns import Constraint as Constraint
     from jaxgen.constraints.patterns import choice as choice
     from jaxgen.constraints.patterns import json_schema as json_schema
@@ -93,6 +95,7 @@ _HOME = {
     "Gemma3TextConfig": "jaxgen.models.gemma3",
     "GenerateOutput": "jaxgen.generation.results.output",
     "GenerationConfig": "jaxgen.generation.options.config",
+    "Grammar": "jaxgen.constraints.grammars",
     "GraniteConfig": "jaxgen.models.granite",
     "GraniteForCausalLM": "jaxgen.models.granite",
     "Int4Config": "jaxgen.quant.config",
@@ -134,6 +137,7 @@ _HOME = {
     "choice": "jaxgen.constraints.patterns",
     "enable_compile_cache": "jaxgen.generation.programs.stages",
     "generate": "jaxgen.generation.generate",
+    "grammar": "jaxgen.constraints.grammars",
     "json_schema": "jaxgen.constraints.patterns",
     "logprobs": "jaxgen.generation.results.logprobs",
     "pipeline": "jaxgen.text.pipeline",

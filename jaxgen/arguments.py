@@ -111,6 +111,7 @@ def _add_generating(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--regex", metavar="PATTERN", help="every text matches this, from its beginning to its end")
     shape.add_argument("--choice", action="append", metavar="TEXT", help="every text is one of these; repeat it")
     shape.add_argument("--json-schema", type=Path, metavar="FILE", help="every text is JSON, valid by this schema")
+    shape.add_argument("--grammar", type=Path, metavar="FILE", help="every text is one that this makes: .lark or .gbnf")
     parser.add_argument("--seed", type=int, help="any int; the same seed gives the same text")
     parser.add_argument(
         "--set",
@@ -180,4 +181,19 @@ def _constraint_of(options: argparse.Namespace) -> Any:
         return regex(options.regex)
     if options.choice is not None:
         return choice(options.choice)
-    return None if options.json_schema is None else json_schema(read_json(options.json_schema, any_names=True))
+    if options.json_schema is not None:
+        return json_schema(read_json(options.json_schema, any_names=True))
+    return None if options.grammar is None else _grammar_in(options.grammar)
+
+
+def _grammar_in(path: Path) -> Any:
+    from jaxgen.constraints.grammars import grammar
+    from jaxgen.files import read_bytes
+
+    syntax = path.suffix[1:]
+    if syntax not in ("lark", "gbnf"):
+        raise JaxgenError(f"--grammar {path!s:.200}: the name must end with .lark or .gbnf, which says what it holds")
+    try:
+        return grammar(read_bytes(path).decode(), syntax)
+    except (OSError, UnicodeDecodeError) as error:
+        raise JaxgenError(f"--grammar {path!s:.200}: it cannot be read: {error}") from error

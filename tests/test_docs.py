@@ -26,7 +26,7 @@ README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 PAGES_WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
 NEEDS = {
-    "constraints": ("outlines_core",),
+    "constraints": ("outlines_core", "llguidance"),
     "looking": ("matplotlib", "pandas"),
     "training": ("optax",),
 }  # pages that need more than jaxgen

@@ -5,7 +5,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, no_type_check
 
-from jaxgen.constraints.schema import pattern_of
+from jaxgen.constraints.grammars import Grammar, as_grammar
+from jaxgen.constraints.recursion import closed, leads_back
+from jaxgen.constraints.schema import differ, pattern_of, read_schema
 from jaxgen.errors import JaxgenError, shown
 
 # Rust's regular expressions have these to escape, and Python's `re.escape` escapes some that they do not know.
@@ -63,17 +65,21 @@ def choice(texts: Iterable[str]) -> Constraint:
 
 
 @no_type_check
-def json_schema(schema: "Mapping[str, Any] | str | type") -> Constraint:
+def json_schema(schema: "Mapping[str, Any] | str | type") -> Constraint | Grammar:
     """JSON that is valid by a schema: a dict, its JSON text, or a pydantic model (a class).
 
     Properties come in the schema's order, with at most a space between parts. Raises `JaxgenError` for what is no
     schema, and `UnsupportedError`, naming keyword and place, for what no regular expression or this translation says:
-    recursion, `minimum`, `uniqueItems`, `allOf` and the like. Nothing in a schema is passed over that would matter.
+    `uniqueItems`, `allOf` and the like. Nothing in a schema is passed over that would matter. A schema that leads back
+    to itself is no regular expression but a `Grammar`, which `generate` reads, or refuses, by `llguidance`.
 
     >>> json_schema({"type": "array", "items": {"enum": [1, 2]}, "maxItems": 2}).pattern
     '\\\\[ ?(?:(?:1|2)(?: ?, ?(?:1|2)){0,1})? ?\\\\]'
     """
-    return Constraint(pattern_of(schema, escaped))
+    root = read_schema(schema)
+    if leads_back(root):
+        return as_grammar(closed(root, lambda schemas: differ(schemas, root)))
+    return Constraint(pattern_of(root, escaped))
 
 
 def escaped(text: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from jaxgen.constraints.numbers import integers_between
+from jaxgen.constraints.recursion import referred
 from jaxgen.constraints.strings import FORMATS, STRING, quoted_pattern, string_of_length
 from jaxgen.errors import JaxgenError, UnsupportedError, shown
 
@@ -21,11 +22,8 @@ NUMBER = r"(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?"
 Schema = Mapping[str, Any]
 
 
-def pattern_of(schema: object, escape: Callable[[str], str]) -> str:
-    """The pattern of a schema, its text or a pydantic model; `escape` makes a pattern of a text.
-
-    Raises `JaxgenError` for what is no schema, `UnsupportedError` for what is not supported, by keyword and place.
-    """
+def read_schema(schema: object) -> Schema:
+    """A schema, of itself, its text or a pydantic model; raises `JaxgenError` for what is none."""
     model_schema = getattr(schema, "model_json_schema", None)
     if isinstance(schema, type) and callable(model_schema):
         schema = model_schema()
@@ -36,6 +34,14 @@ def pattern_of(schema: object, escape: Callable[[str], str]) -> str:
             raise JaxgenError(f"json_schema: the text is no JSON: {error}") from error
     if not isinstance(schema, Mapping):
         raise JaxgenError(f"json_schema: {shown(schema)} is no schema; pass a dict, its JSON text, or a pydantic model")
+    return schema
+
+
+def pattern_of(schema: Schema, escape: Callable[[str], str]) -> str:
+    """The pattern of a schema; `escape` makes a pattern of a text.
+
+    Raises `JaxgenError` for what is no schema, `UnsupportedError` for what is not supported, by keyword and place.
+    """
     try:
         return _Translation(schema, escape).of(schema, "#")
     except RecursionError as error:
@@ -180,12 +186,9 @@ class _Translation:
             self.refuse(at, pointer, "only references within the schema, which begin with #, are followed")
         if pointer in self.open:
             self.refuse(at, pointer, "it leads back to itself, and a regular expression has no recursion")
-        place: Any = self.root
-        for part in pointer[1:].split("/")[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
-            if not isinstance(place, Mapping) or name not in place:
-                raise JaxgenError(f"json_schema: {at}: {shown(pointer)} is not in the schema")
-            place = place[name]
+        place = referred(self.root, pointer)
+        if place is None:
+            raise JaxgenError(f"json_schema: {at}: {shown(pointer)} is not in the schema")
         self.open.append(pointer)
         try:
             return self.of(place, pointer)
@@ -226,30 +229,9 @@ class _Translation:
 
     def _one(self, schemas: object, at: str) -> str:
         parts = self.parts(schemas, at)
-        if len(parts) > 1 and not self._differ(schemas):
+        if len(parts) > 1 and not differ(schemas, self.root):
             self.refuse(at, schemas, "they may overlap: use anyOf, or types or tags that differ")
         return _either(parts)
-
-    def _differ(self, schemas: Any) -> bool:
-        """Whether no value is valid by two of them: by their types, or a required property with one value in each."""
-        found = [self._followed(schema) for schema in schemas]
-        kinds = ["number" if schema.get("type") == "integer" else schema.get("type") for schema in found]
-        if all(isinstance(kind, str) for kind in kinds) and len(set(kinds)) == len(kinds):
-            return True
-        for name in found[0].get("required", []):
-            tags = [schema.get("properties", {}).get(name, {}).get("const") for schema in found]
-            required = all(name in schema.get("required", []) and schema.get("type") == "object" for schema in found)
-            if required and all(isinstance(tag, str) for tag in tags) and len(set(tags)) == len(tags):
-                return True
-        return False
-
-    def _followed(self, schema: Any) -> Schema:
-        """A schema, or what it refers to; `of` has read it, so it is there."""
-        while "$ref" in schema:
-            pointer, schema = schema["$ref"], self.root
-            for part in pointer[1:].split("/")[1:]:
-                schema = schema[part.replace("~1", "/").replace("~0", "~")]
-        return schema
 
     def parts(self, schemas: object, at: str) -> list[str]:
         """The patterns of a list of schemas."""
@@ -275,6 +257,33 @@ class _Translation:
     def refuse(self, at: str, value: object, why: str) -> NoReturn:
         """Raise."""
         raise UnsupportedError(f"json_schema: {at}: {shown(value)}: {why}")
+
+
+def differ(schemas: Any, root: Schema) -> bool:
+    """Whether no value is valid by two of them: by their types, or a required property with one value in each."""
+    found = [_followed(schema, root) for schema in schemas]
+    kinds = ["number" if schema.get("type") == "integer" else schema.get("type") for schema in found]
+    if all(isinstance(kind, str) for kind in kinds) and len(set(kinds)) == len(kinds):
+        return True
+    for name in found[0].get("required", []) if found else ():
+        tags = [_mapping(_mapping(schema.get("properties")).get(name)).get("const") for schema in found]
+        required = all(name in schema.get("required", []) and schema.get("type") == "object" for schema in found)
+        if required and all(isinstance(tag, str) for tag in tags) and len(set(tags)) == len(tags):
+            return True
+    return False
+
+
+def _followed(schema: Any, root: Schema) -> Schema:
+    """A schema, or what it refers to; an empty one where there is none."""
+    seen: list[Any] = []
+    while isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str) and schema["$ref"] not in seen:
+        seen.append(schema["$ref"])
+        schema = referred(root, schema["$ref"])
+    return _mapping(schema)
+
+
+def _mapping(value: Any) -> Schema:
+    return value if isinstance(value, Mapping) else {}
 
 
 _BELONGS = {

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.generation.choosing.stop import RUNNING, TIME, raise_if_broken
+from jaxgen.generation.choosing.grammars import Grammars
+from jaxgen.generation.choosing.stop import COMPLETE, RUNNING, TIME, raise_if_broken
 from jaxgen.generation.loop import DecodeState
 from jaxgen.generation.prepare import Request
 from jaxgen.generation.processors.constraint import host_errors
@@ -21,6 +22,7 @@ from jaxgen.generation.programs.stages import stages_for
 from jaxgen.generation.programs.structure import split
 
 _MOST_BETWEEN_LOOKS = 64
+_NEVER = np.iinfo(np.int32).max
 
 
 class Program(NamedTuple):
@@ -47,6 +49,9 @@ def program_for(model: Any, request: Request) -> Program:
     on_prompts, in_loop = stages_for(model, weights, strict=request.strict is not None)
     if request.extras.prefix_allowed_tokens_fn is not None:
         on_prompts, in_loop = _waiting(on_prompts), _waiting(in_loop)
+    if request.grammars is not None:
+        steps = _Steps(on_prompts, in_loop, request.grammars)
+        on_prompts, in_loop = steps.prefill, steps.decode
     return Program(on_prompts, in_loop, (request.search, structure, weights, drafter, drafter_weights))
 
 
@@ -60,6 +65,43 @@ def _waiting(stage: Callable[..., DecodeState]) -> Callable[..., DecodeState]:
     return run
 
 
+class _Steps:
+    """The stages of a call with grammars: token by token, and before each the host says what may come next.
+
+    A step is the very executable that runs on where nothing is asked of the host.
+    """
+
+    def __init__(self, on_prompts: Callable[..., DecodeState], in_loop: Callable[..., DecodeState], grammars: Grammars):
+        self._on_prompts, self._in_loop, self._grammars = on_prompts, in_loop, grammars
+
+    def prefill(self, *args: Any) -> DecodeState:
+        *models, prompts, key, traced, layout = args
+        rows = np.arange(len(prompts.tokens) * layout.samples) // layout.samples
+        self._walk = self._grammars.walk(rows.tolist())
+        return self._looked_at(self._on_prompts(*models, prompts, key, traced.where(self._walk.bits), layout))
+
+    def decode(self, *args: Any) -> DecodeState:
+        *models, state, until, traced, static = args
+        while True:
+            step = np.array(min(self._new + 1, int(until)), np.int32)
+            state = self._in_loop(*models, state, step, traced.where(self._walk.bits), static)
+            state = self._looked_at(state)
+            if self._new >= until:
+                return state
+
+    def _looked_at(self, state: DecodeState) -> DecodeState:
+        """The state, with rows ended that are complete."""
+        tokens, lengths, starts, status = jax.device_get(
+            (state.tokens, state.lengths, state.prompt_lengths, state.status)
+        )
+        complete = self._walk.take(tokens, lengths, status)
+        if complete.any():
+            state = dataclasses.replace(state, status=jnp.where(complete, jnp.int8(COMPLETE), state.status))
+        running = (status == RUNNING) & ~complete
+        self._new = int((lengths - starts)[running].min(initial=_NEVER))
+        return state
+
+
 def prefill(program: Program, request: Request) -> DecodeState:
     """Run the prompts through the model, and draw every row's first token."""
     return program.prefill(*program.models, request.prompts, request.key, request.traced, request.layout)
@@ -67,7 +109,7 @@ def prefill(program: Program, request: Request) -> DecodeState:
 
 def advance(program: Program, request: Request, state: DecodeState, until: int | None = None) -> DecodeState:
     """Decode until every row has ended, or has `until` new tokens; the state that was given is used up."""
-    stop = np.array(np.iinfo(np.int32).max if until is None else until, np.int32)
+    stop = np.array(_NEVER if until is None else until, np.int32)
     return program.decode(*program.models, state, stop, request.traced, request.layout.static)
 
 

@@ -10,6 +10,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, UInt32
 
 from jaxgen.errors import JaxgenError, UnsupportedError, shown
+from jaxgen.generation.choosing.constrained import has_grammar
+from jaxgen.generation.choosing.grammars import Grammars
 from jaxgen.generation.choosing.sample import FreshSeed, padded_key, random_key, row_id_words
 from jaxgen.generation.loop import PlainSearch
 from jaxgen.generation.options.config import GenerationConfig
@@ -44,6 +46,7 @@ class Request:
     new_tokens: int  # the most that a row may get
     extras: Extras = Extras()
     strict: Strict | None = None
+    grammars: Grammars | None = None  # what the host says before each token
 
 
 class Given(NamedTuple):
@@ -126,7 +129,13 @@ def prepare(
         new_tokens=sizes.new_tokens,
         extras=extras,
         strict=strict,
+        grammars=_grammars(extras, config, len(given.ids), model.config.vocab_size),
     )
+
+
+def _grammars(extras: Extras, config: GenerationConfig, prompts: int, vocab_size: int) -> Grammars | None:
+    given = extras.constraint, extras.tokenizer, prompts, vocab_size, config.eos_token_ids
+    return Grammars.of(*given) if has_grammar(extras.constraint) else None
 
 
 def in_bucket(given: Given, sizes: Sizes) -> Prompts:
@@ -215,6 +224,7 @@ def _arrays_inside_jit(ids: Any, mask: Any) -> tuple[Int[Array, "B T"], Bool[Arr
 def _check_inside_jit(config: GenerationConfig, extras: Extras) -> None:
     """Raise for what only `model.generate` can do."""
     refused = {
+        "constraint: a grammar, which the host reads": has_grammar(extras.constraint),
         "max_time": config.max_time,
         "num_beams": config.beams > 1,
         "assistant_model": extras.assistant_model,

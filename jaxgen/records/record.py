@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxgen.constraints.grammars import Grammar
 from jaxgen.constraints.patterns import Constraint
 from jaxgen.errors import JaxgenError
 from jaxgen.files import JsonObject, read_bytes
@@ -178,12 +180,18 @@ def generation_of(output: Any) -> JsonObject:
 
 def _constraint(request: Request) -> JsonObject:
     """What the texts were to look like, if anything."""
-    automata, given = request.traced.automata, request.extras.constraint
-    if automata is None:
+    given = request.extras.constraint
+    if given is None:
         return {}
-    several = [given] if isinstance(given, Constraint) else given
-    patterns = [None if one is None else one.pattern for one in several]
-    return {"constraint": {"patterns": patterns, "sha256": automata.sha256()}}
+    several = [given] if isinstance(given, Constraint | Grammar) else given
+    patterns = [one.pattern if isinstance(one, Constraint) else one and dataclasses.asdict(one) for one in several]
+    return {"constraint": {"patterns": patterns, "sha256": _constraint_sha256(request)}}
+
+
+def _constraint_sha256(request: Request) -> str:
+    """Of all that decides which tokens may come."""
+    parts = [each.sha256() for each in (request.traced.automata, request.grammars) if each is not None]
+    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def _no_constant(name: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxgen.constraints.grammars import Grammar
 from jaxgen.constraints.patterns import Constraint
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.files import JsonObject
@@ -194,7 +195,10 @@ def _again(model: Any, number: int, entry: JsonObject, python: JsonObject) -> Js
         )
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if constraint := entry.get("constraint"):
-        asked = [None if pattern is None else Constraint(pattern) for pattern in constraint["patterns"]]
+        asked = [
+            Grammar(**one) if isinstance(one, dict) else None if one is None else Constraint(one)
+            for one in constraint["patterns"]
+        ]
         options["constraint"] = asked[0] if len(asked) == 1 and asked[0] is not None else asked
     if config.stop_strings or constraint:
         options["tokenizer"] = tokenizer_for(model, python.get("tokenizer"))

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxgen.constraints.automaton import DEAD, byte_automaton
+from jaxgen.constraints.grammars import Grammar
 from jaxgen.constraints.patterns import Constraint
 from jaxgen.errors import JaxgenError, shown
 from jaxgen.generation.choosing.vocabulary import SILENT, Vocabulary, lift, vocabulary_of
@@ -47,15 +48,15 @@ class Automata:
 
     @classmethod
     def of(cls, value: object, tokenizer: Any, prompts: int, vocab_size: int, eos: tuple[int, ...]) -> "Automata":
-        """The automata of a `Constraint`, or of one per prompt (None: nothing is asked of it).
+        """The automata of a `Constraint`, or of one per prompt (None, or a `Grammar`: nothing is asked of it here).
 
         Raises `JaxgenError` for what is none, a wrong number of them, patterns and tokenizers that cannot be used, and
         where no text that matches can be spelled in the model's tokens.
         """
-        given = _checked(value, prompts)
+        given = [one if isinstance(one, Constraint) else None for one in checked(value, prompts)]
         distinct = list(dict.fromkeys(given))
         vocabulary = vocabulary_of(tokenizer, "constraint")
-        specials = _specials(tokenizer)
+        specials = specials_of(tokenizer)
         built = [_automaton(constraint, vocabulary, specials, vocab_size, eos) for constraint in distinct]
         starts = np.cumsum([0] + [len(automaton.table) for automaton in built])
         which = np.array([distinct.index(constraint) for constraint in given], np.int32)
@@ -131,20 +132,26 @@ class _Automaton:
     ends: Bool[np.ndarray, " S"]
 
 
-def _checked(value: object, prompts: int) -> list[Constraint | None]:
-    if isinstance(value, Constraint):
+def checked(value: object, prompts: int) -> list[Constraint | Grammar | None]:
+    """What a call is constrained by: one for all prompts, or one for each; raises `JaxgenError` for anything else."""
+    if isinstance(value, Constraint | Grammar):
         return [value]
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise JaxgenError(f"constraint={shown(value)} is none; use jaxgen.regex, choice or json_schema")
+        raise JaxgenError(f"constraint={shown(value)} is none; use jaxgen.regex, choice, json_schema or grammar")
     if len(value) != prompts:
         raise JaxgenError(f"constraint is a list of {len(value)}, and there are {prompts} prompts; pass one for each")
     for row, each in enumerate(value):
-        if each is not None and not isinstance(each, Constraint):
+        if each is not None and not isinstance(each, Constraint | Grammar):
             raise JaxgenError(f"constraint[{row}]={shown(each)} is none, nor None; use jaxgen.regex or such")
     return list(value)
 
 
-def _specials(tokenizer: Any) -> frozenset[int]:
+def has_grammar(value: object) -> bool:
+    """Whether the constraint of a call is a `Grammar`, or one in it is."""
+    return any(isinstance(one, Grammar) for one in (value if isinstance(value, Sequence) else [value]))
+
+
+def specials_of(tokenizer: Any) -> frozenset[int]:
     """The ids of tokens that are no text."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return frozenset(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}

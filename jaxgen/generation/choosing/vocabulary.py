@@ -71,6 +71,16 @@ class Vocabulary:
     starts: np.ndarray  # where in `text` each begins
     longer: np.ndarray  # how many tokens have more than 0, 1, 2... bytes
 
+    def texts(self) -> dict[int, bytes]:
+        """The bytes of each token, by its id."""
+        # The longest come first, so of the first `longer[n]` all have more than n bytes.
+        lengths = np.searchsorted(-self.longer, -np.arange(1, len(self.ids) + 1), side="right")
+        whole = self.text.tobytes()
+        return {
+            index: whole[start : start + length]
+            for index, start, length in zip(self.ids.tolist(), self.starts.tolist(), lengths.tolist(), strict=True)
+        }
+
 
 _vocabularies: "weakref.WeakKeyDictionary[Any, Vocabulary]" = weakref.WeakKeyDictionary()
 

@@ -235,8 +235,8 @@ class Extras:
         "which tokens may come next", AllowedPrefixes, before="forced_bos_token_id"
     )
     constraint: Any = _argument(
-        "what the text must look like: `jaxgen.regex`, `choice` or `json_schema`, or a list of one per prompt; needs "
-        "`tokenizer=`; jaxgen's own",
+        "what the text must look like: `jaxgen.regex`, `choice`, `json_schema` or `grammar`, or a list of one per "
+        "prompt; needs `tokenizer=`; jaxgen's own",
         regular.Constrained,
         before="temperature",
         ours=True,

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
+from jaxgen.constraints.grammars import Grammar
 from jaxgen.constraints.patterns import Constraint
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.processors.constraint import AllowedTokens
@@ -132,7 +133,7 @@ class SharedOptions(TypedDict, total=False):
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None
     stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] | None
     prefix_allowed_tokens_fn: AllowedTokensFunction | AllowedTokens | None
-    constraint: Constraint | Sequence[Constraint | None] | None
+    constraint: Constraint | Grammar | Sequence[Constraint | Grammar | None] | None
     negative_prompt_ids: TokenIds | None
     negative_prompt_attention_mask: TokenMask | None
     assistant_model: DecodingModel | None

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.choosing.constrained import Automata
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import ARGUMENTS, OPTIONS
 from jaxgen.generation.processors.processor import Call, Processor, several
+from jaxgen.generation.processors.regular import Asked
 
 
 def chain_of(
@@ -17,7 +17,7 @@ def chain_of(
     user: object = (),
     beams: bool = False,
     prefix_allowed_tokens_fn: object = None,
-    constraint: Automata | None = None,
+    constraint: Asked | None = None,
 ) -> tuple[Processor, ...]:
     """The processors that an effective configuration switches on: `entry(logits [R, V] float32, rows) -> logits`.
 

@@ -1,9 +1,22 @@
-"""The processor of `constraint`: what a regular expression does not allow to come next is removed."""
+"""The processor of `constraint`: what a regular expression, or a grammar, does not allow to come next is removed."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
 
 from jaxgen.generation.choosing.constrained import Automata
 from jaxgen.generation.processors.constraint import restrict
 from jaxgen.generation.processors.processor import Call, Logits, Processor, static
 from jaxgen.generation.prompts.rows import Rows
+
+
+class Asked(NamedTuple):
+    """What a call is constrained by: what runs in the compiled loop, and what the host says before each token."""
+
+    automata: Automata | None
+    bits: Int[np.ndarray, "N W"] | None = None  # of each prompt's first token
 
 
 class Constrained(Processor):
@@ -13,14 +26,21 @@ class Constrained(Processor):
     whatever else is asked. Source: Willard and Louf 2023 (arXiv 2307.09702).
     """
 
-    automata: Automata
+    automata: Automata | None
+    bits: Int[Array | np.ndarray, "R W"] | None  # bit j of word w: whether token 32 w + j may come; of grammars
     beams: bool = static()
 
     @classmethod
-    def of(cls, value: Automata, call: Call) -> "Constrained":
-        return cls(value, call.beams)
+    def of(cls, value: Asked, call: Call) -> "Constrained":
+        return cls(value.automata, value.bits, call.beams)
 
     def __call__(self, logits: Logits, rows: Rows) -> Logits:
-        assert rows.constrained is not None
-        left = rows.max_lengths - rows.lengths - 1
-        return restrict(logits, rows, self.automata.allowed(rows.constrained, rows.prompts, left), self.beams)
+        if self.automata is not None:
+            assert rows.constrained is not None
+            left = rows.max_lengths - rows.lengths - 1
+            logits = restrict(logits, rows, self.automata.allowed(rows.constrained, rows.prompts, left), self.beams)
+        if self.bits is not None:
+            said = jnp.asarray(self.bits)[:, :, None] >> jnp.arange(32) & 1
+            allowed = said.reshape(len(said), -1)[:, : logits.shape[1]] != 0
+            logits = restrict(logits, rows, allowed, self.beams)
+        return logits

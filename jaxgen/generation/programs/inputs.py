@@ -9,15 +9,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxgen.cache import Slots
+from jaxgen.constraints.patterns import Constraint
 from jaxgen.errors import JaxgenError, UnsupportedError, shown
-from jaxgen.generation.choosing.constrained import Automata
+from jaxgen.generation.choosing.constrained import Automata, checked, has_grammar
+from jaxgen.generation.choosing.grammars import Grammars
 from jaxgen.generation.choosing.stop_strings import StopStrings
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import OPTIONS, Extras
 from jaxgen.generation.processors.chain import chain_of
 from jaxgen.generation.processors.constraint import as_pytree
 from jaxgen.generation.processors.processor import Processor, as_count, as_number
-from jaxgen.generation.processors.regular import Constrained
+from jaxgen.generation.processors.regular import Asked, Constrained
 from jaxgen.generation.prompts.layout import bucket, pad_to
 from jaxgen.pytree import pytree
 
@@ -68,8 +70,15 @@ class TracedOptions:
 
     @property
     def automata(self) -> Automata | None:
-        """What the rows are constrained by."""
+        """What the rows are constrained by in the compiled loop."""
         return next((processor.automata for processor in self.processors if isinstance(processor, Constrained)), None)
+
+    def where(self, bits: Int[np.ndarray, "R W"]) -> "TracedOptions":
+        """The same where these tokens may come next."""
+        processors = (
+            dataclasses.replace(each, bits=bits) if isinstance(each, Constrained) else each for each in self.processors
+        )
+        return dataclasses.replace(self, processors=tuple(processors))
 
 
 def static_options(config: GenerationConfig, extras: Extras = Extras()) -> StaticOptions:
@@ -114,9 +123,7 @@ def traced_options(
             user=_functions("logits_processor", extras.logits_processor),
             beams=config.beams > 1,
             prefix_allowed_tokens_fn=extras.prefix_allowed_tokens_fn,
-            constraint=None
-            if extras.constraint is None
-            else Automata.of(extras.constraint, extras.tokenizer, prompts, vocab_size, eos),
+            constraint=None if extras.constraint is None else _asked(extras, prompts, vocab_size, eos),
         ),
         criteria=tuple(
             as_pytree(f, "stopping_criteria") for f in _functions("stopping_criteria", extras.stopping_criteria)
@@ -128,6 +135,16 @@ def traced_options(
         confidence=as_number(config.assistant_confidence_threshold or 0.0),
         ngram=as_count(_value(config, "max_matching_ngram_size")),
     )
+
+
+def _asked(extras: Extras, prompts: int, vocab_size: int, eos: tuple[int, ...]) -> Asked:
+    """What `constraint` asks for; raises `JaxgenError` for what cannot be met."""
+    given = (extras.constraint, extras.tokenizer, prompts, vocab_size, eos)
+    if not has_grammar(extras.constraint):
+        return Asked(Automata.of(*given))
+    grammars = Grammars.of(*given)
+    regular = any(isinstance(one, Constraint) for one in checked(extras.constraint, prompts))
+    return Asked(Automata.of(*given) if regular else None, grammars.bits)
 
 
 def _value(config: GenerationConfig, name: str) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgen.errors import UnsupportedError
+from jaxgen.generation.choosing.constrained import has_grammar
 from jaxgen.generation.choosing.stop import BROKEN, LENGTH, RUNNING, meets_any, status_after
 from jaxgen.generation.loop import DecodeState, begin, constrain, process, unfinished
 from jaxgen.generation.options.config import GenerationConfig
@@ -321,6 +322,11 @@ class BeamSearch:
 
     def check(self, model: Any, config: GenerationConfig, extras: Extras) -> None:
         """Raise for what needs rows that keep what they were given."""
+        if has_grammar(extras.constraint):
+            raise UnsupportedError(
+                "constraint: a grammar with num_beams: the host reads one text per row, and beams change theirs; use "
+                "num_beams=1, or a constraint that is regular"
+            )
         if config.output_attentions or config.output_hidden_states:
             raise UnsupportedError(
                 "output_attentions and output_hidden_states with num_beams: beams that were given up cannot be read "

@@ -26,8 +26,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from jaxgen.cache import KVCache
-from jaxgen.errors import JaxgenError
+from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation import loop
+from jaxgen.generation.choosing.constrained import has_grammar
 from jaxgen.generation.choosing.sample import draw
 from jaxgen.generation.loop import DecodeState, PlainSearch
 from jaxgen.generation.options.config import GenerationConfig
@@ -289,7 +290,13 @@ class Speculation(PlainSearch):
     prefill, decode = staticmethod(prefill), staticmethod(decode)
 
     def check(self, model: Any, config: GenerationConfig, extras: Extras) -> None:
-        """Raise for an assistant that cannot draft for this model."""
+        """Raise for an assistant that cannot draft for this model, and where the host is asked before each token."""
+        if has_grammar(extras.constraint):
+            name = "prompt_lookup_num_tokens" if extras.assistant_model is None else "assistant_model"
+            raise UnsupportedError(
+                f"constraint: a grammar with {name}: the host says what may come for one token at a time; leave {name} "
+                "out, or use a constraint that is regular"
+            )
         if extras.assistant_model is not None:
             check_assistant(model, extras.assistant_model)
 
