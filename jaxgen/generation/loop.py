@@ -29,7 +29,7 @@ from jaxgen.generation.options.table import Extras
 from jaxgen.generation.programs.inputs import BatchLayout, StaticOptions, TracedOptions
 from jaxgen.generation.prompts.guidance import guided, with_negatives
 from jaxgen.generation.prompts.layout import generated
-from jaxgen.generation.prompts.prefill import Count, Prompts, prefill_prompts
+from jaxgen.generation.prompts.prefill import Count, Prompts, prefill_prompts, read_one_by_one
 from jaxgen.generation.prompts.rows import Rows
 from jaxgen.generation.results.step_outputs import Found, StepOutputs
 from jaxgen.lowering import target
@@ -76,7 +76,14 @@ State = TypeVar("State", bound=DecodeState)  # of this search, or of one that bu
 def prefill(
     model: DecodingModel, prompts: Prompts, key: Key[Array, "*rows"], traced: TracedOptions, layout: BatchLayout
 ) -> DecodeState:
-    """Process the prompts once, spread each over `layout.samples` rows, and draw every row's first token."""
+    """Process the prompts once, spread each over `layout.samples` rows, and draw every row's first token.
+
+    `layout.one_by_one` leaves the last token of each prompt, and with it that draw, to the first decode step.
+    """
+    if layout.one_by_one:
+        cache = read_one_by_one(model, prompts, layout)
+        logits, _ = jax.eval_shape(model.step, jnp.asarray(prompts.lengths), jnp.asarray(prompts.lengths), cache)
+        return started(prompts, cache, logits.shape[1], key, traced, layout)
     state, logits = begin(model, prompts, key, traced, layout)
     return append_token(state, logits, traced, layout.static)
 
@@ -86,15 +93,32 @@ def begin(
 ) -> tuple[DecodeState, Float[Array, "logit_rows V"]]:
     """The state before the first token, and the logits it will be drawn from."""
     logits, cache = prefill_prompts(model, prompts, layout)
+    return started(prompts, cache, logits.shape[1], key, traced, layout), _spread(logits, layout)
+
+
+def _spread(x: Any, layout: BatchLayout) -> Array:
+    """What each prompt has, for each of its rows."""
+    return jnp.repeat(jnp.asarray(x), layout.samples, axis=0) if layout.samples > 1 else jnp.asarray(x)
+
+
+def started(
+    prompts: Prompts,
+    cache: KVCache,
+    vocab_size: int,
+    key: Key[Array, "*rows"],
+    traced: TracedOptions,
+    layout: BatchLayout,
+) -> DecodeState:
+    """The state of rows that hold their prompts and have no new token."""
 
     def spread(x: Any) -> Array:
-        return jnp.repeat(jnp.asarray(x), layout.samples, axis=0) if layout.samples > 1 else jnp.asarray(x)
+        return _spread(x, layout)
 
     tokens, lengths, idle = spread(prompts.tokens), spread(prompts.lengths), spread(prompts.idle)
     rows, stop_strings, automata = len(tokens), traced.stop_strings, traced.automata
     tokens = jnp.pad(tokens, ((0, 0), (0, layout.total - tokens.shape[1])))
     of_prompt = spread(jnp.arange(len(prompts.tokens)))
-    state = DecodeState(
+    return DecodeState(
         tokens=tokens,
         lengths=lengths,
         prompt_lengths=lengths,
@@ -109,9 +133,8 @@ def begin(
         constrained=None if automata is None else automata.start(of_prompt),
         negative_shift=None if prompts.negative is None else spread(prompts.negative.lengths) - lengths,
         given=None if prompts.given is None else jnp.asarray(prompts.given),
-        step_outputs=StepOutputs.empty(layout.static, rows, logits.shape[1]),
+        step_outputs=StepOutputs.empty(layout.static, rows, vocab_size),
     )
-    return state, spread(logits)
 
 
 def decode(

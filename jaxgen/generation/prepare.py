@@ -112,6 +112,7 @@ def prepare(
     if strict and search == PlainSearch():
         # Also where every row chooses: what scores given tokens is then the very same program.
         prompts = dataclasses.replace(prompts, given=np.full((sizes.rows * samples, layout.total), -1, np.int32))
+        layout = dataclasses.replace(layout, one_by_one=given.negative is None)
     if extras.past_key_values is not None:
         prompts, layout = _continued(extras.past_key_values, prompts, layout, len(given.ids), model)
         check_memory(model, shape, layout, assistant, past=True)

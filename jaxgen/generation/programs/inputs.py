@@ -51,6 +51,7 @@ class BatchLayout:
     slots: Slots  # of the cache, per row
     int8_cache: bool = False
     chunk: int = 0  # prompt tokens that are prefilled at a time; 0: all at once
+    one_by_one: bool = False  # so is each prompt, all but its last token, which the first decode step feeds
     fresh: int = 0  # columns that hold what a prompt adds to the past; 0: there is no past
 
 

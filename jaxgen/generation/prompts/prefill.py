@@ -67,6 +67,37 @@ def prefill_prompts(
     return model.prefill(tokens, lengths, layout.slots, layout.int8_cache)
 
 
+def read_one_by_one(model: DecodingModel, prompts: Prompts, layout: BatchLayout) -> KVCache:
+    """The cache that holds all of each prompt but its last token; a prompt is read alone, a piece at a time."""
+    chunk = layout.chunk
+    tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
+    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % chunk)))
+    ends = jnp.where(jnp.asarray(prompts.idle), 0, lengths - 1)
+
+    def one_prompt(row: Count, cache: KVCache) -> KVCache:
+        def one_piece(index: Count, cache: KVCache) -> KVCache:
+            start = index * chunk
+            piece = jax.lax.dynamic_slice(tokens, (row, start), (1, chunk))[0]
+            return read_piece(model, cache, row, piece, start, jnp.minimum(ends[row] - start, chunk))
+
+        return jax.lax.fori_loop(0, (ends[row] + chunk - 1) // chunk, one_piece, cache)
+
+    cache = model.empty_cache(len(tokens), layout.slots, layout.int8_cache)
+    return jax.lax.fori_loop(0, len(tokens), one_prompt, cache)
+
+
+def read_piece(
+    model: DecodingModel, cache: KVCache, row: Count, piece: Int[Array, " T"], start: Count, count: Count
+) -> KVCache:
+    """Read `count` of T tokens into one row of a cache, from position `start` on; the other rows stay as they are.
+
+    In one shape, [1, T], whatever else the batch holds: so the same piece behind the same ones gives the same bits.
+    """
+    one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=0), cache)
+    _, one = model.extend(piece[None], jnp.asarray(start)[None], jnp.asarray(count)[None], one)
+    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, axis=0), cache, one)
+
+
 def _past_cache(past: Past, slots: Slots) -> tuple[KVCache, Int[Array, " B"]]:
     """The past as the cache of this call: its rows, its number of slots."""
     sources, held = jnp.asarray(past.sources), jnp.asarray(past.held)
