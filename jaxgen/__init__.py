@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from jaxgen.constraints.patterns import json_schema as json_schema
     from jaxgen.constraints.patterns import regex as regex
     from jaxgen.convert import AutoModelForCausalLM as AutoModelForCausalLM
+    from jaxgen.engine.engine import Engine as Engine
     from jaxgen.errors import CheckpointError as CheckpointError
+    from jaxgen.errors import EngineClosedError as EngineClosedError
+    from jaxgen.errors import EngineFullError as EngineFullError
     from jaxgen.errors import JaxgenError as JaxgenError
     from jaxgen.errors import NonFiniteLogitsError as NonFiniteLogitsError
     from jaxgen.errors import UnsupportedError as UnsupportedError
@@ -89,6 +92,9 @@ _HOME = {
     "CausalLMOutput": "jaxgen.causal_output",
     "CheckpointError": "jaxgen.errors",
     "Constraint": "jaxgen.constraints.patterns",
+    "Engine": "jaxgen.engine.engine",
+    "EngineClosedError": "jaxgen.errors",
+    "EngineFullError": "jaxgen.errors",
     "Gemma2Config": "jaxgen.models.gemma2",
     "Gemma2ForCausalLM": "jaxgen.models.gemma2",
     "Gemma3ForCausalLM": "jaxgen.models.gemma3",

@@ -31,6 +31,14 @@ class CheckpointError(JaxgenError):
         super().__init__(f"{where}: {listed(self.problems)}")
 
 
+class EngineFullError(JaxgenError):
+    """An engine's queue holds as many requests as it takes: come again later."""
+
+
+class EngineClosedError(JaxgenError):
+    """The engine has ended, or broke down, and carries out nothing any more."""
+
+
 class NonFiniteLogitsError(JaxgenError):
     """The model produced logits that are not finite; `rows` and `steps` say where."""
 

@@ -42,6 +42,7 @@ from jaxgen.generation.results.score import TextScore, score, transition_scores
 from jaxgen.lowering import check_process, own_rules
 
 if TYPE_CHECKING:
+    from jaxgen.engine.generate_batch import GenerationOutput
     from jaxgen.text.stream import TextStream
 
 
@@ -231,6 +232,24 @@ class GenerationMixin:
 
         feed(streamer, prompt, chunks(), request.config.filler_id)
         return state
+
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: ConfigSource | None = None,
+        **options: Any,
+    ) -> "dict[str, GenerationOutput]":
+        """Generate for many prompts, lists of ids, of which none waits for another: transformers' method of this name.
+
+        Runs on a `jaxgen.Engine`; options and errors as in `jaxgen.engine.generate_batch`.
+
+        >>> model, _ = getfixture("demo")
+        >>> model.generate_batch([[1, 5, 9]], max_new_tokens=3)["req_0"].finish_reason
+        'length'
+        """
+        from jaxgen.engine.generate_batch import generate_batch
+
+        return generate_batch(self, inputs, generation_config, **options)
 
     def warmup(self, batch: int, prompt_length: int, max_new_tokens: int, **options: Unpack[WarmupOptions]) -> None:
         """Compile what a `generate` call of this size needs, so that the first real one is already fast.

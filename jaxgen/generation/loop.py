@@ -181,7 +181,7 @@ def append_token(
         rows = state.rows(active)
         scores = process(guided(logits, traced.guidance_scale), rows, traced)
         logits = logits[: len(state.lengths)]  # the rows' own
-        chosen = draw(scores, state.row_keys, state.lengths) if static.do_sample else greedy(scores)
+        chosen = choose(scores, state.row_keys, state.lengths, traced.samples) if static.do_sample else greedy(scores)
         told = None if state.given is None else Told.at(state.given, state.lengths)
         chosen = told.instead_of(chosen) if told else chosen
 
@@ -258,6 +258,17 @@ def process(logits: Float[Array, "R V"], rows: Rows, traced: TracedOptions) -> F
     for processor in traced.processors:
         logits = processor(logits, rows)
     return logits
+
+
+def choose(
+    scores: Float[Array, "R V"],
+    row_keys: Key[Array, " R"],
+    positions: Int[Array, " R"],
+    samples: Bool[Array, " R"] | None,
+) -> Int[Array, " R"]:
+    """A token drawn for each row; for those that do not sample, the most likely one."""
+    drawn = draw(scores, row_keys, positions)
+    return drawn if samples is None else jnp.where(samples, drawn, greedy(scores))
 
 
 def greedy(scores: Float[Array, "R V"]) -> Int[Array, " R"]:

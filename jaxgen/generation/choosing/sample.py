@@ -111,15 +111,16 @@ def row_id_words(row_ids: object, rows: int) -> UInt32[np.ndarray, "B 2"]:
 
 def row_keys(key: Key[Array, "*rows"], row_ids: UInt32[Array, "B 2"], samples: int) -> Key[Array, " R"]:
     """One key per row and sample, row-major: R = B * samples; from one key, or from one per row."""
-
-    def one(key: Key[Array, ""], words: UInt32[Array, " 2"], sample: Int[Array, ""]) -> Key[Array, ""]:
-        domain_key = jax.random.fold_in(key, DOMAIN)
-        row_key = jax.random.fold_in(jax.random.fold_in(domain_key, words[0]), words[1])
-        return jax.random.fold_in(row_key, sample)
-
-    over_samples = jax.vmap(one, in_axes=(None, None, 0))
+    over_samples = jax.vmap(row_key, in_axes=(None, None, 0))
     over_rows = jax.vmap(over_samples, in_axes=(0 if key.ndim else None, 0, None))
     return over_rows(key, row_ids, jnp.arange(samples)).reshape(-1)
+
+
+def row_key(key: Key[Array, ""], words: UInt32[Array, " 2"], sample: Int[Array, ""]) -> Key[Array, ""]:
+    """The key of one row: of a call's key, the row's id in two words, and the sample."""
+    domain_key = jax.random.fold_in(key, DOMAIN)
+    key = jax.random.fold_in(jax.random.fold_in(domain_key, words[0]), words[1])
+    return jax.random.fold_in(key, sample)
 
 
 def draw(logits: Float[Array, "R V"], row_keys: Key[Array, " R"], positions: Int[Array, " R"]) -> Int[Array, " R"]:

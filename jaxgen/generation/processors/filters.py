@@ -43,7 +43,7 @@ class Temperature(Filter):
     value: Number
 
     def __call__(self, logits: Logits, rows: Rows) -> Logits:
-        return logits / self.value
+        return logits * (1 / self.value)  # what XLA makes of a division by one number, and not of one by many
 
 
 class TopH(Filter):
@@ -87,8 +87,8 @@ class TopK(Filter):
         if self.bound:
             bound = min(self.bound, logits.shape[1])
             best, _ = best_of(logits, bound)
-            kth = jnp.take(best, jnp.minimum(self.k, bound) - 1, axis=1)
-            return remove(logits, logits < kth[:, None])
+            place = jnp.broadcast_to(jnp.minimum(self.k, bound) - 1, len(logits))  # of all rows, or of each
+            return remove(logits, logits < jnp.take_along_axis(best, place[:, None], axis=1))
         keys, wanted = ordered_keys(logits), jnp.minimum(self.k, logits.shape[1])
         kth_key = largest(lambda key: count(keys >= key[:, None]) >= wanted, len(logits))
         return remove(logits, keys < kth_key[:, None])

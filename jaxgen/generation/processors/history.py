@@ -115,7 +115,8 @@ class EncoderRepetitionPenalty(Processor):
 
 
 def _penalise(logits: Logits, tokens: Bool[Array, "R V"], penalty: Number) -> Logits:
-    return jnp.where(tokens, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    inverse = 1 / penalty  # as for a temperature
+    return jnp.where(tokens, jnp.where(logits < 0, logits * penalty, logits * inverse), logits)
 
 
 def held(rows: Rows, end: Int[Array, " R"], vocab_size: int) -> Bool[Array, "R V"]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.cache import Slots
 from jaxgen.constraints.patterns import Constraint
@@ -62,12 +62,13 @@ class TracedOptions:
 
     processors: tuple[Processor, ...]  # `f(logits, rows) -> logits` with their numbers, in HF's order
     criteria: tuple[Any, ...]  # the user's `f(tokens, lengths, scores) -> bool [R]`
-    eos_ids: Int[Array | np.ndarray, " E"]  # filled up with -1
+    eos_ids: Int[Array | np.ndarray, "*rows E"]  # filled up with -1; of all rows, or of each
     stop_strings: StopStrings | None
     guidance_scale: Float[Array | np.ndarray, ""] | None  # None: no negative prompts
     length_penalty: Float[Array | np.ndarray, ""]  # beams
     confidence: Float[Array | np.ndarray, ""]  # an assistant stops drafting when it is less sure than this
     ngram: Int[Array | np.ndarray, ""]  # prompt lookup: the longest end of a row that is looked up
+    samples: Bool[Array | np.ndarray, " R"] | None = None  # which rows draw, where some take the most likely token
 
     @property
     def automata(self) -> Automata | None:

@@ -1,0 +1,1 @@
+"""Rows that come and go in one batch of fixed shape: continuous batching."""

@@ -1,0 +1,235 @@
+"""The rows of an engine and what happens to them in a round: some prompt is read, then all rows decode a few steps."""
+
+import collections
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int, UInt32
+
+from jaxgen.engine.handle import CANCELLED, Handle, Tokens
+from jaxgen.engine.options import RowOptions
+from jaxgen.engine.prefixes import Held, Prefixes
+from jaxgen.engine.programs import Entry, News, programs_for
+from jaxgen.engine.stops import StopWatch
+from jaxgen.errors import NonFiniteLogitsError
+from jaxgen.generation.choosing.sample import random_key
+from jaxgen.generation.choosing.stop import BROKEN, EOS, FINISH_REASON, RUNNING, STOP_STRING, TIME
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.generation.processors.processor import Processor
+from jaxgen.generation.programs.inputs import BatchLayout
+from jaxgen.generation.prompts.layout import pad_to
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A request, checked, and how much of it has been given out."""
+
+    handle: Handle
+    prompt: Int[np.ndarray, " T"]
+    config: GenerationConfig
+    processors: dict[str, Processor]
+    key: Any
+    row_id: UInt32[np.ndarray, " 2"]
+    sample: int
+    max_length: int
+    watch: StopWatch | None
+    until: float  # by time.monotonic: when it ends, wherever it is
+    shown: int = 0  # new tokens that were given out
+
+    def over(self, now: float) -> bool:
+        """Whether nobody waits for more of it."""
+        return self.handle.cancelled or now >= self.until
+
+    def why_over(self) -> str:
+        """The reason to end it."""
+        return CANCELLED if self.handle.cancelled else FINISH_REASON[TIME]
+
+
+class Batch:
+    """Rows with requests, in one decode state."""
+
+    def __init__(self, model: Any, rows: int, layout: BatchLayout, steps: int, options: RowOptions):
+        self.counts = collections.Counter[str]()  # of tokens and steps, for `Engine.stats`
+        self._programs, self._state = programs_for(model, rows, layout, steps), None
+        self._chunk, self._steps, self._total, self._options = layout.chunk, steps, layout.total, options
+        self._rows: list[Request | None] = [None] * rows
+        self._reading: list[int] = []  # rows whose prompts are being read; who came first is first
+        self._last_used = [0] * rows
+        counts = layout.slots if isinstance(layout.slots, tuple) else (layout.slots,)
+        # A ring has the slots of its window, and as many more as are read at a time.
+        self._prefixes = Prefixes(rows, self._chunk, self._chunk if min(counts) < self._total else None)
+
+    @property
+    def free(self) -> int:
+        """How many rows have no request."""
+        return self._rows.count(None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any has one."""
+        return self.free < len(self._rows)
+
+    def now(self) -> dict[str, int]:
+        """How many rows there are, and how many have a request."""
+        return {"rows": len(self._rows), "busy": len(self._rows) - self.free}
+
+    def warmup(self) -> None:
+        """Compile all programs: none is compiled later, whatever comes."""
+        row, none = np.int32(0), np.int32(0)
+        piece = np.zeros(self._chunk, np.int32)
+        key, _ = random_key(None, 0)
+        entry = Entry(
+            np.zeros(self._total, np.int32), np.int32(1), np.int32(2), none, key, np.zeros(2, np.uint32), none
+        )
+        programs, numbers = self._programs, self._options.traced()
+        idle = np.zeros(len(self._rows), np.int32)
+        state = programs.insert(programs.opened(), row, entry)
+        state = programs.copy(programs.read(state, row, piece, none, none), row, row, none)
+        state = programs.decode(programs.evict(state, idle == 0), idle, numbers)
+        jax.block_until_ready(programs.look(state, idle))
+
+    def admit(self, request: Request) -> None:
+        """Give a request a free row: one that holds the beginning of its prompt, or else who was free the longest."""
+        free = [row for row, taken in enumerate(self._rows) if taken is None]
+        held = self._prefixes.rows
+        row = min(free, key=lambda row: (-self._prefixes.usable(request.prompt, held[row]), self._last_used[row]))
+        count = self._prefixes.usable(request.prompt, held[row])
+        held[row] = Held(request.prompt, count, count + 1)
+        self._rows[row] = request
+        self.counts["prefix_tokens"] += count
+        self._insert(row, request, count)
+
+    def _insert(self, row: int, request: Request, count: int) -> None:
+        self._options.set(row, request.config, request.processors)
+        entry = Entry(
+            tokens=pad_to(request.prompt, (self._total,)),
+            length=np.int32(len(request.prompt)),
+            max_length=np.int32(request.max_length),
+            held=np.int32(count),
+            key=request.key,
+            row_id=request.row_id,
+            sample=np.int32(request.sample),
+        )
+        self._state = self._programs.opened() if self._state is None else self._state
+        self._state = self._programs.insert(self._state, np.int32(row), entry)
+        if count < len(request.prompt) - 1:
+            self._reading.append(row)
+
+    def round(self) -> None:
+        """Read some pieces of prompts, then decode a few steps; hand out what there is, and free rows that ended."""
+        self._evict()
+        runs = [row for row, request in enumerate(self._rows) if request is not None and row not in self._reading]
+        # As much as the decode steps take, so that a long prompt does not stop the others.
+        pieces = max(1, len(self._rows) * self._steps // self._chunk) if runs else len(self._rows)
+        self._read(pieces)
+        runs = [row for row, request in enumerate(self._rows) if request is not None and row not in self._reading]
+        if runs:
+            self._decode(runs)
+
+    def fail(self, error: Exception | None) -> None:
+        """End every request, with an error or as cancelled, and forget the state, which may be lost."""
+        for row, request in enumerate(self._rows):
+            if request is not None:
+                request.handle.end(CANCELLED if error is None else "error", error)
+                self._rows[row] = None
+        self._reading.clear()
+        self._state = None
+        self._prefixes.forget()
+
+    def _evict(self) -> None:
+        """End rows that nobody waits for any more."""
+        now = time.monotonic()
+        gone = np.array([request is not None and request.over(now) for request in self._rows])
+        if gone.any():
+            self._state = self._programs.evict(self._state, gone)
+            for row, request in enumerate([*self._rows]):
+                if request is not None and gone[row]:
+                    self._free(row, request.why_over())
+
+    def _free(self, row: int, reason: str, error: Exception | None = None) -> None:
+        request = self._rows[row]
+        assert request is not None
+        request.handle.end(reason, error)
+        self.counts[f"ended_{reason}"] += 1
+        self._rows[row] = None
+        self.counts["uses"] += 1
+        self._last_used[row] = self.counts["uses"]
+        if row in self._reading:
+            self._reading.remove(row)
+
+    def _read(self, pieces: int) -> None:
+        """Read at most so many pieces, of one row each; what another row holds already is copied.
+
+        A row whose next piece is being read for another one waits for it.
+        """
+        begun: list[int] = []
+        for row in [*self._reading]:
+            held = self._prefixes.rows[row]
+            count, source = self._prefixes.longest(held.prompt, but=row)
+            if count > held.count:
+                self._state = self._programs.copy(self._state, np.int32(source), np.int32(row), np.int32(count))
+                self._hold(row, count)
+                self.counts["prefix_tokens"] += count
+            if row not in self._reading or any(self._follows(row, other) for other in begun):
+                continue
+            begun.append(row)
+            if pieces:
+                pieces -= 1
+                count = min(self._chunk, len(held.prompt) - 1 - held.count)
+                piece = pad_to(held.prompt[held.count : held.count + count], (self._chunk,))
+                at = np.int32(row), piece, np.int32(held.count), np.int32(count)
+                self._state = self._programs.read(self._state, *at)
+                self._hold(row, held.count + count)
+
+    def _follows(self, row: int, other: int) -> bool:
+        """Whether a row will have its next piece from another one, which is read first."""
+        one, two = self._prefixes.rows[row], self._prefixes.rows[other]
+        return self._prefixes.shared(one.prompt, two.prompt, min(len(one.prompt), len(two.prompt)) - 1) > one.count
+
+    def _hold(self, row: int, count: int) -> None:
+        held = self._prefixes.rows[row]
+        held.count, held.length = count, count + 1
+        if count >= len(held.prompt) - 1:
+            self._reading.remove(row)
+
+    def _decode(self, runs: list[int]) -> None:
+        """Decode a few steps, and give each row's request what it has got."""
+        since = np.array([0 if request is None else request.shown for request in self._rows], np.int32)
+        self._state = self._programs.decode(self._state, since + self._steps, self._options.traced())
+        news: News = jax.device_get(self._programs.look(self._state, since))
+        steps, stopped = 0, np.zeros(len(self._rows), bool)
+        for row in runs:
+            request = self._rows[row]
+            assert request is not None
+            count = int(news.lengths[row]) - request.shown
+            steps = max(steps, count)
+            stopped[row] = self._give(row, request, news, count)
+            self._prefixes.rows[row].length = len(request.prompt) + int(news.lengths[row])
+        if stopped.any():
+            self._state = self._programs.evict(self._state, stopped)
+        self.counts["steps"] += steps
+        self.counts["row_steps"] += steps * len(self._rows)
+
+    def _give(self, row: int, request: Request, news: News, count: int) -> bool:
+        """Hand out new tokens; whether a stop string ended the row, of which the device knows nothing."""
+        status = int(news.status[row])
+        columns = (news.tokens, news.logprobs, news.model_logprobs, news.top_ids, news.top_logprobs)
+        best = request.config.top_logprobs or 0
+        ids, after, own, top_ids, top = (None if x is None else x[row, :count] for x in columns)
+        tokens = Tokens(ids, after, own, *(x[:, :best] if best else None for x in (top_ids, top)))
+        stop = None if request.watch is None else request.watch.first(ids)
+        stopped = stop is not None and (stop + 1 < count or status != EOS)
+        if stop is not None and stopped:
+            status, tokens = STOP_STRING, tokens[: stop + 1]
+        request.shown += len(tokens.ids)
+        self.counts["tokens"] += len(tokens.ids)
+        if len(tokens.ids):
+            request.handle.give(tokens)
+        if status == BROKEN:
+            self._free(row, "error", NonFiniteLogitsError([0], [request.shown]))
+        elif status != RUNNING:
+            self._free(row, FINISH_REASON[status])
+        return stopped

@@ -1,0 +1,327 @@
+"""The engine: a request's tokens and log-probabilities are those of `generate`, whatever else it does meanwhile."""
+
+import threading
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxgen
+from jaxgen import EngineClosedError, EngineFullError, JaxgenError, NonFiniteLogitsError, UnsupportedError, demo
+from tests.helpers import counted, some_slow
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 2, "max_position_embeddings": 128}
+KINDS = {
+    "float32": {},
+    "bfloat16": {"dtype": jnp.bfloat16},
+    "int4": {"int4": True},
+    "window": {"sliding_window": 12},
+}
+# Few sets of options, since `generate` compiles each; their numbers are of each request.
+OPTIONS = [
+    {"do_sample": False},
+    {"do_sample": True, "top_k": 0},
+    {"do_sample": True, "top_k": 5, "top_p": 0.9, "temperature": 0.8, "repetition_penalty": 1.2, "min_new_tokens": 3},
+    {"do_sample": True, "top_k": 90, "min_p": 0.02, "temperature": 1.7, "no_repeat_ngram_size": 2},
+]
+
+
+def tiny(dtype=jnp.float32, int4=False, **fields):
+    model = jaxgen.MistralForCausalLM(
+        jaxgen.MistralConfig(**{"sliding_window": None, **SIZES, **HEADS, **fields}), dtype=dtype, rngs=nnx.Rngs(0)
+    )
+    return jaxgen.quantize(model) if int4 else model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    with jaxgen.Engine(model, rows=4, slots=64, chunk=8, steps=3) as engine:
+        yield engine
+
+
+def alone(model, engine, prompt, **options):
+    """What `generate` gives in the engine's shape: ids, both log-probabilities, the reason to end."""
+    out = model.generate([prompt], strict=engine.strict, return_dict_in_generate=True, **options)
+    count = int(out.lengths[0])
+    new = out.sequences[0, len(prompt) : len(prompt) + count].tolist()
+    return new, out.logprobs[0, :count].tobytes(), out.model_logprobs[0, :count].tobytes(), out.finish_reason[0]
+
+
+def found(handle):
+    done = handle.result(timeout=300)
+    tokens = done.tokens
+    return done.token_ids, tokens.logprobs.tobytes(), tokens.model_logprobs.tobytes(), done.finish_reason
+
+
+requests = st.tuples(
+    st.integers(1, 40),  # tokens of the prompt
+    st.sampled_from([0, 8, 16, 19]),  # of which so many are those of all
+    st.integers(3, 24),  # new tokens
+    st.sampled_from(OPTIONS),
+    st.integers(0, 3),  # seed
+    st.sampled_from(["", "", "", "cancel", "wait"]),  # what happens after it
+)
+
+
+def prompt_of(length, shared):
+    common, own = np.random.default_rng(0), np.random.default_rng([length, shared])
+    return [*common.integers(3, 97, 40)[: min(shared, length)].tolist(), *own.integers(3, 97, 40).tolist()][:length]
+
+
+def carried_out(model, engine, plan):
+    """Submit a plan, and compare each request with what `generate` gives."""
+    handles = []
+    for length, shared, new, kind, seed, then in plan:
+        prompt, sampled = prompt_of(length, shared), kind["do_sample"]
+        options = {**kind, "max_new_tokens": new, **({"seed": seed} if sampled else {})}
+        handles.append((prompt, options, engine.submit(prompt, **options), then))
+        if then == "wait":
+            handles[-1][2].result(timeout=300)
+        if then == "cancel":
+            handles[-1][2].cancel()
+    for prompt, options, handle, then in handles:
+        got, wanted = found(handle), alone(model, engine, prompt, **options)
+        if then == "cancel" and got[3] == "cancelled":
+            assert got[0] == wanted[0][: len(got[0])]
+            assert wanted[1].startswith(got[1])
+        else:
+            assert got == wanted
+
+
+@pytest.mark.parametrize("kind", some_slow(KINDS, lambda kind: kind != "window"))
+def test_any_schedule_gives_the_bits_of_generate(kind):
+    """Any order of arrival, crowd and cancellations; prompts that share a beginning; and once more after a restart."""
+    model = tiny(**KINDS[kind])
+    plans = []
+
+    with jaxgen.Engine(model, rows=4, slots=64, chunk=8, steps=3) as engine:
+
+        @settings(max_examples=12, deadline=None, derandomize=True)
+        @given(st.lists(requests, min_size=1, max_size=8))
+        def check(plan):
+            plans.append(plan)
+            carried_out(model, engine, plan)
+
+        check()
+        assert engine.stats()["prefix_tokens"] > 0
+    with jaxgen.Engine(model, rows=4, slots=64, chunk=8, steps=5) as again:
+        carried_out(model, again, plans[-1])
+
+
+def mixed(engine, number):
+    handles = []
+    for index in range(number):
+        options = {**OPTIONS[index % 4], "max_new_tokens": 3 + index % 7, "temperature": 0.5 + index % 5 / 4}
+        options = options if options["do_sample"] else {"max_new_tokens": 1 + index % 7}
+        options |= {"sequence_bias": {(3, 4): 2.0, (index % 97,): -1.0}} if index % 6 == 5 else {}
+        handles.append(engine.submit(prompt_of(1 + index % 40, 8 * (index % 3)), **options))
+    return [handle.result(timeout=600) for handle in handles]
+
+
+@pytest.mark.parametrize("number", some_slow([60, 1000], lambda number: number > 100))
+def test_nothing_compiles_after_the_warmup(engine, number):
+    engine.wait_until_ready()
+    with counted() as compilations:
+        assert all(done.token_ids for done in mixed(engine, number))
+    assert not compilations
+
+
+def test_a_shared_beginning_is_read_once(model):
+    """Rows that arrive together wait for the one that reads it; one that comes later copies it."""
+    shared = prompt_of(40, 40)
+    with jaxgen.Engine(model, rows=4, slots=64, chunk=8) as engine:
+        handles = [engine.submit([*shared, token], max_new_tokens=3) for token in (5, 6, 7, 8)]
+        handles.append(engine.submit([*shared, 9], max_new_tokens=3))
+        for token, handle in zip((5, 6, 7, 8, 9), handles, strict=True):
+            assert found(handle) == alone(model, engine, [*shared, token], max_new_tokens=3)
+        assert engine.stats()["prefix_tokens"] == 4 * 40
+
+
+def test_rows_end_as_in_generate(model, engine):
+    """By the end token, by the limit, without an end token; and by a stop string, of each row its own."""
+    ids = prompt_of(5, 0)
+    first = alone(model, engine, ids, max_new_tokens=12)[0]
+    for end in (first[2], [first[4], 96], None):
+        options = {"max_new_tokens": 12, "eos_token_id": end}
+        assert found(engine.submit(ids, **options)) == alone(model, engine, ids, **options)
+
+
+def test_stop_strings_of_each_row():
+    model = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
+    text, stops = "1, 2, 3, 4", (["7", "9, 1"], ["8"], None)
+    with jaxgen.Engine(model, rows=4, slots=64, chunk=16) as engine:
+        ids = engine.tokenizer(text)["input_ids"]
+        handles = [engine.submit(text, max_new_tokens=20, stop_strings=stop) for stop in stops]
+        for stop, handle in zip(stops, handles, strict=True):
+            wanted = alone(model, engine, ids, max_new_tokens=20, stop_strings=stop, tokenizer=engine.tokenizer)
+            assert found(handle) == wanted
+        without = engine.submit(text, max_new_tokens=20, stop_strings=stops[0], include_stop_str_in_output=False)
+        assert "".join(without) == without.result().text == ", 5, 6, "
+        chat = engine.submit([{"role": "user", "content": "Hi"}], max_new_tokens=4)
+        assert "".join(chat) == chat.result().text
+
+
+def test_the_best_tokens_of_each_step(model):
+    ids = prompt_of(9, 0)
+    with jaxgen.Engine(model, rows=2, slots=64, chunk=8, top_logprobs=5) as engine:
+        tokens = engine.submit(ids, max_new_tokens=10, top_logprobs=3).result().tokens
+        assert engine.submit(ids, max_new_tokens=3).result().tokens.top_ids is None
+        with pytest.raises(JaxgenError, match="top_logprobs=6 is more than the 5"):
+            engine.submit(ids, top_logprobs=6)
+        out = model.generate(
+            [ids], max_new_tokens=10, strict=engine.strict, return_dict_in_generate=True, top_logprobs=3
+        )
+    assert tokens.top_ids.tolist() == out.top_ids[0].tolist()
+    assert tokens.top_logprobs.tobytes() == out.top_logprobs[0].tobytes()
+
+
+def test_samples_and_row_ids_are_those_of_a_call(model, engine):
+    ids = prompt_of(7, 0)
+    options = {"do_sample": True, "seed": 9, "max_new_tokens": 6}
+    samples = model.generate([ids], num_return_sequences=3, **options)[:, 7:]
+    assert [engine.submit(ids, sample=i, **options).result().token_ids for i in range(3)] == samples.tolist()
+    rows = model.generate([ids, ids], row_ids=["a", 5], **options)[:, 7:]
+    assert [engine.submit(ids, row_id=i, **options).result().token_ids for i in ("a", 5)] == rows.tolist()
+    outputs = model.generate_batch([ids, ids[:3]], num_return_sequences=2, **options)
+    both = model.generate([ids, [0] * 4 + ids[:3]], [[1] * 7, [0] * 4 + [1] * 3], num_return_sequences=2, **options)
+    assert [output.generated_tokens for output in outputs.values()] == both[:, 7:].tolist()
+    assert [*outputs] == ["req_0", "req_1", "req_2", "req_3"]
+    assert model.generate_batch([]) == {}
+
+
+REFUSED = {
+    "beams": ({"num_beams": 2}, "num_beams=2: not in this engine"),
+    "an option that rows cannot have": ({"top_h": 0.5, "do_sample": True}, "top_h=0.5"),
+    "one that this engine has not": ({"min_p": 0.5, "do_sample": True}, "processors="),
+    "a prompt that never fits": ({"max_new_tokens": 60}, "5 tokens and 60 new ones are more than the 64 slots"),
+    "two seeds": ({"seed": [1, 2], "do_sample": True}, "a request is one row"),
+    "samples": ({"num_return_sequences": 2, "do_sample": True}, "once for each sample="),
+    "a processor": ({"logits_processor": [lambda *x: x[2]]}, "logits_processor: not in an engine"),
+    "a wrong name": ({"temprature": 1.0}, "did you mean 'temperature'"),
+    "a token outside": ({"sequence_bias": {(97,): 1.0}}, "token 97 is outside"),
+    "too long a bias": ({"sequence_bias": {(*range(9),): 1.0}}, "up to 9 tokens"),
+    "many ends": ({"eos_token_id": [1, 2, 3, 4, 5]}, "5 ids"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_is_refused_at_once(model, what):
+    options, says = REFUSED[what]
+    with (
+        jaxgen.Engine(model, rows=2, slots=64, chunk=8, processors=("temperature", "sequence_bias")) as engine,
+        pytest.raises(JaxgenError, match=says),
+    ):
+        engine.submit(prompt_of(5, 0), **options)
+
+
+def test_a_full_queue_refuses_and_goes_on(model):
+    with jaxgen.Engine(model, rows=1, slots=64, chunk=8, queue=2) as engine:
+        first = engine.submit([5], max_new_tokens=60, eos_token_id=None)
+        while engine.stats()["busy"] == 0:
+            time.sleep(0.01)
+        more = [engine.submit([5], max_new_tokens=2) for _ in range(2)]
+        with pytest.raises(EngineFullError, match="2 requests wait already"):
+            engine.submit([5])
+        more[0].cancel()
+        first.cancel()
+        assert first.result(60).finish_reason == more[0].result(60).finish_reason == "cancelled"
+        assert len(more[1].result(60).token_ids) == 2
+        with pytest.raises(JaxgenError, match="no tokenizer"):
+            engine.submit("text")
+
+
+def test_closing_finishes_or_cancels(model):
+    engine = jaxgen.Engine(model, rows=1, slots=64, chunk=8)
+    handles = [engine.submit([5, number], max_new_tokens=5, eos_token_id=None) for number in range(3)]
+    engine.close()
+    assert [len(handle.result(0).token_ids) for handle in handles] == [5, 5, 5]
+    with pytest.raises(EngineClosedError, match="closed"):
+        engine.submit([5])
+
+    engine = jaxgen.Engine(model, rows=1, slots=64, chunk=8)
+    handles = [engine.submit([5, number], max_new_tokens=50, eos_token_id=None) for number in range(30)]
+    engine.close(timeout=0)
+    assert handles[-1].result(0).finish_reason == "cancelled"
+    assert jaxgen.Engine(model, rows=1, slots=64).close() is None
+
+
+def test_a_time_limit_ends_a_row_wherever_it_is(model):
+    with jaxgen.Engine(model, rows=1, slots=64, chunk=8) as engine:
+        engine.wait_until_ready()
+        assert engine.submit([5], max_time=1e-9).result(60).finish_reason == "time"
+        assert len(engine.submit([5], max_new_tokens=2, max_time=60).result(60).token_ids) == 2
+
+
+def test_nan_in_one_row_ends_that_row_alone(model):
+    """A token whose embedding is NaN: who holds it fails, and its neighbours have the tokens that they have alone."""
+    broken = tiny()
+    weight = broken.model.embed_tokens.weight
+    weight[...] = weight[...].at[42].set(jnp.nan)
+    with jaxgen.Engine(broken, rows=4, slots=64, chunk=8) as engine:
+        options = {"max_new_tokens": 20, "eos_token_id": None, "sequence_bias": {(42,): -100.0}}
+        clean = [[number, 9, 11] for number in (5, 6, 7)]
+        handles = [engine.submit(ids, **options) for ids in clean]
+        with pytest.raises(NonFiniteLogitsError):
+            engine.submit([5, 42, 9], **options).result(60)
+        for ids, handle in zip(clean, handles, strict=True):
+            assert handle.result(60).token_ids == engine.submit(ids, **options).result(60).token_ids
+            assert len(handle.result(60).token_ids) == 20
+
+
+def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(model, monkeypatch):
+    with jaxgen.Engine(model, rows=2, slots=64, chunk=8) as engine:
+        wanted = engine.submit([5, 6], max_new_tokens=4).result(60).token_ids
+        batch, real = engine._batch, engine._batch._programs
+
+        def fails(*_):
+            raise RuntimeError("the device is on fire")
+
+        batch._programs = real._replace(decode=fails)
+        with pytest.raises(RuntimeError, match="on fire"):
+            engine.submit([5, 6], max_new_tokens=4).result(60)
+        batch._programs = real
+        assert engine.submit([5, 6], max_new_tokens=4).result(60).token_ids == wanted
+
+        batch._programs = real._replace(decode=fails)  # twice in a row: it ends, and nobody waits for ever
+        handles = [engine.submit([5, 6], max_new_tokens=4) for _ in range(9)]
+        for handle in handles:
+            with pytest.raises((RuntimeError, EngineClosedError)):
+                handle.result(60)
+        with pytest.raises(EngineClosedError, match="on fire"):
+            engine.submit([5])
+
+
+def test_from_many_threads(model, engine):
+    results = {}
+
+    def client(number):
+        ids = prompt_of(3 + number, 0)
+        results[number] = [engine.submit(ids, max_new_tokens=4).result(60).token_ids for _ in range(3)]
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, found_ids in results.items():
+        assert found_ids == [alone(model, engine, prompt_of(3 + number, 0), max_new_tokens=4)[0]] * 3
+
+
+def test_unknown_names_of_processors(model):
+    with pytest.raises(JaxgenError, match="'top_h' is none that an engine has"):
+        jaxgen.Engine(model, processors=("top_h",))
+
+
+def test_unsupported_says_so(engine):
+    with pytest.raises(UnsupportedError, match=r"use model\.generate"):
+        engine.submit([5], suppress_tokens=[7])
