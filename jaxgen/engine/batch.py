@@ -163,31 +163,37 @@ class Batch:
     def _read(self, pieces: int) -> None:
         """Read at most so many pieces, of one row each; what another row holds already is copied.
 
-        A row whose next piece is being read for another one waits for it.
+        A row that shares more with one before it than that one has read yet waits, and copies it all at once.
         """
-        begun: list[int] = []
+        before: list[int] = []
         for row in [*self._reading]:
-            held = self._prefixes.rows[row]
-            count, source = self._prefixes.longest(held.prompt, but=row)
-            if count > held.count:
-                self._state = self._programs.copy(self._state, np.int32(source), np.int32(row), np.int32(count))
-                self._hold(row, count)
-                self.counts["prefix_tokens"] += count
-            if row not in self._reading or any(self._follows(row, other) for other in begun):
-                continue
-            begun.append(row)
-            if pieces:
-                pieces -= 1
-                count = min(self._chunk, len(held.prompt) - 1 - held.count)
-                piece = pad_to(held.prompt[held.count : held.count + count], (self._chunk,))
-                at = np.int32(row), piece, np.int32(held.count), np.int32(count)
-                self._state = self._programs.read(self._state, *at)
-                self._hold(row, held.count + count)
+            if not any(self._waits(row, other) for other in before):
+                self._copy(row)
+                if row in self._reading and pieces:
+                    pieces -= 1
+                    self._read_piece(row)
+            before.append(row)
 
-    def _follows(self, row: int, other: int) -> bool:
-        """Whether a row will have its next piece from another one, which is read first."""
+    def _waits(self, row: int, other: int) -> bool:
+        """Whether a row will have more of another one, which is read first, than there is now."""
         one, two = self._prefixes.rows[row], self._prefixes.rows[other]
-        return self._prefixes.shared(one.prompt, two.prompt, min(len(one.prompt), len(two.prompt)) - 1) > one.count
+        shared = self._prefixes.shared(one.prompt, two.prompt, min(len(one.prompt), len(two.prompt)) - 1)
+        return shared > max(one.count, two.count)
+
+    def _copy(self, row: int) -> None:
+        held = self._prefixes.rows[row]
+        count, source = self._prefixes.longest(held.prompt, but=row)
+        if count > held.count:
+            self.counts["prefix_tokens"] += count - held.count
+            self._state = self._programs.copy(self._state, np.int32(source), np.int32(row), np.int32(count))
+            self._hold(row, count)
+
+    def _read_piece(self, row: int) -> None:
+        held = self._prefixes.rows[row]
+        count = min(self._chunk, len(held.prompt) - 1 - held.count)
+        piece = pad_to(held.prompt[held.count : held.count + count], (self._chunk,))
+        self._state = self._programs.read(self._state, np.int32(row), piece, np.int32(held.count), np.int32(count))
+        self._hold(row, held.count + count)
 
     def _hold(self, row: int, count: int) -> None:
         held = self._prefixes.rows[row]

@@ -72,7 +72,7 @@ class Engine:
         processors: tuple[str, ...] = tuple(NEUTRAL),
     ):
         self.model, self.strict = model, Strict(rows=rows, tokens=slots, chunk=chunk)
-        self.tokenizer = tokenizer_for(model, tokenizer) if tokenizer is not None or model.name_or_path else None
+        self.tokenizer, self._no_tokenizer = _tokenizer(model, tokenizer)
         self._queue = integer(1)("queue", queue)
         for name in processors:
             if name not in NEUTRAL:
@@ -113,7 +113,9 @@ class Engine:
         and for what can never fit, `EngineFullError` where as many wait as may, and `EngineClosedError` after the end.
         """
         extras, fields = Extras.take({"tokenizer": self.tokenizer, **options})
-        config = resolve(fields, generation_config, self.model.stored_generation_config)
+        config = resolve(
+            {"return_dict_in_generate": True, **fields}, generation_config, self.model.stored_generation_config
+        )
         ids = self._ids(prompt)
         processors, stops = self._options.check(config, extras)
         if config.sequences_per_prompt > 1:
@@ -196,7 +198,7 @@ class Engine:
         listed = isinstance(prompt, np.ndarray) or (isinstance(prompt, list | tuple) and not _is_text(prompt))
         if not listed:
             if self.tokenizer is None:
-                raise JaxgenError("this engine has no tokenizer: submit ids, or pass Engine(tokenizer=)")
+                raise JaxgenError(f"this engine has no tokenizer ({self._no_tokenizer}); submit ids")
             [text], _ = checked_texts(prompt)
             prompt = encode(self.tokenizer, text)["input_ids"]
         ids = np.asarray(prompt)
@@ -255,6 +257,16 @@ class Engine:
         self._batch.fail(error)
         for request in left:
             request.handle.end(CANCELLED if error is None else "error", error)
+
+
+def _tokenizer(model: Any, given: Any) -> tuple[Any, str]:
+    """The tokenizer that was given, or that the model's checkpoint has; or why there is none."""
+    try:
+        return tokenizer_for(model, given), ""
+    except JaxgenError as error:
+        if given is not None:
+            raise
+        return None, str(error)
 
 
 def _is_text(prompt: Any) -> bool:

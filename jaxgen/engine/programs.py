@@ -185,8 +185,9 @@ def programs_for(model: Any, rows: int, layout: BatchLayout, steps: int) -> Prog
     _, decode = stages_for(model, weights, strict=True)
     reading = _READ_ON_GPU if model.device.platform == "gpu" else _READ
     models = (PlainSearch(), structure, weights, None, None)
+    # Put where the weights are by name, or the first state would be of another kind to jit than those that follow.
     return Programs(
-        opened=lambda: _OPENED(structure, weights, rows, layout),
+        opened=lambda: jax.device_put(_OPENED(structure, weights, rows, layout), model.device),
         insert=_INSERT,
         read=lambda state, *piece: reading(structure, weights, state, *piece),
         copy=_COPY,
