@@ -67,7 +67,27 @@ def parser() -> Parser:
     inspect.add_argument("--dtype", default="auto", help="as for generate: what the sizes are computed for")
 
     _add_convert(commands)
+    _add_eval(commands)
     return parser
+
+
+def _add_eval(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "eval", help="run tasks of lm-eval", description="Run tasks of EleutherAI's lm-evaluation-harness."
+    )
+    _add_loading(evaluate)
+    evaluate.add_argument("--tasks", required=True, metavar="T,T", help="their names, separated by commas")
+    evaluate.add_argument("--include-path", type=Path, metavar="DIR", help="a directory with more tasks")
+    evaluate.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question")
+    evaluate.add_argument("--limit", type=float, metavar="N", help="the first N questions of each; below 1: a share")
+    evaluate.add_argument("--batch-size", default="8", metavar="N", help="requests at a time (default: 8), or auto")
+    evaluate.add_argument("--max-length", type=int, metavar="N", help="the longest context (default: the model's)")
+    evaluate.add_argument("--apply-chat-template", action="store_true", help="ask as in a chat")
+    evaluate.add_argument("--system-instruction", metavar="TEXT", help="what the model is told before each question")
+    evaluate.add_argument("--strict", action="store_true", help="nothing depends on --batch-size, which is at most 8")
+    evaluate.add_argument("--output", type=Path, metavar="FILE", help="write all results and answers, as JSON")
+    _add_set(evaluate, "any other option of lm-eval's simple_evaluate, such as bootstrap_iters=0")
+    _add_compile_cache(evaluate)
 
 
 def _add_convert(commands: Any) -> None:
@@ -92,10 +112,7 @@ def _add_convert(commands: Any) -> None:
 
 def _add_generating(parser: argparse.ArgumentParser) -> None:
     """The options of every command that generates: the model, and how to choose tokens."""
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint directory or hub id (default: the demo)")
-    _add_revision(parser)
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    parser.add_argument("--load-in-4bit", action="store_true", help="quantise the linear layers while loading")
+    _add_loading(parser)
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the model's, or 20; 256 in a chat")
     parser.add_argument("--do-sample", action=argparse.BooleanOptionalAction, help="sample, or search greedily")
     parser.add_argument("--temperature", type=float)
@@ -113,15 +130,26 @@ def _add_generating(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--json-schema", type=Path, metavar="FILE", help="every text is JSON, valid by this schema")
     shape.add_argument("--grammar", type=Path, metavar="FILE", help="every text is one that this makes: .lark or .gbnf")
     parser.add_argument("--seed", type=int, help="any int; the same seed gives the same text")
+    _add_set(parser, "any other option of generate, such as no_repeat_ngram_size=3")
+    _add_compile_cache(parser)
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint directory or hub id (default: the demo)")
+    _add_revision(parser)
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--load-in-4bit", action="store_true", help="quantise the linear layers while loading")
+
+
+def _add_set(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--set",
         action="append",
         type=_assignment,
         default=[],
         metavar="NAME=VALUE",
-        help="any other option of generate, such as no_repeat_ngram_size=3; values as in JSON; may be repeated",
+        help=f"{what}; values as in JSON; may be repeated",
     )
-    _add_compile_cache(parser)
 
 
 def _add_revision(parser: argparse.ArgumentParser) -> None:

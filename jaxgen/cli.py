@@ -1,4 +1,4 @@
-"""The command line: `jaxgen generate`, `chat`, `replay`, `inspect` and `convert`."""
+"""The command line: `jaxgen generate`, `chat`, `replay`, `inspect`, `convert` and `eval`."""
 
 import _thread
 import argparse
@@ -360,11 +360,35 @@ def _convert(options: argparse.Namespace) -> None:
     sys.stdout.write(f'jaxgen generate "A list of colors: red, blue" --model {shlex.quote(str(target))}\n')
 
 
+def _eval(options: argparse.Namespace) -> None:
+    from jaxgen.integrations.harness import evaluate
+    from jaxgen.integrations.lm_eval import JaxgenLM
+
+    def load() -> JaxgenLM:
+        directory = _locate(options)
+        _keep_compiled(options)
+        names = ("dtype", "load_in_4bit", "batch_size", "max_length", "strict")
+        return JaxgenLM(directory, **{name: getattr(options, name) for name in names})
+
+    names = ("num_fewshot", "limit", "apply_chat_template", "system_instruction")
+    chosen = {**{name: getattr(options, name) for name in names}, **dict(options.set)}
+    tasks = [name for name in options.tasks.split(",") if name]
+    table = evaluate(load, tasks, include_path=options.include_path, output=options.output, options=chosen)
+    sys.stdout.write(f"{table}\n")
+
+
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
-_COMMANDS = {"generate": _generate, "chat": _chat, "replay": _replay, "inspect": _inspect, "convert": _convert}
+_COMMANDS = {
+    "generate": _generate,
+    "chat": _chat,
+    "replay": _replay,
+    "inspect": _inspect,
+    "convert": _convert,
+    "eval": _eval,
+}
 
 if __name__ == "__main__":
     command()

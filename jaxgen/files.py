@@ -1,5 +1,6 @@
-"""Files that anybody may have made: only regular files are opened, and they are read up to a limit."""
+"""Files that anybody may have made: only regular files are opened, and read up to a limit; and files that we write."""
 
+import contextlib
 import json
 import os
 import stat
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from jaxgen.errors import CheckpointError
+from jaxgen.errors import CheckpointError, JaxgenError
 
 JsonObject: TypeAlias = dict[str, Any]  # what most JSON files hold, and records
 
@@ -80,3 +81,23 @@ def read_json(path: Path, *, limit: int = MOST_JSON, any_names: bool = False) ->
     if strange := [name for name in fields if not name.isprintable()]:
         raise CheckpointError(str(path), [f"{name!r:.80} is not a name, but damage" for name in strange[:_MOST_NAMED]])
     return fields
+
+
+def write_text(path: Path, text: str, what: str) -> None:
+    """Write a file, which appears complete or not at all. Raises `JaxgenError`, which names it, if it cannot be."""
+    path = Path(os.path.realpath(path))  # a link stays one
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise JaxgenError(f"{path}: {what} was not written: it is there, and no plain file")
+    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        if not isinstance(error, OSError):
+            raise
+        raise JaxgenError(f"{path}: {what} was not written: {error.strerror or error}") from error

@@ -348,3 +348,12 @@ def test_usage_errors_are_one_line_too(arguments: list[str], capsys):
 def test_a_directory_without_a_tokenizer(tmp_path: Path):
     with pytest.raises(JaxgenError, match="no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_eval_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    for name in ("jaxgen.integrations.lm_eval", "jaxgen.integrations.harness"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    assert cli.main(["eval", "--tasks", "arc_easy"]) == 2
+    assert capsys.readouterr().err == "jaxgen: evaluation needs lm-eval: pip install lm-eval\n"

@@ -19,17 +19,19 @@ from jaxgen.arguments import parser
 from jaxgen.generation.options.support import table
 from jaxgen.generation.options.table import DEFAULT_NEW_TOKENS, OPTIONS
 from tests.helpers import some_slow
+from tests.pages import DOCS, README, ROOT, run_blocks
 from tests.shown_by import SHOWN_BY
 
-ROOT = Path(__file__).parents[1]
-README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 PAGES_WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
 NEEDS = {
     "constraints": ("outlines_core", "llguidance"),
+    "evaluation": ("lm_eval",),
     "looking": ("matplotlib", "pandas"),
     "training": ("optax",),
 }  # pages that need more than jaxgen
+# Modules that cannot be imported without a library that is an extra.
+WITH = {"jaxgen.integrations.harness": "lm_eval", "jaxgen.integrations.lm_eval": "lm_eval"}
 # Pages and modules whose examples compile much.
 SLOW = {
     "beams", "chat", "compile", "constraints", "convert", "jit", "looking", "processors", "reuse", "rollouts",
@@ -49,6 +51,8 @@ def demo():
 
 @pytest.mark.parametrize("name", some_slow(MODULES, SLOW.__contains__))
 def test_docstring_examples(name: str, request: pytest.FixtureRequest):
+    if name in WITH:
+        pytest.importorskip(WITH[name], reason="an extra")
     module = importlib.import_module(name)
     names = vars(module) | {"getfixture": request.getfixturevalue}
     for example in doctest.DocTestFinder().find(module, extraglobs=names):
@@ -73,22 +77,6 @@ def test_the_two_commands_stand_in_the_readme():
     lines = README.read_text().splitlines()
     assert '    pip install -e . && jaxgen generate "A list of colors: red, blue"' in lines
     assert '    pip install -e ".[test]" && pytest' in lines
-
-
-def run_blocks(page: Path, capsys: pytest.CaptureFixture[str]) -> int:
-    """Run a page's Python in one namespace and compare what each block prints with its `# -> ` lines; how many ran.
-
-    In the README, which shows transformers' code too, only blocks that import jaxgen begin or go on.
-    """
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
-    ours = [block for block in blocks if page != README or "import jaxgen" in block]
-    names: dict[str, object] = {}
-    for block in ours:
-        exec(compile(block, page.name, "exec"), names)
-        printed = capsys.readouterr().out.splitlines()
-        promised = re.findall(r"^# -> (.*)$", block, re.M)
-        assert printed == promised
-    return len(ours)
 
 
 @pytest.fixture

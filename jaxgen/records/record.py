@@ -1,6 +1,5 @@
 """Records: what determined the tokens of a generation, as JSON that `jaxgen.replay` can run again."""
 
-import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -8,7 +7,6 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +15,7 @@ import numpy as np
 from jaxgen.constraints.grammars import Grammar
 from jaxgen.constraints.patterns import Constraint
 from jaxgen.errors import JaxgenError
-from jaxgen.files import JsonObject, read_bytes
+from jaxgen.files import JsonObject, read_bytes, write_text
 from jaxgen.generation.choosing.sample import SAMPLER_VERSION
 from jaxgen.generation.options.table import DEFAULT_NEW_TOKENS
 from jaxgen.generation.prepare import Request
@@ -97,22 +95,7 @@ class Record:
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Write to a file, which appears complete or not at all. Raises `JaxgenError` if it cannot be written."""
-        path = Path(os.path.realpath(as_path(path, "the record's file")))  # a link stays one
-        if os.path.lexists(path) and not os.path.isfile(path):
-            raise JaxgenError(f"{path}: the record was not written: it is there, and no plain file")
-        aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                aside.unlink()
-            if not isinstance(error, OSError):
-                raise
-            raise JaxgenError(f"{path}: the record was not written: {error.strerror or error}") from error
+        write_text(as_path(path, "the record's file"), self.to_json(), "the record")
 
     @classmethod
     def load(cls, path: "str | os.PathLike[str]") -> "Record":

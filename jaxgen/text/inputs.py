@@ -1,10 +1,12 @@
 """What may be continued: a text, a chat, or a list of either; and its ids."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxgen.errors import JaxgenError
-from jaxgen.text.template import apply_chat_template, has_template_of_jinja
+from jaxgen.text import template
+from jaxgen.text.template import has_template_of_jinja
 from jaxgen.text.tokenizer import telling
 
 Messages = list[dict[str, Any]]  # a chat: each message has "role" and "content"
@@ -58,13 +60,28 @@ def encode(tokenizer: Any, text: str | Messages, continue_final_message: bool | 
     `options` go to the tokenizer, or to `apply_chat_template` (`tools`, for instance). Raises `JaxgenError` for a
     chat where there is no template, or where the template refuses it, fails, or takes too long.
     """
-    where = f"{place}: " if (place := getattr(tokenizer, "name_or_path", None)) else ""
     if isinstance(text, str):
-        with telling(f"{where}the tokenizer cannot encode this text"):
+        with telling(f"{_where(tokenizer)}the tokenizer cannot encode this text"):
             return tokenizer(text, **options)
     goes_on = continues_final_message(text, continue_final_message)
     options = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on} | options
-    with telling(f"{where}the tokenizer's chat template cannot write this chat"):
+    with _writing(tokenizer):
         if has_template_of_jinja(tokenizer):
-            return apply_chat_template(tokenizer, text, **options)
+            return template.apply_chat_template(tokenizer, text, **options)
         return tokenizer.apply_chat_template(text, tokenize=True, return_dict=True, **options)
+
+
+def chat_text(tokenizer: Any, chat: Messages, **options: Any) -> str:
+    """The text of a chat, by the tokenizer's template. Raises as `encode`."""
+    with _writing(tokenizer):
+        if has_template_of_jinja(tokenizer):
+            return template.chat_text(tokenizer, chat, **options)
+        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
+
+
+def _writing(tokenizer: Any) -> contextlib.AbstractContextManager[None]:
+    return telling(f"{_where(tokenizer)}the tokenizer's chat template cannot write this chat")
+
+
+def _where(tokenizer: Any) -> str:
+    return f"{place}: " if (place := getattr(tokenizer, "name_or_path", None)) else ""

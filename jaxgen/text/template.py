@@ -36,22 +36,33 @@ def apply_chat_template(
     tokenizer: Any,
     chat: Sequence[Mapping[str, Any]],
     *,
+    tokenizer_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """The tokenizer's output for a chat, as from its method of this name, and within bounds; see `chat_text`."""
+    of_tokenizer = {name: options.pop(name) for name in _OF_TOKENIZER if name in options}
+    text = chat_text(tokenizer, chat, **options)
+    return tokenizer(text, add_special_tokens=False, **of_tokenizer, **(tokenizer_kwargs or {}))
+
+
+def chat_text(
+    tokenizer: Any,
+    chat: Sequence[Mapping[str, Any]],
+    *,
     tools: Any = None,
     documents: Any = None,
     chat_template: str | None = None,
     continue_final_message: bool | str = False,
-    tokenizer_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
-) -> Any:
-    """The tokenizer's output for a chat, as from its method of this name, and within bounds.
+) -> str:
+    """A chat as text, as from the tokenizer's `apply_chat_template` with `tokenize=False`, and within bounds.
 
     The template may take 5 seconds of a processor, 1 GB of memory (on Linux), and write 4 million characters. Raises
     `JaxgenError` for one that takes more, or fails. Source: transformers `apply_chat_template`.
     """
     if refused := [name for name in _REFUSED if options.pop(name, None)]:
         raise UnsupportedError(f"{refused[0]} is not supported here; call tokenizer.apply_chat_template for the ids")
-    of_tokenizer = {name: options.pop(name) for name in _OF_TOKENIZER if name in options}
-    text = _render(
+    return _render(
         conversations=[[{name: value for name, value in message.items() if value is not None} for message in chat]],
         tools=None if tools is None else [_schema(tool) for tool in tools],
         documents=documents,
@@ -59,7 +70,6 @@ def apply_chat_template(
         continue_final_message=continue_final_message,
         **{**tokenizer.special_tokens_map, **options},
     )
-    return tokenizer(text, add_special_tokens=False, **of_tokenizer, **(tokenizer_kwargs or {}))
 
 
 _OF_TOKENIZER = ("padding", "truncation", "max_length", "return_tensors")

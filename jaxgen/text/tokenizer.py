@@ -13,9 +13,9 @@ from jaxgen.text.hf import transformers
 from jaxgen.text.tokenizer_files import check_files
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path, **options: Any) -> Any:
     """`read_tokenizer`, padding on the left; pad defaults to end-of-sequence."""
-    tokenizer = read_tokenizer(directory, padding_side="left")
+    tokenizer = read_tokenizer(directory, padding_side="left", **options)
     with telling(f"{directory}: no tokenizer that transformers can use"):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -54,9 +54,10 @@ def telling(what: str) -> Iterator[None]:
         raise JaxgenError(f"{what}: {reason if expected else f'{type(error).__name__}: {reason}'}") from error
 
 
-def tokenizer_for(model: Any, tokenizer: Any = None) -> Any:
+def tokenizer_for(model: Any, tokenizer: Any = None, **options: Any) -> Any:
     """The tokenizer given, as an object, a directory or a hub id; if none is, the one of the model's checkpoint.
 
+    `options` are for one that is loaded.
     Raises `JaxgenError` for a model that was not loaded from a checkpoint, or one without a tokenizer.
     """
     from jaxgen.convert.hub import COMPANIONS, locate
@@ -67,7 +68,7 @@ def tokenizer_for(model: Any, tokenizer: Any = None) -> Any:
             raise JaxgenError("this model was not loaded from a checkpoint, so it has no tokenizer: pass tokenizer=")
     if not isinstance(tokenizer, str | Path):
         return tokenizer
-    return load_tokenizer(locate(tokenizer, files=("config.json", *COMPANIONS)))
+    return load_tokenizer(locate(tokenizer, files=("config.json", *COMPANIONS)), **options)
 
 
 def left_pad(rows: Sequence[Sequence[int]], fill: int) -> Int[np.ndarray, "B T"]:

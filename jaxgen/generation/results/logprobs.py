@@ -9,7 +9,7 @@ need, and -inf for one that could not be. With no processors both are the same.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ def logprobs(
     if config is not None or extras:
         effective = resolve({}, config, model.generation_config)
         drawn = drawn_by(effective, given, model.config.vocab_size, starts, lengths)
-    packed, _ = packed_logprobs(model, tokens, lengths, drawn)
+    packed = packed_logprobs(model, tokens, lengths, drawn).logprobs
     positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
     chosen = jnp.take_along_axis(packed, jnp.maximum(positions, 0), axis=1)
     return jnp.where(mask & (positions >= starts[:, None]), chosen, 0)
@@ -140,18 +140,31 @@ def check_scorable(config: GenerationConfig, extras: Extras) -> None:
             raise UnsupportedError(f"{name}: tokens that were chosen with it cannot be scored; leave it out{hint}")
 
 
-def packed_logprobs(
-    model: Any, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], drawn: Drawn | None
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """`logprobs` and `model_logprobs` of packed rows: of the token in each slot, 0 in the first and after the end."""
+class Packed(NamedTuple):
+    """What is known of the token in each slot of packed rows [B, T]; 0 in the first and after the end.
+
+    Arrays of JAX, or of numpy once they are on the host.
+    """
+
+    logprobs: Any  # float32, under what a configuration draws from
+    model_logprobs: Any  # float32, the model's own
+    greedy: Any  # bool, whether it is the model's own first choice
+
+
+def packed_logprobs(model: Any, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], drawn: Drawn | None) -> Packed:
+    """What a model thinks of packed rows. It reads all columns but the last, which no token follows."""
     real = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    hidden, following = model.hidden(tokens, real), jnp.roll(tokens, -1, axis=1)
-    size = min(_BLOCK, tokens.shape[1])
-    spare = -tokens.shape[1] % size
-    hidden, following = jnp.pad(hidden, ((0, 0), (0, spare), (0, 0))), jnp.pad(following, ((0, 0), (0, spare)))
+    if tokens.shape[1] == 1:
+        nothing = jnp.zeros(tokens.shape, jnp.float32)
+        return Packed(nothing, nothing, nothing != 0)
+    columns = tokens.shape[1] - 1
+    size = min(_BLOCK, columns)
+    spare = -columns % size
+    hidden = jnp.pad(model.hidden(tokens[:, :-1], real[:, :-1]), ((0, 0), (0, spare), (0, 0)))
+    following = jnp.pad(tokens[:, 1:], ((0, 0), (0, spare)))
 
     @jax.checkpoint  # gradients compute a block's logits again, and keep none
-    def block(start: Array) -> tuple[Float[Array, "B t"], Float[Array, "B t"]]:
+    def block(start: Array) -> tuple[Array, ...]:
         logits = model.logits(jax.lax.dynamic_slice_in_dim(hidden, start, size, axis=1))
         chosen = jax.lax.dynamic_slice_in_dim(following, start, size, axis=1)
         logits, flat = logits.reshape(-1, logits.shape[2]), chosen.reshape(-1)
@@ -162,11 +175,12 @@ def packed_logprobs(
             for processor in drawn.processors:
                 scores = processor(scores, rows)
         after = own if scores is logits else log_prob(scores, flat)
-        return after.reshape(chosen.shape), own.reshape(chosen.shape)
+        found = after, own, logits.argmax(axis=1) == flat
+        return tuple(x.reshape(chosen.shape) for x in found)
 
-    def in_slots(blocks: Float[Array, "blocks B t"]) -> Float[Array, "B T"]:
-        rows = jnp.moveaxis(blocks, 0, 1).reshape(len(tokens), -1)[:, : tokens.shape[1]]
-        return jnp.where(real, jnp.roll(rows, 1, axis=1), 0).at[:, 0].set(0)
+    def in_slots(blocks: Any) -> Any:
+        rows = jnp.moveaxis(blocks, 0, 1).reshape(len(tokens), -1)[:, :columns]
+        rows = jnp.pad(rows, ((0, 0), (1, 0)))
+        return jnp.where(real, rows, jnp.zeros((), rows.dtype))
 
-    after, own = jax.lax.map(block, jnp.arange(0, hidden.shape[1], size))
-    return in_slots(after), in_slots(own)
+    return Packed(*map(in_slots, jax.lax.map(block, jnp.arange(0, hidden.shape[1], size))))

@@ -1,17 +1,18 @@
 """How likely given tokens are: of texts, and of what `generate` chose."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxgen.errors import JaxgenError, NonFiniteLogitsError
 from jaxgen.generation.options.checks import integer
 from jaxgen.generation.programs.structure import split
 from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, bucket, checked_prompt, pack, pad_to
-from jaxgen.generation.results.logprobs import Drawn, packed_logprobs
+from jaxgen.generation.results.logprobs import Drawn, Packed, packed_logprobs
 from jaxgen.lowering import own_rules
 
 
@@ -21,6 +22,7 @@ class TextScore:
 
     token_ids: Int[np.ndarray, " T"]
     logprobs: Float[np.ndarray, " T"]  # natural logarithms
+    greedy: Bool[np.ndarray, " T"]  # whether the token is the model's first choice
 
 
 def score(model: Any, texts: Any, tokenizer: Any, batch_size: int) -> list[TextScore]:
@@ -39,10 +41,7 @@ def score(model: Any, texts: Any, tokenizer: Any, batch_size: int) -> list[TextS
         ids = [np.array(tokenizer(text)["input_ids"], np.int32) for text in texts[start : start + batch_size]]
         for row, tokens in enumerate(ids):
             _check(tokens, start + row, model.config.max_position_embeddings)
-        width = max(map(len, ids))
-        table, mask = (np.stack([pad_to(x, (width,)) for x in rows]) for rows in (ids, [np.ones_like(x) for x in ids]))
-        logprobs = token_logprobs(model, table, mask)
-        scores += [TextScore(x[1:], row[1 : len(x)]) for x, row in zip(ids, logprobs, strict=True)]
+        scores += scores_of(model, ids)
     return scores
 
 
@@ -53,34 +52,44 @@ def _check(tokens: np.ndarray, row: int, context: int) -> None:
         raise JaxgenError(f"texts[{row}] has {len(tokens)} tokens, more than the model's context of {context}")
 
 
-@own_rules()
+def scores_of(model: Any, ids: Sequence[Int[np.ndarray, " _"]]) -> list[TextScore]:
+    """The scores of texts as ids, two or more of each, which are read side by side."""
+    width = max(map(len, ids))
+    table, mask = (np.stack([pad_to(x, (width,)) for x in rows]) for rows in (ids, [np.ones_like(x) for x in ids]))
+    found = _packed(model, *checked_prompt(table, mask, model.config.vocab_size))
+    rows = zip(ids, found.model_logprobs, found.greedy, strict=True)
+    return [TextScore(x[1:], logprobs[1 : len(x)], greedy[1 : len(x)]) for x, logprobs, greedy in rows]
+
+
 def token_logprobs(model: Any, input_ids: Any, attention_mask: Any = None) -> Float[np.ndarray, "B T"]:
     """The log-probability of each id given the real ones before it; 0 for a row's first id and masked ones.
 
     Ids and mask are as in `generate`, in any arrangement.
     """
     ids, mask = checked_prompt(input_ids, attention_mask, model.config.vocab_size)
-    tokens, lengths = pack(ids, mask)
-    _, packed = scored(model, tokens, lengths, None)
     result = np.zeros(ids.shape, np.float32)
-    broken = np.argwhere(~np.isfinite(packed))
-    if len(broken):
-        raise NonFiniteLogitsError(broken[:1, 0].tolist(), broken[:1, 1].tolist())
-    result[mask] = packed[np.arange(tokens.shape[1]) < lengths[:, None]]
+    packed = _packed(model, ids, mask).model_logprobs
+    result[mask] = packed[np.arange(ids.shape[1]) < mask.sum(axis=1)[:, None]]
     return result
 
 
-def scored(
-    model: Any, tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"], drawn: Drawn | None
-) -> tuple[Float[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
-    """`packed_logprobs` of rows in a bucket, on the host."""
-    shape = bucket(len(tokens)), bucket(tokens.shape[1], SMALLEST_PROMPT)
+@own_rules()
+def _packed(model: Any, ids: Int[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"]) -> Packed:
+    found = scored(model, *pack(ids, mask), None)
+    broken = np.argwhere(~np.isfinite(found.model_logprobs))
+    if len(broken):
+        raise NonFiniteLogitsError(broken[:1, 0].tolist(), broken[:1, 1].tolist())
+    return found
+
+
+def scored(model: Any, tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"], drawn: Drawn | None) -> Packed:
+    """`packed_logprobs` of rows in a bucket, as arrays on the host."""
+    shape = bucket(len(tokens)), 1 + bucket(tokens.shape[1] - 1, SMALLEST_PROMPT)  # the model does not read the last
     if drawn is not None:
         starts, ends = (pad_to(x, shape[:1], fill=1) for x in (drawn.prompt_lengths, drawn.max_lengths))
         drawn = dataclasses.replace(drawn, prompt_lengths=starts, max_lengths=ends)
-    both = _scored(*split(model), pad_to(tokens, shape), pad_to(lengths, shape[:1], fill=1), drawn)
-    after, own = (np.asarray(table)[: len(tokens), : tokens.shape[1]] for table in both)
-    return after, own
+    found = _scored(*split(model), pad_to(tokens, shape), pad_to(lengths, shape[:1], fill=1), drawn)
+    return Packed(*(np.asarray(table)[: len(tokens), : tokens.shape[1]] for table in found))
 
 
 def _run(structure: Any, weights: Any, *rows: Any) -> Any:

@@ -134,7 +134,8 @@ def _fast(model: Any, rows: Rows, config: GenerationConfig, extras: Extras, batc
         which = np.arange(start, min(start + batch_size, len(rows.tokens)))
         part = rows[which]
         drawn = drawn_by(config, extras, model.config.vocab_size, part.prompt_lengths, part.lengths)
-        yield which, *scored(model, part.tokens, part.lengths, drawn)
+        found = scored(model, part.tokens, part.lengths, drawn)
+        yield which, found.logprobs, found.model_logprobs
 
 
 def _exactly(model: Any, rows: Rows, config: GenerationConfig, extras: Extras, strict: Strict) -> Iterator[Batch]:

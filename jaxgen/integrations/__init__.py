@@ -1,0 +1,1 @@
+"""jaxgen behind the interfaces of other libraries, each of which is an extra."""
