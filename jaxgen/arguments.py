@@ -68,7 +68,23 @@ def parser() -> Parser:
 
     _add_convert(commands)
     _add_eval(commands)
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench", help="measure speed and memory", description="Measure loading, generating and memory on this machine."
+    )
+    bench.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint directory or hub id (default: the demo)")
+    _add_revision(bench)
+    bench.add_argument(
+        "--kinds", default="float32,bfloat16,int4", metavar="K,K", help="default: %(default)s; or float16"
+    )
+    bench.add_argument("--batches", default="1,2,4,8,16,32", metavar="N,N", help="rows (default: %(default)s)")
+    bench.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="of each row (default: 64)")
+    bench.add_argument("--new-tokens", type=int, default=64, metavar="N", help="of each row (default: 64)")
+    bench.add_argument("--json", action="store_true", help="print a JSON object in place of the table")
 
 
 def _add_eval(commands: Any) -> None:

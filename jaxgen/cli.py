@@ -1,4 +1,4 @@
-"""The command line: `jaxgen generate`, `chat`, `replay`, `inspect`, `convert` and `eval`."""
+"""The command line: `jaxgen generate`, `chat`, `replay`, `inspect`, `convert`, `eval` and `bench`."""
 
 import _thread
 import argparse
@@ -377,6 +377,17 @@ def _eval(options: argparse.Namespace) -> None:
     sys.stdout.write(f"{table}\n")
 
 
+def _bench(options: argparse.Namespace) -> None:
+    from jaxgen import bench
+
+    kinds, batches = bench.checked(options.kinds, options.batches, options.prompt_tokens, options.new_tokens)
+    directory = _locate(options)
+    sizes = {"prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens}
+    report = bench.measured(directory, kinds, batches, **sizes)
+    told = {"model": "", **report} | {"model": options.model or "demo"}  # which stands first
+    sys.stdout.write((json.dumps(told, indent=2) if options.json else bench.table(told)) + "\n")
+
+
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
@@ -388,6 +399,7 @@ _COMMANDS = {
     "inspect": _inspect,
     "convert": _convert,
     "eval": _eval,
+    "bench": _bench,
 }
 
 if __name__ == "__main__":
