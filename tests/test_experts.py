@@ -5,6 +5,7 @@ Their numbers are compared with transformers in tests/oracle/test_families_oracl
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,19 @@ def test_work_does_not_grow_with_the_number_of_experts(tokens: int, most: int):
     assert rows <= min(most, 2 * tokens * 8)
     if tokens in (1, 2048):
         assert rows < 0.4 * tokens * 8
+
+
+@pytest.mark.parametrize("tokens, most", [(1, 1 << 15), (200, 1 << 18)])
+def test_a_cpu_copies_a_part_of_an_expert_at_a_time(tokens: int, most: int):
+    """It copies what it takes out of a matrix; of one token, no more than one thread copies and reads best."""
+    routing = Routing(4, 2, 1024, True, "gate", ("{}.gate", "{}.up", "{}.down"))
+    graph, state = nnx.split(nnx.eval_shape(lambda: SparseMLP(512, routing, dtype=jnp.float32, rngs=nnx.Rngs(0))))
+    x = jax.ShapeDtypeStruct((tokens, 1, 512), jnp.float32)
+    text = jax.jit(lambda state, x: nnx.merge(graph, state)(x)).lower(state, x).as_text()
+    taken = [
+        int(rows) * int(columns) for rows, columns in re.findall(r"dynamic_slice .*sizes = \[(\d+), (\d+)\]", text)
+    ]
+    assert most // 2 <= max(taken) <= most
 
 
 @pytest.mark.parametrize("tokens, chosen, experts", [(1, 2, 4), (2, 4, 4), (5, 1, 3), (33, 3, 40), (300, 2, 3)])

@@ -21,7 +21,9 @@ from jaxgen.models.layers import Linear
 from jaxgen.quant.weight import Weight, as_weight
 
 _FEWEST_ROWS, _MOST_ROWS = 16, 128  # of a block: fewer cost nearly as much, more pad too much
-_IN_CACHE = 1 << 18  # weights that a CPU takes out of the matrix at a time: they are read again at once
+# Weights that a CPU takes out of the matrix at a time, to read them again at once; of one row so few that it takes and
+# reads them in one thread, which then finds all of them in its own cache.
+_AT_A_TIME, _FOR_ONE_ROW = 1 << 18, 1 << 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +130,10 @@ def _product(experts: int, x: Float[Array, "N T I"], owners: Int[Array, " N"], w
 def _by_block(
     experts: int, on_cpu: bool, x: Float[Array, "N T I"], owners: Int[Array, " N"], weight: Weight
 ) -> Float[Array, "N T O"]:
-    """On a CPU, which copies what it takes out of a matrix, as much at a time as stays in its cache."""
+    """On a CPU, which copies what it takes out of a matrix, a part of an expert at a time."""
     rows, inputs = weight.shape[0] // experts, weight.shape[1]
-    count = _divisor(rows, _IN_CACHE // inputs) if on_cpu else rows
+    weights = _FOR_ONE_ROW if x.shape[1] == 1 else _AT_A_TIME
+    count = _divisor(rows, weights // inputs) if on_cpu else rows
 
     @jax.checkpoint  # or a gradient would keep the rows, unpacked, of every block
     def part(x: Float[Array, "T I"], start: Int[Array, ""]) -> Float[Array, "T _"]:
