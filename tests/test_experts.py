@@ -106,7 +106,9 @@ def test_work_does_not_grow_with_the_number_of_experts(tokens: int, most: int):
 def test_a_cpu_copies_a_part_of_an_expert_at_a_time(tokens: int, most: int):
     """It copies what it takes out of a matrix; of one token, no more than one thread copies and reads best."""
     routing = Routing(4, 2, 1024, True, "gate", ("{}.gate", "{}.up", "{}.down"))
-    graph, state = nnx.split(nnx.eval_shape(lambda: SparseMLP(512, routing, dtype=jnp.float32, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(
+        nnx.eval_shape(lambda: SparseMLP(512, routing, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
+    )
     x = jax.ShapeDtypeStruct((tokens, 1, 512), jnp.float32)
     text = jax.jit(lambda state, x: nnx.merge(graph, state)(x)).lower(state, x).as_text()
     taken = [
