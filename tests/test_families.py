@@ -346,7 +346,8 @@ def test_every_parameter_has_axes_and_a_place(name: str):
     ({"model_type": "qwen2", "max_window_layers": -1}, "max_window_layers=-1 must be an int from 0 on"),
     ({"model_type": "ministral", "sliding_window": None, "layer_types": ["sliding_attention"] * 32}, "no sliding_win"),
     ({"model_type": "mistral", "num_hidden_layers": 3, "layer_types": ["full_attention"]}, "MinistralConfig: layer_ty"),
-    ({"model_type": "ministral3", "layer_types": ["full_attention"]}, "layer_types=.* is not supported"),
+    ({"model_type": "ministral3", "layer_types": ["sliding_attention"]}, "layer_types=.* is not supported"),
+    ({"model_type": "mixtral", "sliding_window": 8, "layer_types": ["full_attention"]}, "layer_types=.* is not"),
     ({"model_type": "ministral3", "rope_parameters": LLAMA_4 | {"rope_type": "linear"}}, "rope_type='yarn'"),
     ({"model_type": "ministral3", "rope_parameters": LLAMA_4 | {"llama_4_scaling_beta": "1"}}, "beta='1' must be"),
     ({"model_type": "llama", "rope_parameters": LLAMA_4}, "llama_4_scaling_beta=0.1 is of Ministral 3"),
@@ -424,3 +425,11 @@ def test_families_say_what_the_readers_need():
 
 def test_plain_frequencies_are_those_of_the_paper():
     np.testing.assert_allclose(plain_frequencies(8, 10000.0), [1, 0.1, 0.01, 0.001], rtol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "ministral3", "mixtral", "phi3", "qwen3_moe"])
+def test_layers_that_are_all_full_say_nothing_where_there_is_no_window(model_type: str):
+    fields = {"model_type": model_type, "num_hidden_layers": 2, "sliding_window": None}
+    if model_type == "llama":  # which has no windows
+        del fields["sliding_window"]
+    assert config_from_hf(fields | {"layer_types": ["full_attention"] * 2}) == config_from_hf(fields)

@@ -225,8 +225,14 @@ class DecoderConfig:
         if refusal := cls._refusal("model_type", fields["model_type"]):  # whose other fields say nothing to us
             raise UnsupportedError(f"config: {refusal}")
         known = cls._checks()
-        if not {"layer_types", "sliding_window"} & known.keys() and all_full(fields.get("layer_types")):
-            del fields["layer_types"]  # transformers 5 writes it also where all layers are alike
+        if "layer_types" not in known and all_full(fields.get("layer_types")):
+            window = (
+                fields.get("sliding_window", known_default(cls, "sliding_window"))
+                if "sliding_window" in known
+                else None
+            )
+            if window is None:
+                del fields["layer_types"]  # transformers 5 writes it also where all layers are alike
         refused = [refusal for name, value in fields.items() if (refusal := cls._refusal(name, value))]
         kept: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list) else v for name, v in fields.items() if name in known
