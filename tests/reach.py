@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # What runs in processes of its own, which tests start: nobody watches there.
 ELSEWHERE = {"jaxgen.__main__", "jaxgen.convert.wheel", "jaxgen.text.template_process"}
 # What needs a library that the default tests do without: tests/oracle runs it.
-ELSEWHERE |= {"jaxgen.integrations.harness", "jaxgen.integrations.lm_eval"}
+ELSEWHERE |= {"jaxgen.integrations.harness", "jaxgen.integrations.lm_eval", "jaxgen.integrations.tunix"}
 
 reached: set[str] = set()  # modules, in this process
 

@@ -31,7 +31,11 @@ NEEDS = {
     "training": ("optax",),
 }  # pages that need more than jaxgen
 # Modules that cannot be imported without a library that is an extra.
-WITH = {"jaxgen.integrations.harness": "lm_eval", "jaxgen.integrations.lm_eval": "lm_eval"}
+WITH = {
+    "jaxgen.integrations.harness": "lm_eval",
+    "jaxgen.integrations.lm_eval": "lm_eval",
+    "jaxgen.integrations.tunix": "tunix",
+}
 # Pages and modules whose examples compile much.
 SLOW = {
     "beams", "chat", "compile", "constraints", "convert", "jit", "looking", "processors", "reuse", "rollouts",
