@@ -189,6 +189,7 @@ def test_the_best_tokens_of_each_step(model):
         out = model.generate(
             [ids], max_new_tokens=10, strict=engine.strict, return_dict_in_generate=True, top_logprobs=3
         )
+    assert tokens.top_ids is not None and tokens.top_logprobs is not None
     assert tokens.top_ids.tolist() == out.top_ids[0].tolist()
     assert tokens.top_logprobs.tobytes() == out.top_logprobs[0].tobytes()
 
@@ -234,6 +235,9 @@ def test_what_cannot_be_is_refused_at_once(model, what):
 
 def test_a_full_queue_refuses_and_goes_on(model):
     with jaxgen.Engine(model, rows=1, slots=64, chunk=8, queue=2) as engine:
+        engine.wait_until_ready()
+        real, go_on = engine._batch._programs, threading.Event()
+        engine._batch._programs = real._replace(decode=lambda *given: go_on.wait(60) and real.decode(*given))
         first = engine.submit([5], max_new_tokens=60, eos_token_id=None)
         while engine.stats()["busy"] == 0:
             time.sleep(0.01)
@@ -242,6 +246,7 @@ def test_a_full_queue_refuses_and_goes_on(model):
             engine.submit([5])
         more[0].cancel()
         first.cancel()
+        go_on.set()
         assert first.result(60).finish_reason == more[0].result(60).finish_reason == "cancelled"
         assert len(more[1].result(60).token_ids) == 2
         with pytest.raises(JaxgenError, match="no tokenizer"):

@@ -18,7 +18,7 @@ from jaxgen.errors import NonFiniteLogitsError
 from jaxgen.generation.choosing.sample import random_key
 from jaxgen.generation.choosing.stop import BROKEN, EOS, FINISH_REASON, RUNNING, STOP_STRING, TIME
 from jaxgen.generation.options.config import GenerationConfig
-from jaxgen.generation.processors.processor import Processor
+from jaxgen.generation.processors.processor import Processor, as_count
 from jaxgen.generation.programs.inputs import BatchLayout
 from jaxgen.generation.prompts.layout import pad_to
 
@@ -53,7 +53,8 @@ class Batch:
 
     def __init__(self, model: Any, rows: int, layout: BatchLayout, steps: int, options: RowOptions):
         self.counts = collections.Counter[str]()  # of tokens and steps, for `Engine.stats`
-        self._programs, self._state = programs_for(model, rows, layout, steps), None
+        self._programs = programs_for(model, rows, layout, steps)
+        self._state: Any = None  # until there is a request
         self._chunk, self._steps, self._total, self._options = layout.chunk, steps, layout.total, options
         self._rows: list[Request | None] = [None] * rows
         self._reading: list[int] = []  # rows whose prompts are being read; who came first is first
@@ -78,11 +79,11 @@ class Batch:
 
     def warmup(self) -> None:
         """Compile all programs: none is compiled later, whatever comes."""
-        row, none = np.int32(0), np.int32(0)
+        row, none = as_count(0), as_count(0)
         piece = np.zeros(self._chunk, np.int32)
         key, _ = random_key(None, 0)
         entry = Entry(
-            np.zeros(self._total, np.int32), np.int32(1), np.int32(2), none, key, np.zeros(2, np.uint32), none
+            np.zeros(self._total, np.int32), as_count(1), as_count(2), none, key, np.zeros(2, np.uint32), none
         )
         programs, numbers = self._programs, self._options.traced()
         idle = np.zeros(len(self._rows), np.int32)
@@ -106,15 +107,15 @@ class Batch:
         self._options.set(row, request.config, request.processors)
         entry = Entry(
             tokens=pad_to(request.prompt, (self._total,)),
-            length=np.int32(len(request.prompt)),
-            max_length=np.int32(request.max_length),
-            held=np.int32(count),
+            length=as_count(len(request.prompt)),
+            max_length=as_count(request.max_length),
+            held=as_count(count),
             key=request.key,
             row_id=request.row_id,
-            sample=np.int32(request.sample),
+            sample=as_count(request.sample),
         )
         self._state = self._programs.opened() if self._state is None else self._state
-        self._state = self._programs.insert(self._state, np.int32(row), entry)
+        self._state = self._programs.insert(self._state, as_count(row), entry)
         if count < len(request.prompt) - 1:
             self._reading.append(row)
 
@@ -185,14 +186,14 @@ class Batch:
         count, source = self._prefixes.longest(held.prompt, but=row)
         if count > held.count:
             self.counts["prefix_tokens"] += count - held.count
-            self._state = self._programs.copy(self._state, np.int32(source), np.int32(row), np.int32(count))
+            self._state = self._programs.copy(self._state, as_count(source), as_count(row), as_count(count))
             self._hold(row, count)
 
     def _read_piece(self, row: int) -> None:
         held = self._prefixes.rows[row]
         count = min(self._chunk, len(held.prompt) - 1 - held.count)
         piece = pad_to(held.prompt[held.count : held.count + count], (self._chunk,))
-        self._state = self._programs.read(self._state, np.int32(row), piece, np.int32(held.count), np.int32(count))
+        self._state = self._programs.read(self._state, as_count(row), piece, as_count(held.count), as_count(count))
         self._hold(row, held.count + count)
 
     def _hold(self, row: int, count: int) -> None:
@@ -222,10 +223,12 @@ class Batch:
     def _give(self, row: int, request: Request, news: News, count: int) -> bool:
         """Hand out new tokens; whether a stop string ended the row, of which the device knows nothing."""
         status = int(news.status[row])
-        columns = (news.tokens, news.logprobs, news.model_logprobs, news.top_ids, news.top_logprobs)
-        best = request.config.top_logprobs or 0
-        ids, after, own, top_ids, top = (None if x is None else x[row, :count] for x in columns)
-        tokens = Tokens(ids, after, own, *(x[:, :best] if best else None for x in (top_ids, top)))
+        ids, after, own = (np.asarray(x[row, :count]) for x in (news.tokens, news.logprobs, news.model_logprobs))
+        tokens = Tokens(ids, after, own)
+        if best := request.config.top_logprobs or 0:
+            assert news.top_ids is not None and news.top_logprobs is not None
+            top_ids, top = (np.asarray(x[row, :count, :best]) for x in (news.top_ids, news.top_logprobs))
+            tokens = Tokens(ids, after, own, top_ids, top)
         stop = None if request.watch is None else request.watch.first(ids)
         stopped = stop is not None and (stop + 1 < count or status != EOS)
         if stop is not None and stopped:

@@ -31,12 +31,16 @@ class Tokens:
         """All of them, one after the other."""
         if not parts:
             return cls(np.zeros(0, np.int32), *np.zeros((2, 0), np.float32))
-        names = [field.name for field in dataclasses.fields(cls)]
-        columns = {name: [getattr(part, name) for part in parts] for name in names}
-        return cls(**{name: None if x[0] is None else np.concatenate(x) for name, x in columns.items()})
+        columns = zip(*(part.columns for part in parts), strict=True)
+        return cls(*(np.concatenate(column) for column in columns))
+
+    @property
+    def columns(self) -> tuple[np.ndarray, ...]:
+        """What there is, in the order of the fields."""
+        return tuple(column for column in vars(self).values() if column is not None)
 
     def __getitem__(self, which: slice) -> "Tokens":
-        return Tokens(*(None if x is None else x[which] for x in vars(self).values()))
+        return Tokens(*(column[which] for column in self.columns))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Prefixes:
         """No row holds anything any more."""
         self.rows = [Held() for _ in self.rows]
 
-    def shared(self, one: Int[np.ndarray, " T"], other: Int[np.ndarray, " T"], most: int) -> int:
+    def shared(self, one: Int[np.ndarray, " T"], other: Int[np.ndarray, " U"], most: int) -> int:
         """How many tokens two prompts have in common, in whole pieces of at most `most` tokens."""
         most = min(most, len(one), len(other))
         differ = np.flatnonzero(one[:most] != other[:most])

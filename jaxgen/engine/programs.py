@@ -88,7 +88,7 @@ def insert(state: DecodeState, row: Count, entry: Entry) -> DecodeState:
     def put(table: Array, value: Any) -> Array:
         return jax.lax.dynamic_update_index_in_dim(table, jnp.asarray(value, table.dtype), row, 0)
 
-    key = row_key(entry.key, jnp.asarray(entry.row_id), entry.sample)
+    key = row_key(entry.key, jnp.asarray(entry.row_id), jnp.asarray(entry.sample))
     state = dataclasses.replace(
         state,
         tokens=put(state.tokens, entry.tokens),

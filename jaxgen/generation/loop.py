@@ -29,7 +29,7 @@ from jaxgen.generation.options.table import Extras
 from jaxgen.generation.programs.inputs import BatchLayout, StaticOptions, TracedOptions
 from jaxgen.generation.prompts.guidance import guided, with_negatives
 from jaxgen.generation.prompts.layout import generated
-from jaxgen.generation.prompts.prefill import Count, Prompts, prefill_prompts, read_one_by_one
+from jaxgen.generation.prompts.prefill import Prompts, prefill_prompts, read_one_by_one
 from jaxgen.generation.prompts.rows import Rows
 from jaxgen.generation.results.step_outputs import Found, StepOutputs
 from jaxgen.lowering import target
@@ -70,6 +70,7 @@ class DecodeState:
         return Rows(self.tokens, *lengths, self.prompts, running, self.constrained)
 
 
+Until = Int[Array | np.ndarray, "*rows"]
 State = TypeVar("State", bound=DecodeState)  # of this search, or of one that builds on it
 
 
@@ -138,9 +139,9 @@ def started(
 
 
 def decode(
-    model: DecodingModel, state: DecodeState, until: Count, traced: TracedOptions, static: StaticOptions
+    model: DecodingModel, state: DecodeState, until: Until, traced: TracedOptions, static: StaticOptions
 ) -> DecodeState:
-    """Decode until every row has ended or has `until` new tokens; calling again goes on from there."""
+    """Decode until every row has ended or has `until` new tokens, of all rows or of each; calling again goes on."""
 
     def step(state: DecodeState) -> DecodeState:
         return decode_step(model, state, traced, static)
@@ -148,7 +149,7 @@ def decode(
     return jax.lax.while_loop(lambda state: unfinished(state, until), step, state)
 
 
-def unfinished(state: DecodeState, until: Count) -> Bool[Array, ""]:
+def unfinished(state: DecodeState, until: Until) -> Bool[Array, ""]:
     """Whether some row still runs and has fewer than `until` new tokens."""
     wanted = state.lengths - state.prompt_lengths < until
     return (state.running & wanted).any()
@@ -264,7 +265,7 @@ def choose(
     scores: Float[Array, "R V"],
     row_keys: Key[Array, " R"],
     positions: Int[Array, " R"],
-    samples: Bool[Array, " R"] | None,
+    samples: Bool[Array | np.ndarray, " R"] | None,
 ) -> Int[Array, " R"]:
     """A token drawn for each row; for those that do not sample, the most likely one."""
     drawn = draw(scores, row_keys, positions)

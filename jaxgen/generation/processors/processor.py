@@ -16,8 +16,9 @@ from jaxgen.generation.prompts.rows import Rows
 from jaxgen.pytree import pytree
 
 Logits = Float[Array, "R V"]
-Number = Float[Array | np.ndarray, ""]
-Count = Int[Array | np.ndarray, ""]
+# One for all rows, or, in an engine, one for each.
+Number = Float[Array | np.ndarray, "*of_rows"]
+Count = Int[Array | np.ndarray, "*of_rows"]
 TokenIds = Int[Array | np.ndarray, " E"]  # filled up with -1
 
 
