@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import jaxgen
 from jaxgen import AllowedTokens, GenerationConfig, Int4Config, JaxgenError, NonFiniteLogitsError, Strict
 from jaxgen.generation.programs import stages
+from jaxgen.generation.results.score import scores_of
 from tests.helpers import counted, padded, real_logits, some_slow
 from tests.reference.cases import CASES
 from tests.reference.weights import write_checkpoint
@@ -280,3 +281,18 @@ def test_what_cannot_be_scored(models, sequences, starts, options, message):
 def test_what_the_pure_function_refuses(models, extras, message):
     with pytest.raises(JaxgenError, match=message):
         jaxgen.logprobs(models("float32"), jnp.array(ids), **extras)
+
+
+def test_scores_of_ids_say_what_greedy_search_would_have_chosen(models: Any):
+    """Also of the token behind a bucket's last column, and behind the context's, which the model does not read."""
+    model = models("float32")
+    context = model.config.max_position_embeddings
+    rows = [np.array([5, 6, 7, 8, 9]), np.arange(17) + 3, np.arange(context + 1) % 50]
+    for row in rows:
+        [logits] = real_logits(model, row[None, :-1], np.ones((1, len(row) - 1), int))
+        row[-1] = logits[-1].argmax()
+        [found] = scores_of(model, [row.astype(np.int32)])
+        expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(row) - 1), row[1:]]
+        np.testing.assert_allclose(found.logprobs, expected, atol=2e-5)
+        assert (found.greedy == (logits.argmax(axis=1) == row[1:])).all() and found.greedy[-1]
+    assert (jaxgen.logprobs(model, np.array([[5]])) == 0).all()  # nothing precedes it
