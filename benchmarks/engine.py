@@ -1,0 +1,121 @@
+"""A ragged load: the engine, static batches of `generate`, and transformers' `generate_batch`, in one run.
+
+    python benchmarks/engine.py [--tiny] [--json FILE] [--requests 64] [--rows 16]
+
+Needs the extra `oracle`. One model with random weights of the 125M shape, float32, on the CPU. Prompts of 8 to 96
+tokens, and new tokens of each request drawn from a geometric distribution of mean 48, at most 256, without an end
+token. Static batches take the requests in order of arrival, and decode until the longest has ended; tokens per second
+count what was asked for. transformers' `generate_batch` has one length for all requests: 48. `busy_rows` is the share
+of rows in the engine's steps that got a token, `slots_used` that of the reserved slots which requests filled.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+import transformers
+from flax import nnx
+from shapes import SHAPE_125M
+
+import jaxgen
+
+TINY = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+
+
+def load(number: int, seed: int = 0) -> list[tuple[list[int], int]]:
+    """Prompts, and how many tokens each is to get."""
+    rng = np.random.default_rng(seed)
+    news = np.minimum(rng.geometric(1 / 48, number), 256)
+    return [(rng.integers(3, 97, rng.integers(8, 97)).tolist(), int(new)) for new in news]
+
+
+def through_engine(engine: jaxgen.Engine, requests: list[tuple[list[int], int]]) -> dict[str, Any]:
+    before, start = engine.stats(), time.perf_counter()
+    handles = [engine.submit(ids, max_new_tokens=new, eos_token_id=None) for ids, new in requests]
+    done = [handle.result() for handle in handles]
+    seconds, after = time.perf_counter() - start, engine.stats()
+    assert [len(each.token_ids) for each in done] == [new for _, new in requests]
+    rows = after["row_steps"] - before.get("row_steps", 0)
+    first = sorted(each.first_token_s or 0 for each in done)
+    return {
+        "tokens_per_second": sum(new for _, new in requests) / seconds,
+        "busy_rows": (after["tokens"] - before.get("tokens", 0)) / rows,
+        "first_token_s_p50": first[len(first) // 2],
+        "slots_used": sum(len(ids) + new for ids, new in requests) / (len(requests) * engine.strict.tokens),
+    }
+
+
+def in_batches(model: Any, requests: list[tuple[list[int], int]], rows: int) -> float:
+    """Tokens per second of static batches: as many as were asked for, though rows get as many as the longest."""
+    start = time.perf_counter()
+    for at in range(0, len(requests), rows):
+        part = requests[at : at + rows]
+        width = max(len(ids) for ids, _ in part)
+        ids = np.array([[0] * (width - len(ids)) + ids for ids, _ in part])
+        mask = np.array([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in part])
+        model.generate(ids, mask, max_new_tokens=max(new for _, new in part), eos_token_id=None)
+    return sum(new for _, new in requests) / (time.perf_counter() - start)
+
+
+def in_transformers(model: Any, requests: list[tuple[list[int], int]], rows: int) -> float:
+    """Tokens per second of static batches there, each decoded until its longest has ended."""
+    start = time.perf_counter()
+    for at in range(0, len(requests), rows):
+        part = requests[at : at + rows]
+        width = max(len(ids) for ids, _ in part)
+        ids = torch.tensor([[0] * (width - len(ids)) + ids for ids, _ in part])
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in part])
+        new = max(new for _, new in part)
+        with torch.no_grad():
+            model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None)
+    return sum(new for _, new in requests) / (time.perf_counter() - start)
+
+
+def continuous_in_transformers(model: Any, requests: list[tuple[list[int], int]]) -> float | str:
+    """Tokens per second of `generate_batch`, where all requests get as many tokens."""
+    config = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    try:
+        config.max_new_tokens = 48
+        start = time.perf_counter()
+        outputs = model.generate_batch([ids for ids, _ in requests], generation_config=config)
+        return sum(len(output.generated_tokens) for output in outputs.values()) / (time.perf_counter() - start)
+    except Exception as error:  # what it needs of the machine
+        return f"{type(error).__name__}: {error}"
+
+
+def main() -> None:
+    """Print and keep the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=16)
+    options = parser.parse_args()
+    shape = jaxgen.MistralConfig(**TINY) if options.tiny else SHAPE_125M
+    ours, requests = jaxgen.MistralForCausalLM(shape, rngs=nnx.Rngs(0)), load(options.requests)
+    figures: dict[str, Any] = {}
+    with jaxgen.Engine(ours, rows=options.rows, slots=384) as engine:
+        engine.wait_until_ready()
+        figures["engine"] = through_engine(engine, requests)
+    in_batches(ours, requests, options.rows)  # compiles
+    figures["static batches"] = in_batches(ours, requests, options.rows)
+    fields = {k: v for k, v in shape.to_hf().items() if k not in ("model_type", "architectures")}
+    theirs: Any = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("mistral", **fields))
+    theirs.eval()
+    figures["transformers, static batches"] = in_transformers(theirs, requests, options.rows)
+    figures["transformers, generate_batch of 48 tokens each"] = continuous_in_transformers(theirs, requests)
+    versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    machine = {"processor": platform.processor() or platform.machine(), **versions}
+    print(json.dumps(figures, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
