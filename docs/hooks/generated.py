@@ -23,6 +23,7 @@ from fields import fields  # noqa: E402
 from levels import reproducibility  # noqa: E402
 from pictures import plots, result  # noqa: E402
 from rollouts import rollouts  # noqa: E402
+from throughput import engine, families  # noqa: E402
 
 # The files of results do not all say what they were measured on.
 EPYC, XEON, NO_GPU = "2 cores of an AMD EPYC", "2 cores of an Intel Xeon", "a machine without a GPU"
@@ -392,4 +393,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "plots": plots,
     "reproducibility": lambda: reproducibility(read("reproducibility")),
     "rollouts": lambda: rollouts(read("rollouts")),
+    "families": lambda: families(read("families")),
+    "engine": lambda: engine(read("engine")),
 }

@@ -1,0 +1,60 @@
+"""What `benchmarks/families.py` and `benchmarks/engine.py` found, as tables."""
+
+from typing import Any
+
+XEON = "2 cores of an Intel Xeon"
+
+
+def families(results: Any) -> str:
+    """A line per family; nothing where it was not run.
+
+    >>> rows = [{"family": "llama", "jaxgen": 56.1, "transformers": 46.4}]
+    >>> results = {"machine": {"jax": "1.2"}, "prompt": 32, "new_tokens": 64, "rows": rows}
+    >>> families(results).splitlines()[6]
+    '| `llama` | 56 | 46 | 1.21 |'
+    """
+    if results is None:
+        return ""
+    lines = [
+        f"| `{row['family']}` | {row['jaxgen']:.0f} | {row['transformers']:.0f} "
+        f"| {row['jaxgen'] / row['transformers']:.2f} |"
+        for row in results["rows"]
+    ]
+    prose = (
+        f"Tokens per second of one row, {results['new_tokens']} after a prompt of {results['prompt']}, greedy, float32, "
+        "for random weights in a shape of about 125M parameters (more with experts)."
+    )
+    table = "\n".join(["| `model_type` | jaxgen | transformers | ratio |", "|---|---:|---:|---:|", *lines])
+    command = "python benchmarks/families.py --json benchmarks/results/families.json"
+    return f"## Families\n\n{prose}\n\n{table}\n\n{_source(command, results['machine'])}"
+
+
+def engine(results: Any) -> str:
+    """The engine against static batches; nothing where it was not run.
+
+    >>> engine(None)
+    ''
+    """
+    if results is None:
+        return ""
+    figures = results["figures"]
+    ours = figures["engine"]
+    rates = {"engine": ours["tokens_per_second"], **{k: v for k, v in figures.items() if k != "engine"}}
+    lines = [f"| {name} | {rate:.0f} |" for name, rate in rates.items() if not isinstance(rate, str)]
+    prose = (
+        "A ragged load of greedy requests, float32, in a shape of 125M parameters, 16 rows: prompts of 8 to 96 tokens, "
+        "new tokens of each request from a geometric distribution of mean 48, at most 256. Static batches decode until "
+        "their longest row has ended. Tokens per second that were asked for. transformers' `generate_batch` has one "
+        f"length for all requests. {ours['busy_rows']:.0%} of the rows in the engine's steps got a token, and requests "
+        f"filled {ours['slots_used']:.0%} of the slots reserved for them; half of them had their first token within "
+        f"{ours['first_token_s_p50']:.1f} s of being submitted, all at once."
+    )
+    table = "\n".join(["| | tokens/s |", "|---|---:|", *lines])
+    command = "python benchmarks/engine.py --json benchmarks/results/engine.json"
+    return f"## Continuous batching\n\n{prose}\n\n{table}\n\n{_source(command, results['machine'])}"
+
+
+def _source(command: str, machine: dict[str, Any]) -> str:
+    known = ("jax", "torch", "transformers")
+    versions = ", ".join(f"{name} {machine[name]}" for name in known if name in machine)
+    return f"`{command}` on {XEON}; {versions}.\n{{ .source }}\n"
