@@ -168,6 +168,7 @@ FIGURES = (
     "gpu_aot",
     "reproducibility",
     "rollouts",
+    "throughput",
 )
 
 
@@ -178,7 +179,7 @@ def hook(monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module("generated")
 
 
-@pytest.mark.parametrize("name", ["fields", "levels", "rollouts", "docstrings"])
+@pytest.mark.parametrize("name", ["fields", "levels", "rollouts", "throughput", "docstrings"])
 def test_the_hooks_examples(hook, name: str):
     if name == "docstrings":
         pytest.importorskip("griffe")

@@ -21,8 +21,8 @@ def families(results: Any) -> str:
         for row in results["rows"]
     ]
     prose = (
-        f"Tokens per second of one row, {results['new_tokens']} after a prompt of {results['prompt']}, greedy, float32, "
-        "for random weights in a shape of about 125M parameters (more with experts)."
+        f"Tokens per second of one row, {results['new_tokens']} after a prompt of {results['prompt']}, greedy, in "
+        "float32, for random weights in a shape of about 125M parameters (more with experts)."
     )
     table = "\n".join(["| `model_type` | jaxgen | transformers | ratio |", "|---|---:|---:|---:|", *lines])
     command = "python benchmarks/families.py --json benchmarks/results/families.json"
