@@ -12,6 +12,7 @@ from flax import nnx
 
 import jaxgen
 from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
+from jaxgen.generation.choosing.kept import keep_in
 from jaxgen.generation.programs.stages import enable_compile_cache
 from jaxgen.generation.programs.structure import split
 from jaxgen.generation.prompts.layout import SMALLEST_PROMPT, bucket
@@ -190,6 +191,7 @@ def test_compile_cache_is_private(tmp_path):
         with pytest.raises(jaxgen.JaxgenError, match="other users"):
             enable_compile_cache(directory)
     finally:
+        keep_in(None)
         for name, value in zip(names, before, strict=True):
             jax.config.update(name, value)
 

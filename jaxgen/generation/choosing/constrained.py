@@ -8,6 +8,7 @@ States from which the vocabulary cannot spell an end are dead.
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from jaxgen.constraints.automaton import DEAD, byte_automaton
 from jaxgen.constraints.grammars import Grammar
 from jaxgen.constraints.patterns import Constraint
 from jaxgen.errors import JaxgenError, shown
+from jaxgen.generation.choosing.kept import Arrays, kept
 from jaxgen.generation.choosing.vocabulary import SILENT, Vocabulary, lift, vocabulary_of
 from jaxgen.generation.prompts.layout import bucket
 from jaxgen.pytree import pytree
@@ -28,6 +30,7 @@ NO_WAY = -1  # where a token may not come
 SMALLEST = 128  # states and classes: most constraints need fewer, so they share one compiled loop
 MOST_CLASSES = np.iinfo(np.int16).max
 FREE = -1  # the distance of a row that nothing is asked of: it may end, and never is complete
+_FORM = 1  # of the arrays that are kept on disk
 _FORBIDDEN = 0  # the class of tokens that may come nowhere
 
 
@@ -131,6 +134,22 @@ class _Automaton:
     distance: Int[np.ndarray, " S"]
     ends: Bool[np.ndarray, " S"]
 
+    @staticmethod
+    def fits(arrays: Arrays, vocab_size: int) -> bool:
+        """Whether arrays of a file are one over so many tokens."""
+        if arrays.keys() != {"classes", "table", "distance", "ends"}:
+            return False
+        classes, table, distance, ends = (arrays[name] for name in ("classes", "table", "distance", "ends"))
+        kinds = [each.dtype for each in (classes, table, distance, ends)]
+        if kinds != [np.int16, np.int32, np.int32, bool] or table.ndim != 2 or table.size == 0:
+            return False
+        states, columns = table.shape
+        inside = (
+            (classes >= 0).all() and (classes < columns).all() and (table >= NO_WAY).all() and (table < states).all()
+        )
+        shapes = classes.shape == (vocab_size,) and distance.shape == ends.shape == (states,)
+        return bool(inside and shapes and (distance >= 0).all())
+
 
 def checked(value: object, prompts: int) -> list[Constraint | Grammar | None]:
     """What a call is constrained by: one for all prompts, or one for each; raises `JaxgenError` for anything else."""
@@ -168,8 +187,30 @@ def _automaton(
     if constraint is None:  # one state, in which everything may come
         table, distance = np.array([[NO_WAY, 0]], np.int32), np.array([FREE], np.int32)
         return _Automaton(np.ones(vocab_size, np.int16), table, distance, np.zeros(1, bool))
-    name = f"constraint: the pattern {shown(constraint.pattern)}"
-    over_bytes = byte_automaton(constraint.pattern)
+    asked = (_FORM, _library(), constraint.pattern, vocabulary.sha256, sorted(specials), vocab_size, eos)
+
+    def build() -> Arrays:
+        return vars(_built(constraint.pattern, vocabulary, specials, vocab_size, eos))
+
+    def fits(arrays: Arrays) -> bool:
+        return _Automaton.fits(arrays, vocab_size)
+
+    return _Automaton(**kept(hashlib.sha256(repr(asked).encode()).hexdigest(), build, fits))
+
+
+def _library() -> str:
+    """The version of what builds automata, where it is installed: another one may read a pattern otherwise."""
+    try:
+        return importlib.metadata.version("outlines-core")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _built(
+    pattern: str, vocabulary: Vocabulary, specials: frozenset[int], vocab_size: int, eos: tuple[int, ...]
+) -> _Automaton:
+    name = f"constraint: the pattern {shown(pattern)}"
+    over_bytes = byte_automaton(pattern)
     kinds, functions = lift(over_bytes.step * 2, vocabulary, name)
     moves = functions >> 1
     # Kinds: of text, and of end tokens, after which the text must be whole; anything else may come nowhere.

@@ -4,6 +4,8 @@ Bytes, because a token may hold a part of a character.
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
 import re
 import weakref
@@ -70,6 +72,12 @@ class Vocabulary:
     text: np.ndarray  # uint8: all tokens, one after the other
     starts: np.ndarray  # where in `text` each begins
     longer: np.ndarray  # how many tokens have more than 0, 1, 2... bytes
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of what each token says."""
+        numbers = (np.ascontiguousarray(x).astype("<i8").tobytes() for x in (self.ids, self.starts, self.longer))
+        return hashlib.sha256(b"".join((*numbers, self.text.tobytes()))).hexdigest()
 
     def texts(self) -> dict[int, bytes]:
         """The bytes of each token, by its id."""

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from jaxgen.errors import JaxgenError
+from jaxgen.generation.choosing.kept import keep_in
 from jaxgen.generation.programs.strict import DETERMINISTIC_OPTIONS
 from jaxgen.generation.searches.search import Search
 from jaxgen.generation.searches.speculate import Pair
@@ -203,7 +204,7 @@ def stages_for(model: object, weights: list[Any], strict: bool = False) -> tuple
 
 
 def enable_compile_cache(directory: str | os.PathLike[str] | None = None) -> Path:
-    """Keep compiled executables on disk, so that the next process starts warm; returns the directory.
+    """Keep compiled executables, and the automata of constraints, for the next process; returns the directory.
 
     By default a private directory of this user (mode 0700). JAX loads and runs what it finds there: never use a
     directory that others can write to. Raises `JaxgenError` if the directory cannot be made, belongs to someone else
@@ -222,4 +223,5 @@ def enable_compile_cache(directory: str | os.PathLike[str] | None = None) -> Pat
         )
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    keep_in(path / "constraints")
     return path
