@@ -168,7 +168,7 @@ FIGURES = (
     "gpu_aot",
     "reproducibility",
     "rollouts",
-    "throughput",
+    "families",
 )
 
 
