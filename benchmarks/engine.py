@@ -1,12 +1,13 @@
 """A ragged load: the engine, static batches of `generate`, and transformers' `generate_batch`, in one run.
 
-    python benchmarks/engine.py [--tiny] [--json FILE] [--requests 64] [--rows 16]
+    python benchmarks/engine.py [--tiny] [--json FILE] [--requests 160] [--rows 16]
 
 Needs the extra `oracle`. One model with random weights of the 125M shape, float32, on the CPU. Prompts of 8 to 96
 tokens, and new tokens of each request drawn from a geometric distribution of mean 48, at most 256, without an end
 token. Static batches take the requests in order of arrival, and decode until the longest has ended; tokens per second
-count what was asked for. transformers' `generate_batch` has one length for all requests: 48. `busy_rows` is the share
-of rows in the engine's steps that got a token, `slots_used` that of the reserved slots which requests filled.
+count what was asked for. transformers' `generate_batch` has one length for all requests: 48. `full` is a load where
+every row is busy to the end, against `generate` in the engine's own shape. `busy_rows` is the share of rows in the
+engine's steps that got a token, `slots_used` that of the reserved slots which requests filled.
 """
 
 import argparse
@@ -49,6 +50,22 @@ def through_engine(engine: jaxgen.Engine, requests: list[tuple[list[int], int]])
         "first_token_s_p50": first[len(first) // 2],
         "slots_used": sum(len(ids) + new for ids, new in requests) / (len(requests) * engine.strict.tokens),
     }
+
+
+def full_load(model: Any, engine: jaxgen.Engine, new: int) -> dict[str, float]:
+    """Tokens per second where every row is busy to the end: what an engine costs beside `generate` in its own shape."""
+    prompts = np.random.default_rng(1).integers(3, 97, (engine.strict.rows, 8))
+    options: dict[str, Any] = {"max_new_tokens": new, "eos_token_id": None}
+    rates = {"engine": 0.0, "strict generate": 0.0}
+    for _ in range(3):
+        start = time.perf_counter()
+        for handle in [engine.submit(ids, **options) for ids in prompts]:
+            handle.result()
+        rates["engine"] = max(rates["engine"], prompts.shape[0] * new / (time.perf_counter() - start))
+        start = time.perf_counter()
+        model.generate(prompts, strict=engine.strict, **options)
+        rates["strict generate"] = max(rates["strict generate"], prompts.shape[0] * new / (time.perf_counter() - start))
+    return rates
 
 
 def in_batches(model: Any, requests: list[tuple[list[int], int]], rows: int) -> float:
@@ -94,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=160)
     parser.add_argument("--rows", type=int, default=16)
     options = parser.parse_args()
     shape = jaxgen.MistralConfig(**TINY) if options.tiny else SHAPE_125M
@@ -103,6 +120,7 @@ def main() -> None:
     with jaxgen.Engine(ours, rows=options.rows, slots=384) as engine:
         engine.wait_until_ready()
         figures["engine"] = through_engine(engine, requests)
+        full = full_load(ours, engine, 64)
     in_batches(ours, requests, options.rows)  # compiles
     figures["static batches"] = in_batches(ours, requests, options.rows)
     fields = {k: v for k, v in shape.to_hf().items() if k not in ("model_type", "architectures")}
@@ -112,9 +130,11 @@ def main() -> None:
     figures["transformers, generate_batch of 48 tokens each"] = continuous_in_transformers(theirs, requests)
     versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     machine = {"processor": platform.processor() or platform.machine(), **versions}
-    print(json.dumps(figures, indent=1))
+    print(json.dumps({"figures": figures, "full": full}, indent=1))
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(
+            json.dumps({"machine": machine, "figures": figures, "full": full}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":
