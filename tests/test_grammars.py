@@ -69,7 +69,7 @@ def walk(
             places[-1] = (text, may, True)
             break
         text += said[token]
-        rows.take(np.full((1, most), token), np.array([count]), np.array([RUNNING]))
+        rows.take(np.full((1, most), token), np.array([count]), np.array([RUNNING]), np.array([count]))
     return places
 
 
@@ -215,9 +215,9 @@ def test_end_tokens_that_say_something_end_a_whole_text():
     grammars = Grammars.of(jaxgen.grammar('start: "a"+ "."?'), byte_level(), 1, VOCAB, (stop, letter, end))
     rows = grammars.walk([0])
     assert {stop, letter, end} & allowed(rows.bits[0]) == {letter}
-    rows.take(np.array([[vocabulary["aa"]]]), np.array([1]), np.array([RUNNING]))
+    rows.take(np.array([[vocabulary["aa"]]]), np.array([1]), np.array([RUNNING]), np.array([1]))
     assert {stop, letter, end} <= allowed(rows.bits[0])
-    assert rows.take(np.array([[0, letter]]), np.array([2]), np.array([LENGTH])).all()
+    assert rows.take(np.array([[0, letter]]), np.array([2]), np.array([LENGTH]), np.array([2])).all()
 
 
 def test_a_special_token_comes_where_it_is_named():

@@ -94,7 +94,7 @@ class _Steps:
         tokens, lengths, starts, status = jax.device_get(
             (state.tokens, state.lengths, state.prompt_lengths, state.status)
         )
-        complete = self._walk.take(tokens, lengths, status)
+        complete = self._walk.take(tokens, lengths, status, lengths - starts)
         if complete.any():
             state = dataclasses.replace(state, status=jnp.where(complete, jnp.int8(COMPLETE), state.status))
         running = (status == RUNNING) & ~complete

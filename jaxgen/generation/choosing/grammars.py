@@ -63,24 +63,27 @@ class Walk:
     def __init__(self, grammars: Sequence[Grammar | None], tokens: "_Tokens", eos: tuple[int, ...]):
         self._grammars, self._tokens, self._eos = grammars, tokens, eos
         self._matchers = [None if grammar is None else _compiled(grammar, tokens).deep_copy() for grammar in grammars]
-        self._seen: Int[np.ndarray, " R"] | None = None
+        self._read = np.zeros(len(grammars), np.int32)  # new tokens of each row, as far as they were read
         self.bits = np.full((len(grammars), tokens.words), -1, np.int32)
         for row, matcher in enumerate(self._matchers):
             if matcher is not None and not self._look(row, matcher):
                 raise refused(self._given(row), _why(matcher, "any text that it makes"))
 
     def take(
-        self, tokens: Int[np.ndarray, "R S"], lengths: Int[np.ndarray, " R"], status: Int[np.ndarray, " R"]
+        self,
+        tokens: Int[np.ndarray, "R S"],
+        lengths: Int[np.ndarray, " R"],
+        status: Int[np.ndarray, " R"],
+        new: Int[np.ndarray, " R"],
     ) -> Bool[np.ndarray, " R"]:
-        """Read the token that rows have been given since the last time; which rows are complete by it.
+        """Read the token that rows have been given since the last time; which rows are complete by it; `new` have they.
 
         Raises `JaxgenError` for a row to which nothing may come and whose text is not whole.
         """
         complete = np.zeros(len(status), bool)
-        seen, self._seen = self._seen, lengths
+        read, self._read = self._read, new
         for row, matcher in enumerate(self._matchers):
-            grown = seen is None or lengths[row] > seen[row]
-            if matcher is None or not grown or status[row] not in (RUNNING, LENGTH):
+            if matcher is None or new[row] == read[row] or status[row] not in (RUNNING, LENGTH):
                 continue
             token = int(tokens[row, lengths[row] - 1])
             if not matcher.consume_token(token):
