@@ -69,6 +69,7 @@ def parser() -> Parser:
     _add_convert(commands)
     _add_eval(commands)
     _add_bench(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -104,6 +105,37 @@ def _add_eval(commands: Any) -> None:
     evaluate.add_argument("--output", type=Path, metavar="FILE", help="write all results and answers, as JSON")
     _add_set(evaluate, "any other option of lm-eval's simple_evaluate, such as bootstrap_iters=0")
     _add_compile_cache(evaluate)
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="answer requests over HTTP",
+        description="Answer requests over HTTP, as OpenAI's and text-generation-inference's clients send them; a page "
+        "to chat is at /.",
+    )
+    serve.add_argument("model", nargs="?", metavar="DIR_OR_ID", help="checkpoint or hub id (default: the demo)")
+    _add_kind(serve)
+    serve.add_argument("--name", help="what clients call the model (default: its hub id, or its directory's name)")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
+    serve.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
+    serve.add_argument(
+        "--api-key", metavar="KEY", help="what clients must bring (default: the environment's JAXGEN_API_KEY, or none)"
+    )
+    serve.add_argument("--rows", type=int, default=32, metavar="N", help="requests at a time (default: 32)")
+    serve.add_argument(
+        "--slots", type=int, metavar="N", help="tokens of each, prompt and answer (default: the context, at most 4096)"
+    )
+    serve.add_argument("--queue", type=int, default=1024, metavar="N", help="requests that may wait (default: 1024)")
+    serve.add_argument("--top-logprobs", type=int, default=20, metavar="N", help="alternatives per token (default: 20)")
+    serve.add_argument("--max-n", type=int, default=16, metavar="N", help="the most of `n` in a request (default: 16)")
+    serve.add_argument("--max-body", type=int, default=4_000_000, metavar="BYTES", help="default: 4000000")
+    serve.add_argument("--max-connections", type=int, default=512, metavar="N", help="default: 512")
+    serve.add_argument("--max-time", type=float, default=600, metavar="S", help="seconds per request (default: 600)")
+    serve.add_argument(
+        "--closing-time", type=float, default=30, metavar="S", help="seconds to finish after a signal (default: 30)"
+    )
+    _add_compile_cache(serve)
 
 
 def _add_convert(commands: Any) -> None:
@@ -152,6 +184,10 @@ def _add_generating(parser: argparse.ArgumentParser) -> None:
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint directory or hub id (default: the demo)")
+    _add_kind(parser)
+
+
+def _add_kind(parser: argparse.ArgumentParser) -> None:
     _add_revision(parser)
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     parser.add_argument("--load-in-4bit", action="store_true", help="quantise the linear layers while loading")

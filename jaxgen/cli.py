@@ -1,9 +1,10 @@
-"""The command line: `jaxgen generate`, `chat`, `replay`, `inspect`, `convert`, `eval` and `bench`."""
+"""The command line: `jaxgen generate`, `chat`, `replay`, `inspect`, `convert`, `eval`, `bench` and `serve`."""
 
 import _thread
 import argparse
 import contextlib
 import glob
+import importlib.util
 import json
 import logging
 import os
@@ -388,6 +389,24 @@ def _bench(options: argparse.Namespace) -> None:
     sys.stdout.write((json.dumps(told, indent=2) if options.json else bench.table(told)) + "\n")
 
 
+def _serve(options: argparse.Namespace) -> None:
+    for package in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise JaxgenError(f'jaxgen serve needs {package}: pip install -e ".[serve]", which brings it')
+    from jaxgen.convert.load import AutoModelForCausalLM
+    from jaxgen.serve.server import Settings, checked_limits, serve
+    from jaxgen.text.tokenizer import load_tokenizer
+
+    key = options.api_key or os.environ.get("JAXGEN_API_KEY") or None
+    settings = Settings(options.host, options.port, key, options.name, options.closing_time)
+    limits = checked_limits(options.max_body, options.max_n, options.max_time, options.max_connections)
+    directory = _locate(options)
+    _keep_compiled(options)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=options.dtype, load_in_4bit=options.load_in_4bit)
+    sizes = {name: getattr(options, name) for name in ("rows", "slots", "queue", "top_logprobs")}
+    serve(model, load_tokenizer(directory), settings, limits, **sizes)
+
+
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
@@ -400,6 +419,7 @@ _COMMANDS = {
     "convert": _convert,
     "eval": _eval,
     "bench": _bench,
+    "serve": _serve,
 }
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class Engine:
         held = model.config.cache_slots(total, ahead=self.strict.chunk)
         layout = BatchLayout(static, 1, total, held, chunk=self.strict.chunk, one_by_one=True)
         check_memory(model, (self.strict.rows, self.strict.chunk), layout)
-        self._best = best
+        self.top_logprobs = best
         self._options = RowOptions(self.strict.rows, model.config.vocab_size, processors, model.device)
         self._batch = Batch(model, self.strict.rows, layout, integer(1)("steps", steps), self._options)
         self._waiting: collections.deque[Request] = collections.deque()
@@ -120,9 +120,9 @@ class Engine:
         processors, stops = self._options.check(config, extras)
         if config.sequences_per_prompt > 1:
             raise JaxgenError("num_return_sequences: a request is one row; submit it once for each sample=")
-        if (config.top_logprobs or 0) > self._best:
+        if (config.top_logprobs or 0) > self.top_logprobs:
             raise JaxgenError(
-                f"top_logprobs={config.top_logprobs} is more than the {self._best} that this engine keeps; "
+                f"top_logprobs={config.top_logprobs} is more than the {self.top_logprobs} that this engine keeps; "
                 "Engine(top_logprobs=) says how many"
             )
         key, seed = random_key(key, seed)
@@ -153,7 +153,7 @@ class Engine:
             until,
         )
         with self._wake:
-            if self._closing or self._dead is not None:
+            if self.closed:
                 raise EngineClosedError(
                     f"the engine is closed{f', since it failed: {self._dead}' if self._dead else ''}"
                 )
@@ -170,6 +170,11 @@ class Engine:
         if self._dead is not None:
             raise EngineClosedError(f"the engine failed: {self._dead}") from self._dead
         return ready
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._closing or self._dead is not None
 
     def stats(self) -> dict[str, int]:
         """What there is now, and has been: requests, tokens and steps.

@@ -1,0 +1,1 @@
+"""`jaxgen serve`: an engine behind HTTP, with the interfaces of OpenAI and of text-generation-inference."""

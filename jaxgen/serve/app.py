@@ -1,0 +1,170 @@
+"""The routes of a server, as an ASGI application."""
+
+import contextlib
+import functools
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from jaxgen.generation.options.checks import flag, integer
+from jaxgen.serve import tgi
+from jaxgen.serve.chat import chat_completions, template_of
+from jaxgen.serve.completions import completions
+from jaxgen.serve.fields import Fields, body_of, text
+from jaxgen.serve.follow import ClientGoneError
+from jaxgen.serve.guard import Guard
+from jaxgen.serve.refusal import Refusal, as_json
+from jaxgen.serve.service import Service
+
+_PAGE = Path(__file__).with_name("page.html")
+_SAFE = {
+    # The page's script and style stand in it; it talks to its own server only.
+    "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+Answering = Callable[[Request, Service, Any], Awaitable[Any]]
+
+
+def application(service: Service, *, key: str | None = None, local: bool = True, closing_seconds: float = 30.0) -> Any:
+    """A server's ASGI application; its lifespan prepares the service and closes it.
+
+    `key` is what clients must bring, `local` whether only names of this machine are answered. At the end requests have
+    `closing_seconds` to finish.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        threading.Thread(target=_prepare, args=(service,), name="jaxgen prepare", daemon=True).start()
+        try:
+            yield
+        finally:
+            service.close(closing_seconds)
+
+    async def metrics(_: Request) -> Response:
+        said = service.metrics.text(service.engine.stats(), guard.connections)
+        return PlainTextResponse(said, media_type="text/plain; version=0.0.4")
+
+    routes = [
+        *(Route(path, _get(service, what)) for path, what in _GETS.items()),
+        *(Route(path, _post(service, what), methods=["POST"]) for path, what in _POSTS.items()),
+        Route("/metrics", metrics),
+    ]
+    handlers: Any = {HTTPException: functools.partial(_no_route, service)}
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    guard = Guard(app, key=key, local=local, most=service.limits.connections, refused=service.failed)
+    return guard
+
+
+def _prepare(service: Service) -> None:
+    try:
+        service.prepare()
+    except Exception as error:  # /ready says that it is not, and requests say why
+        service.failure(error)
+
+
+def _post(service: Service, what: Answering) -> Callable[[Request], Awaitable[Any]]:
+    async def endpoint(request: Request) -> Any:
+        limits = service.limits
+        try:
+            if service.engine.closed:
+                raise Refusal("the server is closing, or its engine has failed", status=503, code="closing")
+            return await what(request, service, await body_of(request, limits.body, limits.body_seconds))
+        except ClientGoneError:
+            return Response(status_code=499)  # nobody reads it
+        except Exception as error:
+            refusal = service.failure(error)
+            headers = {"retry-after": "1"} if refusal.status in (429, 503) else {}
+            return as_json(refusal.body(service.hidden), refusal.status, **headers)
+
+    return endpoint
+
+
+def _get(service: Service, what: Callable[[Service], Response]) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(_: Request) -> Response:
+        return what(service)
+
+    return endpoint
+
+
+async def _no_route(service: Service, request: Request, error: HTTPException) -> Response:
+    said = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    refusal = Refusal(said, status=error.status_code, code="no_such_route")
+    return as_json(service.failed(refusal), error.status_code, **{str(k): v for k, v in (error.headers or {}).items()})
+
+
+def _models(service: Service) -> Response:
+    entry = {"id": service.name, "object": "model", "created": service.created, "owned_by": "jaxgen"}
+    shape = service.engine.strict
+    known = {"max_model_len": shape.tokens, "system_fingerprint": service.fingerprint, "fingerprint_of": service.facts}
+    return as_json({"object": "list", "data": [entry | known]})
+
+
+def _ready(service: Service) -> Response:
+    if service.ready:
+        return as_json({"status": "ready"})
+    return as_json({"status": "closing" if service.engine.closed else "compiling"}, 503, retry_after="1")
+
+
+async def _tokenize(request: Request, service: Service, body: Any) -> Response:
+    """vLLM's interface: the ids of a `prompt`, or of a chat's `messages`."""
+    fields = Fields(body)
+    fields.take("model", text)
+    prompt = fields.take("prompt", text)
+    if prompt is not None:
+        special = fields.take("add_special_tokens", flag, True)
+        fields.take("return_token_strs", flag)
+        work = functools.partial(service.encoded, "prompt", prompt, add_special_tokens=special)
+    else:
+        messages, options = template_of(fields)
+        work = functools.partial(service.encoded, "messages", messages, **options)
+    fields.end()
+    ids = await service.prompts(work)
+    texts = [service.texts.text_of(token) for token in ids]
+    return as_json(
+        {"tokens": ids, "count": len(ids), "max_model_len": service.engine.strict.tokens, "token_strs": texts}
+    )
+
+
+async def _detokenize(request: Request, service: Service, body: Any) -> Response:
+    """vLLM's interface: the text of `tokens`."""
+    fields = Fields(body)
+    fields.take("model", text)
+    ids = fields.need("tokens", lambda name, value: _ids(name, value, service.model.config.vocab_size))
+    fields.end()
+    return as_json({"prompt": await service.prompts(service.tokenizer.decode, ids)})
+
+
+def _ids(name: str, value: Any, size: int) -> list[int]:
+    if not isinstance(value, list):
+        raise Refusal(f"{name} must be a list of token ids", param=name)
+    ids = [integer(0)(f"{name}[{place}]", token) for place, token in enumerate(value)]
+    if ids and max(ids) >= size:
+        raise Refusal(f"{name}: {max(ids)} is no id of the {size} tokens", param=name)
+    return ids
+
+
+_GETS: dict[str, Callable[[Service], Response]] = {
+    "/": lambda _: HTMLResponse(_PAGE.read_bytes(), headers=_SAFE),
+    "/health": lambda _: as_json({"status": "alive"}),
+    "/ready": _ready,
+    "/v1/models": _models,
+    "/info": tgi.info,
+}
+_POSTS: dict[str, Answering] = {
+    "/v1/chat/completions": chat_completions,
+    "/v1/completions": completions,
+    "/tokenize": _tokenize,
+    "/detokenize": _detokenize,
+    "/generate": tgi.generate,
+    "/generate_stream": tgi.generate_stream,
+}

@@ -1,0 +1,191 @@
+"""`/v1/chat/completions`: a chat through the tokenizer's template, and the assistant's next message."""
+
+import dataclasses
+from typing import Any
+
+from starlette.requests import Request
+
+from jaxgen.engine.handle import Completion, Tokens
+from jaxgen.errors import shown
+from jaxgen.generation.options.checks import flag, integer
+from jaxgen.serve.answers import FINISH, Asked, model_of
+from jaxgen.serve.fields import Fields, bad, listed, mapping, only, text
+from jaxgen.serve.refusal import Refusal
+from jaxgen.serve.sampling import IGNORED, arguments_of, sampling_of, seed_of, stream_of
+from jaxgen.serve.service import Prompt, Service, fresh_seed
+from jaxgen.serve.token_texts import TokenTexts
+
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# What a template gets from the server, and not from a client.
+_OURS = {"tokenize", "chat_template", "tools", "continue_final_message", "add_generation_prompt", "tokenizer_kwargs"}
+_OURS |= {"padding", "truncation", "max_length", "return_tensors", "return_dict", "documents", "conversation"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatForm:
+    """How OpenAI writes the choices of a chat; `best` alternatives of each token, None without log-probabilities."""
+
+    texts: TokenTexts
+    best: int | None
+    kind: str = "chat.completion"
+
+    def whole(self, place: int, done: Completion) -> dict[str, Any]:
+        """A choice of an answer that is sent at once."""
+        return {
+            "index": place,
+            "message": {"role": "assistant", "content": done.text, "refusal": None},
+            "logprobs": self._logprobs(done.tokens),
+            "finish_reason": FINISH.get(done.finish_reason, "length"),
+        }
+
+    def begin(self, place: int) -> dict[str, Any] | None:
+        """Who speaks."""
+        return self._delta(place, {"role": "assistant", "content": ""})
+
+    def piece(self, place: int, said: str, tokens: Tokens) -> dict[str, Any]:
+        """A further piece."""
+        return self._delta(place, {"content": said}, self._logprobs(tokens) if len(tokens.ids) else None)
+
+    def says(self, choice: dict[str, Any]) -> bool:
+        """Whether a piece has any text."""
+        return bool(choice["delta"]["content"])
+
+    def end(self, place: int, reason: str) -> dict[str, Any]:
+        """The last piece, without text."""
+        return self._delta(place, {}, reason=reason)
+
+    def _delta(self, place: int, delta: Any, logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
+        return {"index": place, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, tokens: Tokens) -> dict[str, Any] | None:
+        return None if self.best is None else {"content": self.texts.chat(tokens, self.best), "refusal": None}
+
+
+async def chat_completions(request: Request, service: Service, body: Any) -> Any:
+    """Answer a chat. Raises `Refusal`."""
+    fields = Fields(body)
+    model_of(fields, service)
+    messages, template = template_of(fields)
+    options = sampling_of(fields, service.model.stored_generation_config, service.model.config.vocab_size)
+    new = max_tokens_of(fields)
+    samples = fields.take("n", integer(1), 1)
+    check_samples(samples, service)
+    seed, stream = seed_of(fields), stream_of(fields)
+    best = _logprobs(fields, service)
+    fields.take("modalities", only(["text"]))
+    shape = Fields(fields.take("response_format", mapping, {}), "response_format")
+    shape.take("type", only("text"))
+    shape.end()
+    fields.end(IGNORED)
+    seed = fresh_seed() if seed is None else seed
+    ids = await service.prompts(lambda: service.encoded("messages", messages, **template))
+    options |= {"seed": seed, "top_logprobs": best or None}
+    submit = lambda: service.submit("messages", [Prompt(ids, "")], (*new, None), samples, **options)  # noqa: E731
+    handles = await service.prompts(submit)
+    form = ChatForm(service.texts, best)
+    asked = Asked(service, handles, form, len(ids), seed, stream, "chat.completion.chunk")
+    return await asked.answer(request)
+
+
+def max_tokens_of(fields: Fields) -> tuple[str, int | None]:
+    """The field that says how many new tokens there are at most, and what it says."""
+    names = ("max_completion_tokens", "max_tokens")
+    given = {name: value for name in names if (value := fields.take(name, integer(1))) is not None}
+    if len({*given.values()}) > 1:
+        raise Refusal("max_tokens and max_completion_tokens say different things", param="max_tokens")
+    return next(iter(given.items()), ("max_tokens", None))
+
+
+def check_samples(count: int, service: Service) -> None:
+    """Raise `Refusal` for more samples than one request may ask for."""
+    if count > service.limits.samples:
+        raise Refusal(f"n={count}; at most {service.limits.samples}", param="n")
+
+
+def check_best(name: str, best: int, service: Service) -> None:
+    """Raise `Refusal` for more alternatives than the engine keeps."""
+    if best > service.engine.top_logprobs:
+        raise Refusal(f"{name}={best}; this server keeps {service.engine.top_logprobs}", param=name)
+
+
+def _logprobs(fields: Fields, service: Service) -> int | None:
+    wanted = fields.take("logprobs", flag, False)
+    best = fields.take("top_logprobs", integer(0), 0)
+    if best and not wanted:
+        raise Refusal("top_logprobs needs logprobs=true", param="top_logprobs")
+    check_best("top_logprobs", best, service)
+    return best if wanted else None
+
+
+def template_of(fields: Fields) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The messages, and what the template is told beside them."""
+    messages = fields.need("messages", _messages)
+    tools = fields.take("tools", _tools)
+    why = "the model decides whether it calls a tool"
+    choice = fields.take("tool_choice", only("auto", "none", why=why))
+    fields.take("parallel_tool_calls", flag)
+    told = fields.take("chat_template_kwargs", mapping, {})
+    if strange := _OURS & told.keys():
+        raise Refusal(f"chat_template_kwargs: {min(strange)} is not a template's", param="chat_template_kwargs")
+    goes_on = fields.take("continue_final_message", flag, False)
+    prompts = fields.take("add_generation_prompt", flag, not goes_on)
+    if goes_on and prompts:
+        raise Refusal(
+            "continue_final_message and add_generation_prompt exclude each other", param="add_generation_prompt"
+        )
+    tools = None if choice == "none" else tools
+    return messages, {**told, "continue_final_message": goes_on, "add_generation_prompt": prompts, "tools": tools}
+
+
+def _tools(name: str, value: Any) -> list[Any] | None:
+    tools = listed(name, value)
+    for place, tool in enumerate(tools):
+        function = Fields(tool, f"{name}[{place}]").need("function", mapping)
+        Fields(function, f"{name}[{place}].function").need("name", text)
+    return tools or None
+
+
+def _messages(name: str, value: Any) -> list[dict[str, Any]]:
+    if not listed(name, value):
+        raise Refusal(f"{name}: an empty list is no chat", param=name)
+    return [_message(f"{name}[{place}]", message) for place, message in enumerate(value)]
+
+
+def _message(name: str, message: Any) -> dict[str, Any]:
+    """A message as templates know them."""
+    fields = Fields(message, name)
+    role = fields.need("role", text)
+    if role not in _ROLES:
+        bad(f"{name}.role", role, f"one of {', '.join(_ROLES)}")
+    calls = fields.take("tool_calls", listed)
+    said: dict[str, Any] = {"role": "system" if role == "developer" else role}
+    said["content"] = fields.take("content", _content, "" if calls else None)
+    if said["content"] is None:
+        raise Refusal(f"{name}.content is missing", param=f"{name}.content", code="missing_field")
+    if calls:
+        said["tool_calls"] = [_call(f"{name}.tool_calls[{place}]", call) for place, call in enumerate(calls)]
+    for other in ("name", "tool_call_id", "reasoning_content"):
+        if (value := fields.take(other, text)) is not None:
+            said[other] = value
+    fields.end({"refusal", "annotations", "audio", "function_call"})
+    return said
+
+
+def _content(name: str, value: Any) -> str:
+    """A text, or OpenAI's list of parts, all of which must be texts."""
+    if not isinstance(value, list):
+        return text(name, value)
+    parts = []
+    for place, part in enumerate(value):
+        fields = Fields(part, f"{name}[{place}]")
+        if (kind := fields.take("type", text, "text")) not in ("text", "input_text"):
+            raise Refusal(f"{name}[{place}].type={shown(kind)}: this model reads texts only", param=name)
+        parts.append(fields.need("text", text))
+    return "".join(parts)
+
+
+def _call(name: str, call: Any) -> dict[str, Any]:
+    function = dict(Fields(call, name).need("function", mapping))
+    if "arguments" in function:
+        function["arguments"] = arguments_of(f"{name}.function.arguments", function["arguments"])
+    return {**call, "function": function}

@@ -1,0 +1,136 @@
+"""From the fields of a request, as OpenAI and vLLM name them, to the options of `Engine.submit`."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jaxgen.errors import JaxgenError, shown
+from jaxgen.generation.options.checks import flag, integer, number
+from jaxgen.generation.options.config import GenerationConfig
+from jaxgen.serve.fields import Fields, bad, listed, mapping, only, text, whole
+from jaxgen.serve.refusal import Refusal
+
+# What OpenAI keeps for itself, and what changes no token: these may be there, and are ignored.
+IGNORED = frozenset(
+    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+)
+MOST_STOPS, LONGEST_STOP, MOST_BIASES = 16, 500, 512
+_NO_PENALTY = only(0, 0.0, why="the engine has repetition_penalty, and not this one")
+# Fields whose value decides which option has to say what is wrong with it.
+_FIELD_OF = {
+    "max_new_tokens": "max_tokens",
+    "stop_strings": "stop",
+    "sequence_bias": "logit_bias",
+    "min_new_tokens": "min_tokens",
+    "eos_token_id": "stop_token_ids",
+}
+
+
+def sampling_of(fields: Fields, stored: GenerationConfig, vocab_size: int) -> dict[str, Any]:
+    """How to choose tokens: the options of `generate` that these fields ask for.
+
+    What is not given is as the checkpoint's generation_config has it, or else as at OpenAI: tokens are drawn, at
+    temperature 1, from all of them. Temperature 0 is greedy search.
+    """
+    temperature = fields.take("temperature", number("[0, inf)"), stored.temperature)
+    filters = {
+        "top_p": fields.take("top_p", number("(0, 1]")),
+        "top_k": fields.take("top_k", integer(-1), stored.top_k or 0),
+        "min_p": fields.take("min_p", number("[0, 1]")),
+        "temperature": temperature,
+    }
+    filters["top_k"] = max(filters["top_k"], 0)  # -1 is vLLM's word for none
+    options: dict[str, Any] = {"do_sample": temperature != 0}
+    if options["do_sample"]:
+        options |= {name: value for name, value in filters.items() if value is not None}
+    given = {
+        "repetition_penalty": fields.take("repetition_penalty", number("(0, inf)")),
+        "min_new_tokens": fields.take("min_tokens", integer(0)),
+        "sequence_bias": _biases(fields.take("logit_bias", mapping, {}), vocab_size),
+        "stop_strings": _stops(fields),
+    }
+    for name in ("frequency_penalty", "presence_penalty"):
+        fields.take(name, _NO_PENALTY)
+    ends = fields.take("stop_token_ids", _ids, [])
+    if fields.take("ignore_eos", flag, False):
+        options["eos_token_id"] = None if not ends else tuple(ends)
+    elif ends:
+        options["eos_token_id"] = tuple(dict.fromkeys((*stored.eos_token_ids, *ends)))
+    texts = {name: fields.take(name, flag) for name in ("skip_special_tokens", "include_stop_str_in_output")}
+    texts["include_stop_str_in_output"] = texts["include_stop_str_in_output"] or False
+    return options | {name: value for name, value in (given | texts).items() if value is not None}
+
+
+def seed_of(fields: Fields) -> int | None:
+    """The seed, an int of any size; None if none was given."""
+    return fields.take("seed", whole)
+
+
+def stream_of(fields: Fields) -> tuple[bool, bool, bool]:
+    """Whether the answer is streamed, with its usage at the end, and with it in every event."""
+    streams = fields.take("stream", flag, False)
+    options = fields.take("stream_options", mapping)
+    if options is None:
+        return streams, False, False
+    if not streams:
+        raise Refusal("stream_options needs stream=true", param="stream_options")
+    inner = Fields(options, "stream_options")
+    usage = inner.take("include_usage", flag, False)
+    every = inner.take("continuous_usage_stats", flag, False)
+    inner.end({"include_obfuscation"})
+    return streams, usage, every
+
+
+def with_field(error: JaxgenError) -> JaxgenError:
+    """An error of the engine that begins with an option's name, as one of the field that it came from."""
+    name = str(error).partition("=")[0].partition(":")[0]
+    field = _FIELD_OF.get(name, name)
+    if isinstance(error, Refusal) or type(error).__name__.startswith("Engine") or not field.isidentifier():
+        return error
+    return Refusal(f"{field}{str(error)[len(name) :]}", param=field)
+
+
+def _stops(fields: Fields) -> list[str] | None:
+    stops = fields.take("stop", _texts)
+    if not stops:
+        return None
+    if len(stops) > MOST_STOPS:
+        raise Refusal(f"stop: {len(stops)} texts; at most {MOST_STOPS}", param="stop")
+    for place, stop in enumerate(stops):
+        if not 0 < len(stop) <= LONGEST_STOP:
+            raise Refusal(f"stop[{place}] has {len(stop)} characters; 1 to {LONGEST_STOP}", param="stop")
+    return list(dict.fromkeys(stops))
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    given = [value] if isinstance(value, str) else listed(name, value)
+    return [text(f"{name}[{place}]", item) for place, item in enumerate(given)]
+
+
+def _ids(name: str, value: Any) -> list[int]:
+    return [integer(0)(f"{name}[{place}]", token) for place, token in enumerate(listed(name, value))]
+
+
+def _biases(given: Mapping[str, Any], vocab_size: int) -> dict[tuple[int], float] | None:
+    """OpenAI's biases of single tokens, by their ids as texts."""
+    if len(given) > MOST_BIASES:
+        raise Refusal(f"logit_bias: {len(given)} entries; at most {MOST_BIASES}", param="logit_bias")
+    biases: dict[tuple[int], float] = {}
+    for token, value in given.items():
+        if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < vocab_size):
+            raise Refusal(f"logit_bias: {shown(token)} is no id of the {vocab_size} tokens", param="logit_bias")
+        try:
+            biases[int(token),] = number("[-100, 100]")("logit_bias", value)
+        except JaxgenError as error:
+            raise Refusal(str(error), param="logit_bias") from error
+    return biases or None
+
+
+def arguments_of(name: str, value: Any) -> Any:
+    """The arguments of a tool call, which clients send as JSON in a string, as templates want them: an object."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return bad(name, value, "JSON")

@@ -1,0 +1,206 @@
+"""text-generation-inference's interface: `/generate`, `/generate_stream` and `/info`, for clients that know it.
+
+`details.tokens` have the model's own log-probabilities. TGI's `grammar`, `watermark`, `adapter_id` and `best_of` are
+refused. A text whose seed is not given is greedy unless `do_sample` is true, as there.
+"""
+
+import dataclasses
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jaxgen.engine.handle import Completion, Handle, Tokens
+from jaxgen.generation.options.checks import flag, integer, number
+from jaxgen.serve.chat import check_best
+from jaxgen.serve.fields import Fields, listed, mapping, only, text, whole
+from jaxgen.serve.follow import finished, follow, held, unless_gone
+from jaxgen.serve.refusal import Refusal, as_json
+from jaxgen.serve.service import Prompt, Service, fresh_seed, version
+from jaxgen.serve.sse import Events
+from jaxgen.serve.token_texts import LEAST
+
+_FINISH = {"eos": "eos_token", "stop_string": "stop_sequence"}
+_DEFAULT_NEW_TOKENS = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    prompt: Prompt
+    options: dict[str, Any]
+    new: int | None
+    seed: int
+    best: int
+    full: bool  # whether the text has the prompt in front
+    details: bool
+    prefill: bool
+
+
+def info(service: Service) -> Response:
+    """What TGI says of itself, as far as there is such a thing here."""
+    shape = service.engine.strict
+    return as_json(
+        {
+            "model_id": service.name,
+            "model_dtype": service.model.dtype.name,
+            "model_device_type": service.model.device.platform,
+            "max_total_tokens": shape.tokens,
+            "max_input_tokens": shape.tokens - 1,
+            "max_concurrent_requests": service.limits.connections,
+            "max_stop_sequences": 16,
+            "max_best_of": 1,
+            "router": "jaxgen",
+            "version": version(),
+            "system_fingerprint": service.fingerprint,
+        }
+    )
+
+
+async def generate(request: Request, service: Service, body: Any) -> Any:
+    """A text, at once; or as events, if it is asked to `stream`."""
+    fields = Fields(body)
+    if fields.take("stream", flag, False):
+        return await _stream(request, service, fields)
+    asked = await _asked(service, fields)
+    scores = (await service.scored([asked.prompt]))[0] if asked.prefill else None
+    [handle] = await _submit(service, asked)
+    with held([handle]):
+        await unless_gone(request.receive, finished([handle]))
+        done = _completed(service, handle)
+    said: dict[str, Any] = {"generated_text": (asked.prompt.text if asked.full else "") + (done.text or "")}
+    if asked.details:
+        prefill = [] if scores is None else _prefill(service, scores)
+        tokens = _tokens(service, done.tokens)
+        said["details"] = {**_details(done, asked), "prefill": prefill, "tokens": tokens}
+        if asked.best:
+            said["details"]["top_tokens"] = _top_tokens(service, done.tokens, asked.best)
+    return as_json(said)
+
+
+async def generate_stream(request: Request, service: Service, body: Any) -> Any:
+    """A text as events, one per token."""
+    fields = Fields(body)
+    fields.take("stream", flag)
+    return await _stream(request, service, fields)
+
+
+async def _stream(request: Request, service: Service, fields: Fields) -> Events:
+    asked = await _asked(service, fields)
+    if asked.prefill:
+        raise Refusal("decoder_input_details: not in a stream", param="parameters.decoder_input_details")
+    handles = await _submit(service, asked)
+
+    def failed(error: Exception) -> dict[str, Any]:
+        body = service.failed(error)["error"]
+        return {"error": body["message"], "error_type": "generation"}
+
+    return Events(_events(service, asked, handles[0]), handles, failed, service.limits.seconds + 60)
+
+
+async def _events(service: Service, asked: _Asked, handle: Handle) -> AsyncGenerator[Any, None]:
+    """The last token comes with the whole text, so each is held back until there is another one."""
+    index, last = 0, None
+    async for _, tokens in follow([handle]):
+        for place in range(0 if tokens is None else len(tokens.ids)):
+            assert tokens is not None
+            if last is not None:
+                yield {**last, "generated_text": None, "details": None}
+            index += 1
+            one = tokens[place : place + 1]
+            last = {"index": index, "token": _tokens(service, one)[0]}
+            if asked.best:
+                last["top_tokens"] = _top_tokens(service, one, asked.best)[0]
+    done = _completed(service, handle)
+    details = {**_details(done, asked), "input_length": len(asked.prompt.ids)}
+    yield {
+        **(last or {}),
+        "generated_text": (asked.prompt.text if asked.full else "") + (done.text or ""),
+        "details": details,
+    }
+
+
+async def _asked(service: Service, fields: Fields) -> _Asked:
+    given = fields.need("inputs", text)
+    p = Fields(fields.take("parameters", mapping, {}), "parameters")
+    fields.end()
+    filters = {
+        "temperature": p.take("temperature", number("(0, inf)")),
+        "top_k": p.take("top_k", integer(1)),
+        "top_p": p.take("top_p", number("(0, 1]")),
+        "typical_p": p.take("typical_p", number("(0, 1]")),
+    }
+    given_filters = {name: value for name, value in filters.items() if value is not None}
+    options: dict[str, Any] = {"do_sample": p.take("do_sample", flag, False) or bool(given_filters)}
+    if options["do_sample"]:
+        options |= {"top_k": 0, **given_filters}
+    if (penalty := p.take("repetition_penalty", number("(0, inf)"))) is not None:
+        options["repetition_penalty"] = penalty
+    if stops := p.take("stop", _stops):
+        options["stop_strings"] = stops
+    for name in ("frequency_penalty",):
+        p.take(name, only(0, 0.0))
+    p.take("watermark", only(False))
+    p.take("best_of", only(1))
+    seed, new = p.take("seed", whole), p.take("max_new_tokens", integer(1))
+    best, truncate = p.take("top_n_tokens", integer(0), 0), p.take("truncate", integer(1))
+    check_best("parameters.top_n_tokens", best, service)
+    names = ("return_full_text", "details", "decoder_input_details")
+    full, details, prefill = (p.take(name, flag, False) for name in names)
+    p.end()
+    ids = await service.prompts(service.encoded, "inputs", given)
+    ids = ids if truncate is None else ids[-truncate:]
+    options["top_logprobs"] = best or None
+    seed = fresh_seed() if seed is None else seed
+    return _Asked(Prompt(ids, given), options, new, seed, best, full, details or prefill, prefill)
+
+
+def _stops(name: str, value: Any) -> list[str]:
+    stops = [text(f"{name}[{place}]", item) for place, item in enumerate(listed(name, value))]
+    if len(stops) > 16 or not all(0 < len(stop) <= 500 for stop in stops):
+        raise Refusal(f"{name}: at most 16 texts of 1 to 500 characters", param=name)
+    return stops
+
+
+async def _submit(service: Service, asked: _Asked) -> list[Handle]:
+    new = ("parameters.max_new_tokens", asked.new, _DEFAULT_NEW_TOKENS)
+    options = {**asked.options, "seed": asked.seed}
+    return await service.prompts(lambda: service.submit("inputs", [asked.prompt], new, 1, **options))
+
+
+def _completed(service: Service, handle: Handle) -> Completion:
+    done = handle.result(0)
+    service.metrics.observe(handle, len(done.token_ids))
+    if done.finish_reason == "cancelled":
+        raise Refusal("the server is closing", status=503, code="closing")
+    return done
+
+
+def _details(done: Completion, asked: _Asked) -> dict[str, Any]:
+    finish = _FINISH.get(done.finish_reason, "length")
+    seed = asked.seed if asked.options["do_sample"] else None
+    return {"finish_reason": finish, "generated_tokens": len(done.token_ids), "seed": seed}
+
+
+def _tokens(service: Service, tokens: Tokens) -> list[dict[str, Any]]:
+    pairs = zip(tokens.ids.tolist(), tokens.model_logprobs.tolist(), strict=True)
+    return [_token(service, token, logprob) for token, logprob in pairs]
+
+
+def _token(service: Service, token: int, logprob: float) -> dict[str, Any]:
+    special = token in service.tokenizer.all_special_ids
+    return {"id": token, "text": service.texts.text_of(token), "logprob": max(logprob, LEAST), "special": special}
+
+
+def _top_tokens(service: Service, tokens: Tokens, best: int) -> list[list[dict[str, Any]]]:
+    assert tokens.top_ids is not None and tokens.top_logprobs is not None
+    rows = zip(tokens.top_ids.tolist(), tokens.top_logprobs.tolist(), strict=True)
+    return [[_token(service, *pair) for pair in zip(ids[:best], own[:best], strict=True)] for ids, own in rows]
+
+
+def _prefill(service: Service, scores: Tokens) -> list[dict[str, Any]]:
+    told = [
+        {"id": token, "text": service.texts.text_of(token), "logprob": max(logprob, LEAST)}
+        for token, logprob in zip(scores.ids.tolist(), scores.model_logprobs.tolist(), strict=True)
+    ]
+    return [told[0] | {"logprob": None}, *told[1:]]
