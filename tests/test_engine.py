@@ -1,6 +1,8 @@
 """The engine: a request's tokens and log-probabilities are those of `generate`, whatever else it does meanwhile."""
 
 import contextlib
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -310,6 +312,17 @@ def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(model, monkeypat
             for _ in range(9):
                 with contextlib.suppress(RuntimeError):
                     engine.submit([5, 6], max_new_tokens=4).result(60)
+
+
+def test_a_script_that_forgets_to_close_it_ends():
+    script = """
+import jaxgen
+engine = jaxgen.Engine(jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path()), rows=2, slots=512, chunk=16)
+handle = engine.submit("1, 2, 3", max_new_tokens=500)
+print(len(next(handle.parts()).ids) > 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
 def test_from_many_threads(model, engine):

@@ -6,6 +6,7 @@ One thread owns the device. A row's tokens depend on nothing but its prompt, its
 shape of the engine they do so to the last bit, whoever else is there.
 """
 
+import atexit
 import collections
 import logging
 import threading
@@ -92,6 +93,7 @@ class Engine:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="jaxgen engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close, 0)  # or the interpreter would take down what the thread computes with
 
     def submit(
         self,
@@ -191,6 +193,7 @@ class Engine:
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            atexit.unregister(self.close)
 
     def __enter__(self) -> "Engine":
         return self
