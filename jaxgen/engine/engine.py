@@ -233,6 +233,7 @@ class Engine:
                     failed_at = self._batch.counts["tokens"]
         except BaseException as error:
             self._dead = error if isinstance(error, Exception) else EngineClosedError(str(error))
+            logger.error("the engine ended: %s", error)
         finally:
             self._end_all()
             self._ready.set()
