@@ -25,7 +25,7 @@ from jaxgen.generation.prompts.prefill import read_piece
 from jaxgen.generation.results.step_outputs import StepOutputs
 from jaxgen.pytree import pytree
 
-Count = Int[Array | np.ndarray | np.int32, ""]
+Count = Int[Array | np.ndarray, ""]
 
 
 @pytree

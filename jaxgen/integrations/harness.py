@@ -30,7 +30,7 @@ def evaluate(
     own. `output` is a file for everything that lm-eval says, as JSON. Raises `JaxgenError` for tasks that are not
     there, and for whatever else lm-eval complains of.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable, make_table
 
