@@ -1,11 +1,13 @@
 """The server: what clients of OpenAI and of text-generation-inference get, and that it is what `generate` gives."""
 
+import concurrent.futures
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import httpx2 as httpx
@@ -230,8 +232,11 @@ def test_a_full_queue_and_a_closed_engine(model):
     service = Service(engine, "demo")
     client = TestClient(application(service), base_url="http://localhost")
     engine.wait_until_ready()
+    real, go_on = engine._batch._programs, threading.Event()
+    engine._batch._programs = real._replace(decode=lambda *given: go_on.wait(60) and real.decode(*given))
     body = {"prompt": [TEXT] * 8, "max_tokens": 30, "ignore_eos": True, "temperature": 0}
     answer = client.post("/v1/completions", json=body)
+    go_on.set()
     assert answer.status_code == 429 and answer.json()["error"]["code"] == "queue_full"
     service.close(0)
     assert client.post("/v1/completions", json={"prompt": TEXT}).status_code == 503
@@ -244,7 +249,7 @@ def test_limits_are_checked():
 
 
 def test_a_server_as_a_process():
-    """Two seeds in a crowd, a client that goes away, and an end by SIGTERM."""
+    """A seed in a crowd, clients that go away, and an end by SIGTERM."""
     command = [
         sys.executable,
         "-m",
@@ -275,7 +280,14 @@ def test_a_server_as_a_process():
             while "jaxgen_busy 0" not in client.get("/metrics").text:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            assert client.post("/v1/completions", json={"prompt": TEXT, "temperature": 0}).status_code == 200
+
+            def text(seed):
+                body = {"prompt": TEXT, "seed": seed, "max_tokens": 12, "temperature": 1.5}
+                return client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+
+            alone = [text(seed) for seed in range(3)]
+            with concurrent.futures.ThreadPoolExecutor(9) as crowd:
+                assert [*crowd.map(text, [0, 1, 2] * 3)] == alone * 3
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) in (0, -signal.SIGTERM)
         assert "Traceback" not in process.stderr.read()

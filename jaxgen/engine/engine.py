@@ -37,17 +37,19 @@ from jaxgen.text.inputs import checked_texts, encode
 from jaxgen.text.tokenizer import tokenizer_for
 
 logger = logging.getLogger("jaxgen")
+USUAL_SLOTS = 4096
 
 
 class Engine:
     """Continuous batching: `rows` requests at a time, of at most `slots` tokens each, prompt and new ones.
 
-    `submit` takes a prompt and the options of `generate`, from any thread, and gives a `Handle`. Prompts are read
-    `chunk` tokens at a time between chunks of `steps` decode steps. `queue` requests may wait; `top_logprobs` is how
-    many of the best tokens of each step are kept; `processors` are the names of the options of the logits that
-    requests may use. Sizes are rounded up to 2**k or 3 * 2**k. A request gets the tokens and the log-probabilities,
-    to the last bit, of `model.generate(prompt, strict=engine.strict, ...)`, whatever else the engine does. The weights
-    are those that the model has now. Close it, or use it in a `with`.
+    By default `slots` are 4096, or the model's context where that is less. `submit` takes a prompt and the options of
+    `generate`, from any thread, and gives a `Handle`. Prompts are read `chunk` tokens at a time between chunks of
+    `steps` decode steps. `queue` requests may wait; `top_logprobs` is how many of the best tokens of each step are
+    kept; `processors` are the names of the options of the logits that requests may use. Sizes are rounded up to 2**k
+    or 3 * 2**k. A request gets the tokens and the log-probabilities, to the last bit, of
+    `model.generate(prompt, strict=engine.strict, ...)`, whatever else the engine does. The weights are those that the
+    model has now. Close it, or use it in a `with`.
 
     Raises `JaxgenError` for bad sizes, and for more memory than the device has.
 
@@ -65,13 +67,14 @@ class Engine:
         tokenizer: Any = None,
         *,
         rows: int = 32,
-        slots: int = 4096,
+        slots: int | None = None,
         chunk: int = 64,
         steps: int = 8,
         queue: int = 1024,
         top_logprobs: int = 0,
         processors: tuple[str, ...] = tuple(NEUTRAL),
     ):
+        slots = min(USUAL_SLOTS, model.config.max_position_embeddings) if slots is None else slots
         self.model, self.strict = model, Strict(rows=rows, tokens=slots, chunk=chunk)
         self.tokenizer, self._no_tokenizer = _tokenizer(model, tokenizer)
         self._queue = integer(1)("queue", queue)

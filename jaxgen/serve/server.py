@@ -15,7 +15,6 @@ from jaxgen.serve.guard import is_local
 from jaxgen.serve.service import Limits, Service
 
 logger = logging.getLogger("jaxgen")
-_SLOTS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +36,8 @@ def checked_limits(body: int, samples: int, seconds: float, connections: int) ->
     return Limits(body=body, samples=samples, seconds=seconds, connections=connections)
 
 
-def serve(
-    model: Any, tokenizer: Any, settings: Settings, limits: Limits, *, slots: int | None = None, **sizes: Any
-) -> None:
-    """Serve a model until SIGINT or SIGTERM; `slots` and `sizes` are those of `Engine`.
+def serve(model: Any, tokenizer: Any, settings: Settings, limits: Limits, **sizes: Any) -> None:
+    """Serve a model until SIGINT or SIGTERM; `sizes` are those of `Engine`.
 
     Requests that run then may finish within `closing_seconds`; what is left is cancelled. Raises `JaxgenError` for an
     address that cannot be had.
@@ -54,8 +51,7 @@ def serve(
     local = is_local(settings.host)
     if not local and settings.key is None:
         logger.warning("--host %s without --api-key: whoever reaches this address may use it", settings.host)
-    slots = min(_SLOTS, model.config.max_position_embeddings) if slots is None else slots
-    with Engine(model, tokenizer, slots=slots, **sizes) as engine:
+    with Engine(model, tokenizer, **sizes) as engine:
         service = Service(engine, settings.name or name_of(model), limits)
         app = application(service, key=settings.key, local=local, closing_seconds=1)
         config = uvicorn.Config(
