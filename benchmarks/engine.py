@@ -68,29 +68,15 @@ def full_load(model: Any, engine: jaxgen.Engine, new: int) -> dict[str, float]:
     return rates
 
 
-def in_batches(model: Any, requests: list[tuple[list[int], int]], rows: int) -> float:
-    """Tokens per second of static batches: as many as were asked for, though rows get as many as the longest."""
+def in_batches(generate: Any, requests: list[tuple[list[int], int]], rows: int) -> float:
+    """Tokens per second, of those asked for, where `generate(ids, mask, new)` decodes until the longest has ended."""
     start = time.perf_counter()
     for at in range(0, len(requests), rows):
         part = requests[at : at + rows]
         width = max(len(ids) for ids, _ in part)
         ids = np.array([[0] * (width - len(ids)) + ids for ids, _ in part])
         mask = np.array([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in part])
-        model.generate(ids, mask, max_new_tokens=max(new for _, new in part), eos_token_id=None)
-    return sum(new for _, new in requests) / (time.perf_counter() - start)
-
-
-def in_transformers(model: Any, requests: list[tuple[list[int], int]], rows: int) -> float:
-    """Tokens per second of static batches there, each decoded until its longest has ended."""
-    start = time.perf_counter()
-    for at in range(0, len(requests), rows):
-        part = requests[at : at + rows]
-        width = max(len(ids) for ids, _ in part)
-        ids = torch.tensor([[0] * (width - len(ids)) + ids for ids, _ in part])
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in part])
-        new = max(new for _, new in part)
-        with torch.no_grad():
-            model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None)
+        generate(ids, mask, max(new for _, new in part))
     return sum(new for _, new in requests) / (time.perf_counter() - start)
 
 
@@ -121,12 +107,22 @@ def main() -> None:
         engine.wait_until_ready()
         figures["engine"] = through_engine(engine, requests)
         full = full_load(ours, engine, 64)
-    in_batches(ours, requests, options.rows)  # compiles
-    figures["static batches"] = in_batches(ours, requests, options.rows)
+
+    def here(ids: Any, mask: Any, new: int) -> None:
+        ours.generate(ids, mask, max_new_tokens=new, eos_token_id=None)
+
+    in_batches(here, requests, options.rows)  # compiles
+    figures["static batches"] = in_batches(here, requests, options.rows)
     fields = {k: v for k, v in shape.to_hf().items() if k not in ("model_type", "architectures")}
     theirs: Any = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("mistral", **fields))
     theirs.eval()
-    figures["transformers, static batches"] = in_transformers(theirs, requests, options.rows)
+
+    def there(ids: Any, mask: Any, new: int) -> None:
+        given, real = torch.from_numpy(ids), torch.from_numpy(mask)
+        with torch.no_grad():
+            theirs.generate(given, attention_mask=real, max_new_tokens=new, do_sample=False, eos_token_id=None)
+
+    figures["transformers, static batches"] = in_batches(there, requests, options.rows)
     figures["transformers, generate_batch of 48 tokens each"] = continuous_in_transformers(theirs, requests)
     versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     machine = {"processor": platform.processor() or platform.machine(), **versions}

@@ -5,12 +5,15 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM
+import jaxgen
+from jaxgen import GenerationConfig, MistralConfig, MistralForCausalLM, demo
+from jaxgen.text.tokenizer import load_tokenizer
 from tests.helpers import real_logits
 from tests.tokenizers import alone, characters
 
 EOS = 2
 PROMPT = [[1, 5, 9], [1, 7, 7]]
+THREE = ["1, 2, 3", "Portugal is", "1, 2"]
 BOTH: dict[str, Any] = {"tokenizer": characters(), "return_dict_in_generate": True}
 
 
@@ -26,6 +29,19 @@ def tiny_model() -> MistralForCausalLM:
         eos_token_id=EOS, pad_token_id=0, max_new_tokens=8, suppress_tokens=[0, 1]
     )  # special tokens, which a constraint never allows
     return model
+
+
+def streamed_and_piped(own: list[Any], **streaming: Any) -> tuple[list[str], Any]:
+    """What a pipeline says under a constraint for each of three texts, as a stream does; and the pipeline."""
+    model, tokenizer = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path()), load_tokenizer(demo.path())
+    generator = jaxgen.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    asked: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
+    results = generator(THREE, constraint=own, batch_size=2, return_full_text=False, **asked)
+    told = [result["generated_text"] for [result] in results]
+    for text, constraint, found in zip(THREE, own, told, strict=True):
+        pieces = model.stream(text, tokenizer=tokenizer, constraint=constraint, **asked, **streaming)
+        assert "".join(pieces) == found
+    return told, generator
 
 
 def texts_of(out: Any) -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 import jaxgen
-from jaxgen import GenerationConfig, JaxgenError, MistralForCausalLM, UnsupportedError, demo
+from jaxgen import GenerationConfig, JaxgenError, MistralForCausalLM, UnsupportedError
 from jaxgen.arguments import parser, settings_of
 from jaxgen.constraints.automaton import byte_automaton
 from jaxgen.constraints.numbers import integers_between
@@ -23,8 +23,7 @@ from jaxgen.constraints.patterns import Constraint, escaped
 from jaxgen.generation.choosing.constrained import FREE, Automata
 from jaxgen.generation.processors.regular import Asked
 from jaxgen.records import check
-from jaxgen.text.tokenizer import load_tokenizer
-from tests.constrained import BOTH, EOS, PROMPT, all_of, texts_of, tiny_model
+from tests.constrained import BOTH, EOS, PROMPT, THREE, all_of, streamed_and_piped, texts_of, tiny_model
 from tests.helpers import counted, processed, real_logits, rows_of
 from tests.tokenizers import SPECIAL, TOKENIZERS, VOCAB, alone, byte_level, characters
 
@@ -562,15 +561,9 @@ def test_a_record_holds_patterns_and_runs_again(model):
 
 @pytest.mark.slow
 def test_pipelines_and_streams_give_what_generate_gives():
-    model, tokenizer = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path()), load_tokenizer(demo.path())
-    texts = ["1, 2, 3", "Portugal is", "1, 2"]
     own = [jaxgen.regex("(, [0-9]){3}"), jaxgen.choice([" in", " a cat"]), None]
-    generator = jaxgen.pipeline("text-generation", model=model, tokenizer=tokenizer)
-    asked: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
-    results = generator(texts, constraint=own, batch_size=2, return_full_text=False, **asked)
-    told = [result["generated_text"] for [result] in results]
-    for text, constraint, found in zip(texts, own, told, strict=True):
+    told, generator = streamed_and_piped(own)
+    for constraint, found in zip(own, told, strict=True):
         assert constraint is None or re.fullmatch(constraint.pattern, found)
-        assert "".join(model.stream(text, tokenizer=tokenizer, constraint=constraint, **asked)) == found
     with pytest.raises(JaxgenError, match="constraint is a list of 1, and this is text 1"):
-        generator(texts, constraint=own[:1], **asked)
+        generator(THREE, constraint=own[:1], max_new_tokens=12)

@@ -346,6 +346,16 @@ def test_unknown_names_of_processors(model):
         jaxgen.Engine(model, processors=("top_h",))
 
 
+def test_what_decides_nothing_here_may_stay_in_a_configuration(engine):
+    """Checkpoints have fields for beams and drafts, and a name for the cache that there is."""
+    kept = {"early_stopping": True, "length_penalty": 2.0, "num_assistant_tokens": 5, "cache_implementation": "static"}
+    config = jaxgen.GenerationConfig(**kept, max_new_tokens=3)
+    assert (
+        engine.submit([5], generation_config=config).result(60).token_ids
+        == engine.submit([5], max_new_tokens=3).result(60).token_ids
+    )
+
+
 def test_unsupported_says_so(engine):
     with pytest.raises(UnsupportedError, match=r"use model\.generate"):
         engine.submit([5], suppress_tokens=[7])

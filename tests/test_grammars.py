@@ -13,14 +13,13 @@ import pytest
 from scipy import stats
 
 import jaxgen
-from jaxgen import GenerationConfig, JaxgenError, MistralForCausalLM, UnsupportedError, demo
+from jaxgen import GenerationConfig, JaxgenError, MistralForCausalLM, UnsupportedError
 from jaxgen.arguments import parser, settings_of
 from jaxgen.constraints.grammars import Grammar
 from jaxgen.generation.choosing.grammars import Grammars
 from jaxgen.generation.choosing.stop import LENGTH, RUNNING
 from jaxgen.records import check
-from jaxgen.text.tokenizer import load_tokenizer
-from tests.constrained import BOTH, EOS, PROMPT, all_of, texts_of, tiny_model
+from tests.constrained import BOTH, PROMPT, all_of, streamed_and_piped, texts_of, tiny_model
 from tests.helpers import counted
 from tests.tokenizers import TOKENIZERS, VOCAB, alone, byte_level, characters
 
@@ -318,23 +317,6 @@ def test_a_grammar_on_the_command_line_is_a_file(tmp_path: Path):
 
 @pytest.mark.slow
 def test_pipelines_and_streams_give_what_generate_gives():
-    model, tokenizer = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path()), load_tokenizer(demo.path())
-    texts = ["1, 2, 3", "Portugal is", "1, 2"]
     own = [jaxgen.grammar('start: (", " /[0-9]/)~2'), jaxgen.choice([" in", " a cat"]), None]
-    generator = jaxgen.pipeline("text-generation", model=model, tokenizer=tokenizer)
-    asked: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
-    results = generator(texts, constraint=own, batch_size=2, return_full_text=False, **asked)
-    told = [result["generated_text"] for [result] in results]
+    told, _ = streamed_and_piped(own, chunk_size=2)
     assert re.fullmatch("(, [0-9]){2}", told[0])
-    for text, constraint, found in zip(texts, own, told, strict=True):
-        pieces = list(model.stream(text, tokenizer=tokenizer, constraint=constraint, chunk_size=2, **asked))
-        assert "".join(pieces) == found
-
-
-def test_an_end_that_is_due_and_limits_of_time_are_seen_between_tokens(model):
-    endless = jaxgen.grammar('start: ("a" | "s" | "t")* "ab"')
-    out = model.generate(PROMPT, constraint=endless, max_time=1e-9, min_new_tokens=4, **BOTH)
-    assert out.finish_reason == ["time"] * 2
-    out = model.generate(PROMPT[:1], constraint=endless, stop_strings=["a"], max_new_tokens=20, **BOTH)
-    assert out.finish_reason[0] in ("stop_string", "length")
-    assert EOS not in out.sequences[0]

@@ -73,6 +73,10 @@ class Batch:
         """Whether any has one."""
         return self.free < len(self._rows)
 
+    @property
+    def _running(self) -> list[int]:
+        return [row for row, request in enumerate(self._rows) if request is not None and row not in self._reading]
+
     def now(self) -> dict[str, int]:
         """How many rows there are, and how many have a request."""
         return {"rows": len(self._rows), "busy": len(self._rows) - self.free}
@@ -122,13 +126,10 @@ class Batch:
     def round(self) -> None:
         """Read some pieces of prompts, then decode a few steps; hand out what there is, and free rows that ended."""
         self._evict()
-        runs = [row for row, request in enumerate(self._rows) if request is not None and row not in self._reading]
         # As much as the decode steps take, so that a long prompt does not stop the others.
-        pieces = max(1, len(self._rows) * self._steps // self._chunk) if runs else len(self._rows)
-        self._read(pieces)
-        runs = [row for row, request in enumerate(self._rows) if request is not None and row not in self._reading]
-        if runs:
-            self._decode(runs)
+        self._read(max(1, len(self._rows) * self._steps // self._chunk) if self._running else len(self._rows))
+        if self._running:
+            self._decode(self._running)
 
     def fail(self, error: Exception | None) -> None:
         """End every request, with an error or as cancelled, and forget the state, which may be lost."""

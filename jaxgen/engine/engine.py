@@ -24,7 +24,7 @@ from jaxgen.engine.stops import StopWatch
 from jaxgen.errors import EngineClosedError, EngineFullError, JaxgenError
 from jaxgen.generation.choosing.sample import random_key, row_id_words
 from jaxgen.generation.options.checks import integer
-from jaxgen.generation.options.config import resolve
+from jaxgen.generation.options.config import GenerationConfig, resolve
 from jaxgen.generation.options.table import Extras
 from jaxgen.generation.options.typed import ConfigSource, GenerateOptions
 from jaxgen.generation.programs.inputs import BatchLayout, StaticOptions
@@ -133,29 +133,19 @@ class Engine:
         key, seed = random_key(key, seed)
         if key.ndim:
             raise JaxgenError("seed or key: a request is one row, with one of them")
-        lengths = np.array([len(ids)], np.int32)
-        check_pieces(self.model.config, lengths)
-        limit = int(row_limits(config, lengths, contexts(self.model.config, lengths), note(self.model.config))[0])
-        if limit > self.strict.tokens:
-            raise JaxgenError(
-                f"a prompt of {len(ids)} tokens and {limit - len(ids)} new ones are more than the {self.strict.tokens} "
-                f"slots of a row; at most {max(self.strict.tokens - len(ids), 0)} new tokens fit, or Engine(slots=)"
-            )
         plain = (include_stop_str_in_output, skip_special_tokens)
         handle = Handle(ids, None if seed is None else int(seed), self.tokenizer, config.stop_strings or (), *plain)
-        until = float("inf") if config.max_time is None else handle.submitted + config.max_time
-        watch = None if stops is None else StopWatch(stops, ids)
         request = Request(
             handle,
             ids,
             config,
             processors,
             key,
-            row_id_words([row_id], 1)[0],
-            integer(0)("sample", sample),
-            limit,
-            watch,
-            until,
+            row_id=row_id_words([row_id], 1)[0],
+            sample=integer(0)("sample", sample),
+            max_length=self._max_length(len(ids), config),
+            watch=None if stops is None else StopWatch(stops, ids),
+            until=float("inf") if config.max_time is None else handle.submitted + config.max_time,
         )
         with self._wake:
             if self.closed:
@@ -203,6 +193,18 @@ class Engine:
 
     def __exit__(self, kind: Any, *_: object) -> None:
         self.close(None if kind is None else 0)
+
+    def _max_length(self, prompt: int, config: GenerationConfig) -> int:
+        """The length at which a row ends that begins with so many tokens; raises `JaxgenError` if it can never fit."""
+        lengths, own = np.array([prompt], np.int32), self.model.config
+        check_pieces(own, lengths)
+        limit = int(row_limits(config, lengths, contexts(own, lengths), note(own))[0])
+        if limit > self.strict.tokens:
+            raise JaxgenError(
+                f"a prompt of {prompt} tokens and {limit - prompt} new ones are more than the {self.strict.tokens} "
+                f"slots of a row; at most {max(self.strict.tokens - prompt, 0)} new tokens fit, or Engine(slots=)"
+            )
+        return limit
 
     def _ids(self, prompt: Any) -> Int[np.ndarray, " T"]:
         """The ids of a text, a chat, or a list of ids."""

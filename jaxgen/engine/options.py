@@ -36,10 +36,11 @@ NEUTRAL: dict[str, Any] = {
     "min_p": 1.0,
     "typical_p": 1.0,
 }
-# Options that the host sees to, and those that say nothing of how a token is chosen.
+# Options that the host sees to, and those that say nothing of how a token is chosen where nothing is drafted.
 _ON_THE_HOST = (
     *("max_length", "max_new_tokens", "max_time", "stop_strings", "eos_token_id", "pad_token_id", "bos_token_id"),
     *("do_sample", "num_return_sequences", "return_dict_in_generate", "top_logprobs"),
+    *("num_assistant_tokens", "assistant_confidence_threshold", "max_matching_ngram_size"),
 )
 ENDS = 4  # ids that may end a row
 BIASES, BIASED = 512, 8  # entries of a sequence_bias, and tokens of one
@@ -100,7 +101,8 @@ class RowOptions:
             value = getattr(config, name)
             if name in self._on or name in _ON_THE_HOST or not option.is_on(value) or value == option.default:
                 continue
-            if option.only_sampling and not config.do_sample:
+            unused = (option.only_sampling and not config.do_sample) or (option.only_beams and config.beams == 1)
+            if unused or (name == "cache_implementation" and value == "static"):
                 continue
             had = f"pass it in processors= when the engine is made: {[*NEUTRAL]}" if name in NEUTRAL else ""
             raise UnsupportedError(f"{name}={shown(value)}: not in this engine; {had or 'use model.generate'}")

@@ -47,7 +47,7 @@ def sampling_of(fields: Fields, stored: GenerationConfig, vocab_size: int) -> di
         "repetition_penalty": fields.take("repetition_penalty", number("(0, inf)")),
         "min_new_tokens": fields.take("min_tokens", integer(0)),
         "sequence_bias": _biases(fields.take("logit_bias", mapping, {}), vocab_size),
-        "stop_strings": _stops(fields),
+        "stop_strings": stops_of(fields),
     }
     for name in ("frequency_penalty", "presence_penalty"):
         fields.take(name, _NO_PENALTY)
@@ -90,7 +90,8 @@ def with_field(error: JaxgenError) -> JaxgenError:
     return Refusal(f"{field}{str(error)[len(name) :]}", param=field)
 
 
-def _stops(fields: Fields) -> list[str] | None:
+def stops_of(fields: Fields) -> list[str] | None:
+    """The texts at which an answer ends. Raises `Refusal`."""
     stops = fields.take("stop", _texts)
     if not stops:
         return None

@@ -1,7 +1,7 @@
 """text-generation-inference's interface: `/generate`, `/generate_stream` and `/info`, for clients that know it.
 
 `details.tokens` have the model's own log-probabilities. TGI's `grammar`, `watermark`, `adapter_id` and `best_of` are
-refused. A text whose seed is not given is greedy unless `do_sample` is true, as there.
+refused. A text is greedy unless `do_sample` is true or a filter or temperature is given, as there.
 """
 
 import dataclasses
@@ -14,9 +14,10 @@ from starlette.responses import Response
 from jaxgen.engine.handle import Completion, Handle, Tokens
 from jaxgen.generation.options.checks import flag, integer, number
 from jaxgen.serve.chat import check_best
-from jaxgen.serve.fields import Fields, listed, mapping, only, text, whole
+from jaxgen.serve.fields import Fields, mapping, only, text, whole
 from jaxgen.serve.follow import finished, follow, held, unless_gone
 from jaxgen.serve.refusal import Refusal, as_json
+from jaxgen.serve.sampling import MOST_STOPS, stops_of
 from jaxgen.serve.service import Prompt, Service, fresh_seed, version
 from jaxgen.serve.sse import Events
 from jaxgen.serve.token_texts import LEAST
@@ -48,7 +49,7 @@ def info(service: Service) -> Response:
             "max_total_tokens": shape.tokens,
             "max_input_tokens": shape.tokens - 1,
             "max_concurrent_requests": service.limits.connections,
-            "max_stop_sequences": 16,
+            "max_stop_sequences": MOST_STOPS,
             "max_best_of": 1,
             "router": "jaxgen",
             "version": version(),
@@ -136,10 +137,9 @@ async def _asked(service: Service, fields: Fields) -> _Asked:
         options |= {"top_k": 0, **given_filters}
     if (penalty := p.take("repetition_penalty", number("(0, inf)"))) is not None:
         options["repetition_penalty"] = penalty
-    if stops := p.take("stop", _stops):
+    if stops := stops_of(p):
         options["stop_strings"] = stops
-    for name in ("frequency_penalty",):
-        p.take(name, only(0, 0.0))
+    p.take("frequency_penalty", only(0, 0.0))
     p.take("watermark", only(False))
     p.take("best_of", only(1))
     seed, new = p.take("seed", whole), p.take("max_new_tokens", integer(1))
@@ -153,13 +153,6 @@ async def _asked(service: Service, fields: Fields) -> _Asked:
     options["top_logprobs"] = best or None
     seed = fresh_seed() if seed is None else seed
     return _Asked(Prompt(ids, given), options, new, seed, best, full, details or prefill, prefill)
-
-
-def _stops(name: str, value: Any) -> list[str]:
-    stops = [text(f"{name}[{place}]", item) for place, item in enumerate(listed(name, value))]
-    if len(stops) > 16 or not all(0 < len(stop) <= 500 for stop in stops):
-        raise Refusal(f"{name}: at most 16 texts of 1 to 500 characters", param=name)
-    return stops
 
 
 async def _submit(service: Service, asked: _Asked) -> list[Handle]:

@@ -9,6 +9,7 @@ need, and -inf for one that could not be. With no processors both are the same.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -153,10 +154,34 @@ class Packed(NamedTuple):
 
 def packed_logprobs(model: Any, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], drawn: Drawn | None) -> Packed:
     """What a model thinks of packed rows. It reads all columns but the last, which no token follows."""
-    real = jnp.arange(tokens.shape[1]) < lengths[:, None]
     if tokens.shape[1] == 1:
         nothing = jnp.zeros(tokens.shape, jnp.float32)
         return Packed(nothing, nothing, nothing != 0)
+
+    def found(logits: Float[Array, "n V"], chosen: Int[Array, " n"], start: Array, count: int) -> tuple[Array, ...]:
+        own, scores = log_prob(logits, chosen), logits
+        if drawn is not None and drawn.processors:
+            rows = drawn.rows(tokens, lengths, start, count)
+            for processor in drawn.processors:
+                scores = processor(scores, rows)
+        after = own if scores is logits else log_prob(scores, chosen)
+        return after, own, logits.argmax(axis=1) == chosen
+
+    return Packed(*of_tokens(model, tokens, lengths, found))
+
+
+def of_tokens(
+    model: Any,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    found: Callable[[Array, Array, Array, int], tuple[Array, ...]],
+) -> tuple[Array, ...]:
+    """What `found(logits [n, V], tokens [n], start, count)` gives of tokens and the logits before them, `[B, T, ...]`.
+
+    It is asked for the tokens after the columns `start` to `start + count` of all rows, row-major: n = B * count. T is
+    at least 2. What has no token is 0: each row's first one, and what is behind its end.
+    """
+    real = jnp.arange(tokens.shape[1]) < lengths[:, None]
     columns = tokens.shape[1] - 1
     size = min(_BLOCK, columns)
     spare = -columns % size
@@ -167,20 +192,12 @@ def packed_logprobs(model: Any, tokens: Int[Array, "B T"], lengths: Int[Array, "
     def block(start: Array) -> tuple[Array, ...]:
         logits = model.logits(jax.lax.dynamic_slice_in_dim(hidden, start, size, axis=1))
         chosen = jax.lax.dynamic_slice_in_dim(following, start, size, axis=1)
-        logits, flat = logits.reshape(-1, logits.shape[2]), chosen.reshape(-1)
-        own = log_prob(logits, flat)
-        scores = logits
-        if drawn is not None and drawn.processors:
-            rows = drawn.rows(tokens, lengths, start, size)
-            for processor in drawn.processors:
-                scores = processor(scores, rows)
-        after = own if scores is logits else log_prob(scores, flat)
-        found = after, own, logits.argmax(axis=1) == flat
-        return tuple(x.reshape(chosen.shape) for x in found)
+        tables = found(logits.reshape(-1, logits.shape[2]), chosen.reshape(-1), start, size)
+        return tuple(x.reshape(*chosen.shape, *x.shape[1:]) for x in tables)
 
-    def in_slots(blocks: Any) -> Any:
-        rows = jnp.moveaxis(blocks, 0, 1).reshape(len(tokens), -1)[:, :columns]
-        rows = jnp.pad(rows, ((0, 0), (1, 0)))
-        return jnp.where(real, rows, jnp.zeros((), rows.dtype))
+    def in_slots(blocks: Array) -> Array:
+        rows = jnp.moveaxis(blocks, 0, 1).reshape(len(tokens), -1, *blocks.shape[3:])[:, :columns]
+        rows = jnp.pad(rows, ((0, 0), (1, 0)) + ((0, 0),) * (rows.ndim - 2))
+        return jnp.where(real.reshape(*real.shape, *(1,) * (rows.ndim - 2)), rows, jnp.zeros((), rows.dtype))
 
-    return Packed(*map(in_slots, jax.lax.map(block, jnp.arange(0, hidden.shape[1], size))))
+    return tuple(map(in_slots, jax.lax.map(block, jnp.arange(0, hidden.shape[1], size))))
