@@ -126,8 +126,10 @@ class Batch:
     def round(self) -> None:
         """Read some pieces of prompts, then decode a few steps; hand out what there is, and free rows that ended."""
         self._evict()
-        # As much as the decode steps take, so that a long prompt does not stop the others.
-        self._read(max(1, len(self._rows) * self._steps // self._chunk) if self._running else len(self._rows))
+        # A piece of each prompt, so that a long one stops nobody; or as many tokens as the decode steps, if more.
+        pieces = max(len(self._reading), len(self._rows) * self._steps // self._chunk)
+        while self._reading and pieces > 0:
+            pieces -= max(1, self._read(pieces))
         if self._running:
             self._decode(self._running)
 
@@ -162,19 +164,21 @@ class Batch:
         if row in self._reading:
             self._reading.remove(row)
 
-    def _read(self, pieces: int) -> None:
-        """Read at most so many pieces, of one row each; what another row holds already is copied.
+    def _read(self, pieces: int) -> int:
+        """Read at most so many pieces, one of each row, and return how many; what another row holds already is copied.
 
         A row that shares more with one before it than that one has read yet waits, and copies it all at once.
         """
         before: list[int] = []
+        read = 0
         for row in [*self._reading]:
             if not any(self._waits(row, other) for other in before):
                 self._copy(row)
-                if row in self._reading and pieces:
-                    pieces -= 1
+                if row in self._reading and read < pieces:
+                    read += 1
                     self._read_piece(row)
             before.append(row)
+        return read
 
     def _waits(self, row: int, other: int) -> bool:
         """Whether a row will have more of another one, which is read first, than there is now."""
