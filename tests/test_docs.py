@@ -169,6 +169,7 @@ FIGURES = (
     "reproducibility",
     "rollouts",
     "families",
+    "engine",
 )
 
 
