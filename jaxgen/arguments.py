@@ -133,6 +133,13 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--max-connections", type=int, default=512, metavar="N", help="default: 512")
     serve.add_argument("--max-time", type=float, default=600, metavar="S", help="seconds per request (default: 600)")
     serve.add_argument(
+        "--records",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="keep the last answers, of so many tokens, so that they can be recorded (default: 1000000; 0: none)",
+    )
+    serve.add_argument(
         "--closing-time", type=float, default=30, metavar="S", help="seconds to finish after a signal (default: 30)"
     )
     _add_compile_cache(serve)

@@ -399,7 +399,7 @@ def _serve(options: argparse.Namespace) -> None:
 
     key = options.api_key or os.environ.get("JAXGEN_API_KEY") or None
     settings = Settings(options.host, options.port, key, options.name, options.closing_time)
-    limits = checked_limits(options.max_body, options.max_n, options.max_time, options.max_connections)
+    limits = checked_limits(options.max_body, options.max_n, options.max_time, options.max_connections, options.records)
     directory = _locate(options)
     _keep_compiled(options)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=options.dtype, load_in_4bit=options.load_in_4bit)

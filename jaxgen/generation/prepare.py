@@ -73,11 +73,13 @@ def prepare(
     extras: Extras = Extras(),
     *,
     inside_jit: bool = False,
+    runs: bool = True,
 ) -> Request:
     """Check all that can be checked on the host, pack the rows, and choose the shape of the batch.
 
-    `inside_jit`: inside the caller's own jit, where ids have no values to be checked, and no buckets are needed. Raises
-    `JaxgenError` for what is wrong, and `UnsupportedError` for what needs the host.
+    `inside_jit`: inside the caller's own jit, where ids have no values to be checked, and no buckets are needed.
+    Without `runs` the call is only to be written down, and the device needs no memory for it. Raises `JaxgenError` for
+    what is wrong, and `UnsupportedError` for what needs the host.
     """
     take = _given_inside_jit if inside_jit else _given_on_host
     given = take(model, input_ids, attention_mask, config, extras, key, seed, row_ids)
@@ -103,8 +105,8 @@ def prepare(
         check_pieces(model.config, given.lengths)
     shape, assistant = (sizes.rows, sizes.length), extras.assistant_model
     if not inside_jit:
-        # Before anything is padded: what the device cannot hold, the host may not either.
-        check_memory(model, shape, layout, assistant, guided=given.negative is not None)
+        if runs:  # before anything is padded: what the device cannot hold, the host may not either
+            check_memory(model, shape, layout, assistant, guided=given.negative is not None)
         given = given._replace(key=padded_key(given.key, sizes.rows))
     prompts = in_bucket(given, sizes)
     if traced.automata is not None and not inside_jit:

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from jaxgen.engine.handle import Completion, Handle, Tokens
 from jaxgen.serve.fields import Fields, text
 from jaxgen.serve.follow import finished, follow, held, unless_gone
+from jaxgen.serve.records import Call
 from jaxgen.serve.refusal import Refusal, as_json
 from jaxgen.serve.service import Service
 from jaxgen.serve.sse import Events
@@ -55,23 +56,31 @@ class Asked:
     """A request under way."""
 
     service: Service
-    handles: Sequence[Handle]
+    calls: Sequence[Call]
     form: Form
     prompt_tokens: int
     seed: int
     stream: tuple[bool, bool, bool]  # whether to stream, with usage at the end, and in every event
     chunks: str  # the `object` of an event
 
+    @property
+    def handles(self) -> list[Handle]:
+        """Those of all calls, in the order of the choices."""
+        return [handle for call in self.calls for handle in call.handles]
+
     async def answer(self, request: Request) -> Any:
         """The answer: at once, or as events."""
         if self.stream[0]:
             seconds = self.service.limits.seconds + _GRACE
             return Events(self._events(), self.handles, self.service.failed, seconds, last="[DONE]")
-        with held(self.handles):
-            await unless_gone(request.receive, finished(self.handles))
-            done = [self._completion(handle) for handle in self.handles]
+        handles = self.handles
+        with held(handles):
+            await unless_gone(request.receive, finished(handles))
+            done = [self._completion(handle) for handle in handles]
         choices = [self.form.whole(place, each) for place, each in enumerate(done)]
-        return as_json(self.body(choices, sum(len(each.tokens.ids) for each in done)))
+        body = self.body(choices, sum(len(each.tokens.ids) for each in done))
+        self.service.records.keep(body["id"], self.calls, done)
+        return as_json(body)
 
     def body(self, choices: list[dict[str, Any]], new: int) -> dict[str, Any]:
         """An answer that is sent at once, of so many new tokens."""
@@ -91,18 +100,22 @@ class Asked:
     async def _events(self) -> AsyncGenerator[Any, None]:
         frame = {**self._frame(), "object": self.chunks}
         with_usage, every = self.stream[1:]
-        counts, pieces = [0] * len(self.handles), [handle.pieces() for handle in self.handles]
+        handles = self.handles
+        counts, pieces = [0] * len(handles), [handle.pieces() for handle in handles]
+        ended: dict[int, Completion] = {}
 
         def event(choice: dict[str, Any]) -> dict[str, Any]:
             usage = {"usage": self._usage(sum(counts)) if every else None} if with_usage or every else {}
             return {**frame, "choices": [choice], **usage}
 
-        for place in range(len(self.handles)):
+        for place in range(len(handles)):
             if (first := self.form.begin(place)) is not None:
                 yield {**event(first), "seed": self.seed}
-        async for place, tokens in follow(self.handles):
+        async for place, tokens in follow(handles):
             if tokens is None:
-                done = self._completion(self.handles[place])
+                done = ended[place] = self._completion(handles[place])
+                if len(ended) == len(handles):  # before its last event: who has that may ask for the record
+                    self.service.records.keep(frame["id"], self.calls, [ended[each] for each in range(len(handles))])
                 if rest := pieces[place].finish():
                     yield event(self.form.piece(place, rest, Tokens.joined([])))
                 yield event(self.form.end(place, FINISH.get(done.finish_reason, "length")))

@@ -1,5 +1,6 @@
 """The routes of a server, as an ASGI application."""
 
+import asyncio
 import contextlib
 import functools
 import threading
@@ -58,6 +59,7 @@ def application(service: Service, *, key: str | None = None, local: bool = True,
         *(Route(path, _get(service, what)) for path, what in _GETS.items()),
         *(Route(path, _post(service, what), methods=["POST"]) for path, what in _POSTS.items()),
         Route("/metrics", metrics),
+        Route("/v1/records/{id}", functools.partial(_record, service)),
     ]
     handlers: Any = {HTTPException: functools.partial(_no_route, service)}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
@@ -96,6 +98,16 @@ def _get(service: Service, what: Callable[[Service], Response]) -> Callable[[Req
     return endpoint
 
 
+async def _record(service: Service, request: Request) -> Response:
+    try:
+        outputs = await service.prompts(service.records.outputs, request.path_params["id"])
+        record = await asyncio.to_thread(service.records.record, outputs)
+    except Exception as error:
+        refusal = service.failure(error)
+        return as_json(refusal.body(service.hidden), refusal.status)
+    return Response(record.to_json(), media_type="application/json")
+
+
 async def _no_route(service: Service, request: Request, error: HTTPException) -> Response:
     said = f"{request.method} {request.url.path[:200]}: {error.detail}"
     refusal = Refusal(said, status=error.status_code, code="no_such_route")
@@ -105,7 +117,8 @@ async def _no_route(service: Service, request: Request, error: HTTPException) ->
 def _models(service: Service) -> Response:
     entry = {"id": service.name, "object": "model", "created": service.created, "owned_by": "jaxgen"}
     shape = service.engine.strict
-    known = {"max_model_len": shape.tokens, "system_fingerprint": service.fingerprint, "fingerprint_of": service.facts}
+    known = {"max_model_len": shape.tokens, "max_top_logprobs": service.engine.top_logprobs}
+    known |= {"system_fingerprint": service.fingerprint, "fingerprint_of": service.facts}
     return as_json({"object": "list", "data": [entry | known]})
 
 

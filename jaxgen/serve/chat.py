@@ -81,9 +81,9 @@ async def chat_completions(request: Request, service: Service, body: Any) -> Any
     ids = await service.prompts(lambda: service.encoded("messages", messages, **template))
     options |= {"seed": seed, "top_logprobs": best or None}
     submit = lambda: service.submit("messages", [Prompt(ids, "")], (*new, None), samples, **options)  # noqa: E731
-    handles = await service.prompts(submit)
+    calls = await service.prompts(submit)
     form = ChatForm(service.texts, best)
-    asked = Asked(service, handles, form, len(ids), seed, stream, "chat.completion.chunk")
+    asked = Asked(service, calls, form, len(ids), seed, stream, "chat.completion.chunk")
     return await asked.answer(request)
 
 

@@ -117,8 +117,8 @@ async def completions(request: Request, service: Service, body: Any) -> Any:
         return _echoed(service, form, count, len(prompts) * samples)
     options |= {"seed": seed, "top_logprobs": best or None}
     most = ("max_tokens", new, DEFAULT_NEW_TOKENS)
-    handles = await service.prompts(lambda: service.submit("prompt", prompts, most, samples, **options))
-    return await Asked(service, handles, form, count, seed, stream, "text_completion").answer(request)
+    calls = await service.prompts(lambda: service.submit("prompt", prompts, most, samples, **options))
+    return await Asked(service, calls, form, count, seed, stream, "text_completion").answer(request)
 
 
 def _echoed(service: Service, form: CompletionForm, count: int, choices: int) -> Any:

@@ -28,12 +28,14 @@ class Settings:
     closing_seconds: float = 30.0  # in which requests may finish after a signal
 
 
-def checked_limits(body: int, samples: int, seconds: float, connections: int) -> Limits:
+def checked_limits(body: int, samples: int, seconds: float, connections: int, records: int = Limits.records) -> Limits:
     """Limits as the command line gives them. Raises `JaxgenError`."""
     for name, value in {"body": body, "n": samples, "time": seconds, "connections": connections}.items():
         if not 0 < value < 1 << 31:
             raise JaxgenError(f"--max-{name} {value:g} must be more than 0, and less than {1 << 31}")
-    return Limits(body=body, samples=samples, seconds=seconds, connections=connections)
+    if not 0 <= records < 1 << 31:
+        raise JaxgenError(f"--records {records} must be at least 0, and less than {1 << 31}")
+    return Limits(body=body, samples=samples, seconds=seconds, connections=connections, records=records)
 
 
 def serve(model: Any, tokenizer: Any, settings: Settings, limits: Limits, **sizes: Any) -> None:

@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 
 import jaxgen
 from jaxgen.engine.engine import Engine
-from jaxgen.engine.handle import Handle, Tokens
+from jaxgen.engine.handle import Tokens
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.choosing.seed import next_seed
 from jaxgen.generation.prompts.contexts import context_of
 from jaxgen.records.provenance import environment, facts_of, tokenizer_of
 from jaxgen.serve.metrics import Metrics
+from jaxgen.serve.records import Call, Records
 from jaxgen.serve.refusal import Refusal, refusal_of
 from jaxgen.serve.sampling import with_field
 from jaxgen.serve.scoring import PromptScores
@@ -38,6 +39,7 @@ class Limits:
     seconds: float = 600.0  # of generating, after which a text ends
     connections: int = 512  # requests at a time
     body_seconds: float = 30.0  # in which a body must have come
+    records: int = 1_000_000  # tokens of the last answers, which are kept so that they can be recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Service:
         self.model, self.tokenizer = engine.model, engine.tokenizer
         self.texts, self.scores = TokenTexts(engine.tokenizer), PromptScores(engine.model, engine.top_logprobs)
         self.metrics, self.created = Metrics(), int(time.time())
+        self.records = Records(engine, self.limits.records)
         self.facts: dict[str, Any] = {}
         self.fingerprint = ""
         self.hidden = {
@@ -122,13 +125,13 @@ class Service:
         new: tuple[str, int | None, int | None],
         samples: int,
         **options: Any,
-    ) -> list[Handle]:
+    ) -> list[Call]:
         """Submit each prompt so many times. `new` is the field of the most new tokens, its value, and its default.
 
         Without a default a text may fill its row. Raises `Refusal`, and as `Engine.submit`; then nothing is left
         in the engine.
         """
-        handles: list[Handle] = []
+        calls: list[Call] = []
         asked, given, default = new
         try:
             for row, prompt in enumerate(prompts):
@@ -140,14 +143,16 @@ class Service:
                         code="context_length_exceeded",
                     )
                 count = given or min(room, default or room)
+                own = {**options, "max_new_tokens": count, "max_time": self.limits.seconds}
+                calls.append(Call(prompt.ids, row, own, []))
                 for sample in range(samples):
-                    once = {"row_id": row, "sample": sample, "max_new_tokens": count, "max_time": self.limits.seconds}
-                    handles.append(self.engine.submit(prompt.ids, **once, **options))
+                    calls[-1].handles.append(self.engine.submit(prompt.ids, row_id=row, sample=sample, **own))
         except JaxgenError as error:
-            for handle in handles:
-                handle.cancel()
+            for call in calls:
+                for handle in call.handles:
+                    handle.cancel()
             raise with_field(error) from error
-        return handles
+        return calls
 
     def failure(self, error: Exception) -> Refusal:
         """What to answer; nothing of an error that was not meant for clients, which is logged."""

@@ -158,7 +158,8 @@ async def _asked(service: Service, fields: Fields) -> _Asked:
 async def _submit(service: Service, asked: _Asked) -> list[Handle]:
     new = ("parameters.max_new_tokens", asked.new, _DEFAULT_NEW_TOKENS)
     options = {**asked.options, "seed": asked.seed}
-    return await service.prompts(lambda: service.submit("inputs", [asked.prompt], new, 1, **options))
+    [call] = await service.prompts(lambda: service.submit("inputs", [asked.prompt], new, 1, **options))
+    return call.handles
 
 
 def _completed(service: Service, handle: Handle) -> Completion:
