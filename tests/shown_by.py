@@ -11,6 +11,7 @@ STOP_STRINGS = "tests/oracle/test_stop_strings_oracle.py"
 SHOWN_BY: dict[str, str] = {
     **{name: PROCESSORS for name, option in (OPTIONS | ARGUMENTS).items() if option.processor},
     **{name: "tests/test_bad_input.py" for name in REFUSED},
+    **dict.fromkeys(("frequency_penalty", "presence_penalty"), "tests/test_processors.py"),
     "max_length": "tests/test_stop.py",
     "max_new_tokens": "tests/test_generate.py",
     "max_time": "tests/test_stop.py",

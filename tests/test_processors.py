@@ -53,6 +53,30 @@ def test_encoder_repetition_penalty_by_hand():
     assert processed({"encoder_repetition_penalty": 2.0}, [[2, -2, 3, 1]], rows) == [[4, -1, 3, 1]]
 
 
+def test_frequency_and_presence_penalties_by_hand():
+    # The prompt is 0 0 1; then came 1, 3, 3, and in the second row nothing. What stands behind the end is no token.
+    rows = rows_of([[0, 0, 1, 1, 3, 3], [3, 3, 1]], new_tokens=[3, 0], garbage=2)
+    logits = [[1, 1, 1, -1]] * 2
+    assert processed({"frequency_penalty": 0.5}, logits, rows) == [[1, 0.5, 1, -2], [1, 1, 1, -1]]
+    assert processed({"presence_penalty": 0.25}, logits, rows) == [[1, 0.75, 1, -1.25], [1, 1, 1, -1]]
+    assert processed({"presence_penalty": -2, "frequency_penalty": 1}, logits, rows)[0] == [1, 2, 1, -1]
+    # Behind the repetition penalty and before the temperature, as in vLLM: (1 / 2 - 0.5) / 0.1, (-1 * 2 - 1) / 0.1.
+    both = {"repetition_penalty": 2.0, "frequency_penalty": 0.5, "temperature": 0.1, "do_sample": True}
+    np.testing.assert_allclose(processed(both, logits, rows)[0], [5, 0, 10, -30], rtol=1e-6, atol=1e-6)
+
+
+def test_penalties_of_counts_as_openai_defines_them():
+    """logit - count * frequency - (count > 0) * presence, in numpy."""
+    rng = np.random.default_rng(0)
+    prompts, news = rng.integers(1, 5, 6), rng.integers(0, 8, 6)
+    histories = [rng.integers(0, 5, length).tolist() for length in prompts + news]
+    logits = rng.normal(size=(6, 5)).astype(np.float32)
+    rows = rows_of(histories, new_tokens=news.tolist(), slots=12)
+    counts = np.stack([np.bincount(h[p:], minlength=5) for h, p in zip(histories, prompts, strict=True)])
+    found = processed({"frequency_penalty": 0.7, "presence_penalty": -0.3}, logits, rows)
+    np.testing.assert_allclose(found, logits - counts * 0.7 + (counts > 0) * 0.3, rtol=1e-5, atol=1e-6)
+
+
 def test_sequence_bias_by_hand():
     # (1, 2) -> 3 matches the first row's end; (2,) -> 3 matches both; token 0 always gets 5; the last one is
     # longer than any row here.

@@ -153,8 +153,12 @@ class GenerationConfig(Options):
             setattr(self, name, value)
 
     def to_hf(self) -> dict[str, Any]:
-        """The generation_config.json that transformers reads back: the fields that are set."""
-        return {k: _listed(v) for k, v in vars(self).items() if v is not None and not OPTIONS[k].ours}
+        """The generation_config.json that transformers reads back: the fields that are set.
+
+        With those of ours that decide tokens: transformers keeps what it does not know.
+        """
+        mine = {name for name, option in OPTIONS.items() if option.ours and option.processor is None}
+        return {k: _listed(v) for k, v in vars(self).items() if v is not None and k not in mine}
 
     def to_dict(self) -> dict[str, Any]:
         """`to_hf`, under HF's name."""

@@ -139,6 +139,20 @@ class Options:
     repetition_penalty: float | None = _processor(
         _positive, "above 1: tokens that occurred become less likely", history.RepetitionPenalty, default=1.0, off=1.0
     )
+    frequency_penalty: float | None = _processor(
+        _real,
+        "OpenAI's: subtracted from a token's logit once for each time that it was generated; jaxgen's own",
+        history.FrequencyPenalty,
+        off=0.0,
+        ours=True,
+    )
+    presence_penalty: float | None = _processor(
+        _real,
+        "OpenAI's: subtracted once from the logits of tokens that were generated; jaxgen's own",
+        history.PresencePenalty,
+        off=0.0,
+        ours=True,
+    )
     no_repeat_ngram_size: int | None = _processor(
         integer(0), "no n-gram of this size twice", history.NoRepeatNgram, off=0
     )

@@ -96,6 +96,8 @@ class SharedOptions(TypedDict, total=False):
     sequence_bias: Mapping[tuple[int, ...], Number] | Sequence[Sequence[IdList | Number]] | None
     encoder_repetition_penalty: Number | None
     repetition_penalty: Number | None
+    frequency_penalty: Number | None
+    presence_penalty: Number | None
     no_repeat_ngram_size: Integer | None
     encoder_no_repeat_ngram_size: Integer | None
     bad_words_ids: Sequence[IdList] | None

@@ -126,6 +126,42 @@ def held(rows: Rows, end: Int[Array, " R"], vocab_size: int) -> Bool[Array, "R V
     return jnp.zeros((number, vocab_size), bool).at[jnp.arange(number)[:, None], column].set(True, mode="drop")
 
 
+class FrequencyPenalty(Processor):
+    """Subtract the penalty from a token's logit for every time that the row has been given it.
+
+    The prompt does not count. Source: OpenAI's API, and vLLM's, which have it beside the repetition penalty.
+    """
+
+    penalty: Number
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        given = _given(rows, logits.shape[1])
+        # Sums, not products, which may be rounded together with the subtraction, or not: bits would differ.
+        index = jnp.arange(len(given))[:, None]
+        return logits - jnp.zeros_like(logits).at[index, given].add(self.penalty, mode="drop")
+
+
+class PresencePenalty(Processor):
+    """Subtract the penalty once from the logits of the tokens that the row has been given.
+
+    The prompt does not count. Source: OpenAI's API, and vLLM's.
+    """
+
+    penalty: Number
+
+    def __call__(self, logits: Logits, rows: Rows) -> Logits:
+        given = _given(rows, logits.shape[1])
+        index = jnp.arange(len(given))[:, None]
+        return logits - jnp.zeros_like(logits).at[index, given].set(self.penalty, mode="drop")
+
+
+def _given(rows: Rows, vocab_size: int) -> Int[Array, "R S"]:
+    """The new tokens of each row, in their slots; elsewhere an id past the end."""
+    slots = jnp.arange(rows.tokens.shape[1])
+    new = (slots >= rows.prompt_lengths[:, None]) & (slots < rows.lengths[:, None])
+    return jnp.where(new, rows.tokens, vocab_size)
+
+
 class NoRepeatNgram(Processor):
     """Remove every token that would complete an n-gram of `size` tokens that the row already holds.
 
