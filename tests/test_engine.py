@@ -1,6 +1,7 @@
 """The engine: a request's tokens and log-probabilities are those of `generate`, whatever else it does meanwhile."""
 
 import contextlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 import jaxgen
 from jaxgen import EngineClosedError, EngineFullError, JaxgenError, NonFiniteLogitsError, UnsupportedError, demo
 from tests.helpers import counted, some_slow
+from tests.tokenizers import characters
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 2, "max_position_embeddings": 128}
@@ -32,6 +34,14 @@ OPTIONS = [
     {"do_sample": True, "top_k": 0},
     {"do_sample": True, "top_k": 5, "top_p": 0.9, "temperature": 0.8, "repetition_penalty": 1.2, "min_new_tokens": 3},
     {"do_sample": True, "top_k": 90, "min_p": 0.02, "temperature": 1.7, "no_repeat_ngram_size": 2},
+    {"do_sample": True, "top_k": 0, "frequency_penalty": 0.7, "presence_penalty": 0.4},
+]
+# With and without an end within the new tokens; one has many states, one that the end token alone ends.
+CONSTRAINED = [
+    {"do_sample": False, "constraint": jaxgen.regex("(s|st|op)*")},
+    {"do_sample": False, "constraint": jaxgen.choice(["stopper", "opera", "at"])},
+    {**OPTIONS[2], "constraint": jaxgen.regex("(he|she)( (to|st|a)+){1,9}")},
+    {**OPTIONS[2], "constraint": jaxgen.regex("(a|b|é)+(日本)?")},
 ]
 
 
@@ -55,12 +65,13 @@ def model():
 
 @pytest.fixture(scope="module")
 def engine(model):
-    with jaxgen.Engine(model, rows=4, slots=64, chunk=8, steps=3) as engine:
+    with jaxgen.Engine(model, characters(), rows=4, slots=64, chunk=8, steps=3, constraints=(48, 24)) as engine:
         yield engine
 
 
 def alone(model, engine, prompt, **options):
     """What `generate` gives in the engine's shape: ids, both log-probabilities, the reason to end."""
+    options |= {"tokenizer": engine.tokenizer} if "constraint" in options else {}
     out = model.generate([prompt], strict=engine.strict, return_dict_in_generate=True, **options)
     count = int(out.lengths[0])
     new = out.sequences[0, len(prompt) : len(prompt) + count].tolist()
@@ -77,7 +88,7 @@ requests = st.tuples(
     st.integers(1, 40),  # tokens of the prompt
     st.sampled_from([0, 8, 16, 19]),  # of which so many are those of all
     st.integers(3, 24),  # new tokens
-    st.sampled_from(OPTIONS),
+    st.sampled_from(OPTIONS + CONSTRAINED),
     st.integers(0, 3),  # seed
     st.sampled_from(["", "", "", "cancel", "wait"]),  # what happens after it
 )
@@ -111,10 +122,10 @@ def carried_out(model, engine, plan):
 @pytest.mark.parametrize("kind", some_slow(KINDS, lambda kind: kind != "window"))
 def test_any_schedule_gives_the_bits_of_generate(kind):
     """Any order of arrival, crowd and cancellations; prompts that share a beginning; and once more after a restart."""
-    model = tiny(**KINDS[kind])
+    model, tokenizer = tiny(**KINDS[kind]), characters()
     plans = []
 
-    with jaxgen.Engine(model, rows=4, slots=64, chunk=8, steps=3) as engine:
+    with jaxgen.Engine(model, tokenizer, rows=4, slots=64, chunk=8, steps=3, constraints=(64, 24)) as engine:
 
         @settings(max_examples=12, deadline=None, derandomize=True)
         @given(st.lists(requests, min_size=1, max_size=8))
@@ -124,16 +135,17 @@ def test_any_schedule_gives_the_bits_of_generate(kind):
 
         check()
         assert engine.stats()["prefix_tokens"] > 0
-    with jaxgen.Engine(model, rows=4, slots=64, chunk=8, steps=5) as again:
+    with jaxgen.Engine(model, tokenizer, rows=4, slots=64, chunk=8, steps=5) as again:
         carried_out(model, again, plans[-1])
 
 
 def mixed(engine, number):
     handles = []
     for index in range(number):
-        options = {**OPTIONS[index % 4], "max_new_tokens": 3 + index % 7, "temperature": 0.5 + index % 5 / 4}
+        options = {**OPTIONS[index % 5], "max_new_tokens": 3 + index % 7, "temperature": 0.5 + index % 5 / 4}
         options = options if options["do_sample"] else {"max_new_tokens": 1 + index % 7}
         options |= {"sequence_bias": {(3, 4): 2.0, (index % 97,): -1.0}} if index % 6 == 5 else {}
+        options |= {"constraint": jaxgen.regex(f"(st|op|a){{1,{1 + index % 9}}}")} if index % 4 == 3 else {}
         handles.append(engine.submit(prompt_of(1 + index % 40, 8 * (index % 3)), **options))
     return [handle.result(timeout=600) for handle in handles]
 
@@ -208,6 +220,41 @@ def test_samples_and_row_ids_are_those_of_a_call(model, engine):
     assert [output.generated_tokens for output in outputs.values()] == both[:, 7:].tolist()
     assert [*outputs] == ["req_0", "req_1", "req_2", "req_3"]
     assert model.generate_batch([]) == {}
+
+
+def test_a_constraint_holds_and_ends_a_row(engine):
+    """The text is one of those that match, and the reason to end says whether it is whole."""
+    said = {}
+    for name, constraint, new in (
+        ("whole", jaxgen.choice(["stopper", "opera"]), 12),
+        ("whole at the limit", jaxgen.regex("a+"), 5),
+        ("not whole before the limit", jaxgen.regex("(a|b)*c"), 6),
+    ):
+        options = {"max_new_tokens": new, "constraint": constraint, "do_sample": True, "seed": 3, "eos_token_id": None}
+        said[name] = engine.submit([5, 6, 7], **options).result(60)
+    assert [done.finish_reason for done in said.values()] == ["complete"] * 3
+    assert said["whole"].text in ("stopper", "opera")
+    assert re.fullmatch("a{5,10}", said["whole at the limit"].text)
+    assert re.fullmatch("[ab]*c", said["not whole before the limit"].text)
+    ended = engine.submit([5, 6, 7], constraint=jaxgen.regex("a*"), max_new_tokens=5, sequence_bias={(2,): 99.0})
+    assert ended.result(60).finish_reason == "eos"
+
+
+def test_constraints_that_cannot_be_are_refused(model, engine):
+    with pytest.raises(UnsupportedError, match="a grammar, which the host reads"):
+        engine.submit([5], constraint=jaxgen.grammar('start: "(" start ")" | "a"'))
+    with pytest.raises(JaxgenError, match=r"has 51 states and \d+ classes of tokens, and a row has room for 48 and 24"):
+        engine.submit([5], constraint=jaxgen.regex("a{50}"))
+    with pytest.raises(JaxgenError, match="the shortest text takes 4 tokens, and there is room for 3"):
+        engine.submit([5], constraint=jaxgen.regex("e{4}"), max_new_tokens=3)
+    with pytest.raises(JaxgenError, match="a list of 2, and there are 1 prompts"):
+        engine.submit([5], constraint=[jaxgen.regex("a")] * 2)
+    with jaxgen.Engine(model, characters(), rows=1, slots=64, constraints=None) as without:
+        with pytest.raises(UnsupportedError, match="no room for any"):
+            without.submit([5], constraint=jaxgen.regex("a"))
+        assert without.submit([5], max_new_tokens=1).result(60).token_ids
+    with pytest.raises(JaxgenError, match=r"constraints\[1\]=0"):
+        jaxgen.Engine(model, constraints=(64, 0))
 
 
 REFUSED = {

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, UInt32
 
 from jaxgen.engine.handle import CANCELLED, Handle, Tokens
-from jaxgen.engine.options import RowOptions
+from jaxgen.engine.options import Asked, RowOptions
 from jaxgen.engine.prefixes import Held, Prefixes
 from jaxgen.engine.programs import Entry, News, programs_for
 from jaxgen.engine.stops import StopWatch
@@ -18,7 +18,7 @@ from jaxgen.errors import NonFiniteLogitsError
 from jaxgen.generation.choosing.sample import random_key
 from jaxgen.generation.choosing.stop import BROKEN, EOS, FINISH_REASON, RUNNING, STOP_STRING, TIME
 from jaxgen.generation.options.config import GenerationConfig
-from jaxgen.generation.processors.processor import Processor, as_count
+from jaxgen.generation.processors.processor import as_count
 from jaxgen.generation.programs.inputs import BatchLayout
 from jaxgen.generation.prompts.layout import pad_to
 
@@ -30,7 +30,7 @@ class Request:
     handle: Handle
     prompt: Int[np.ndarray, " T"]
     config: GenerationConfig
-    processors: dict[str, Processor]
+    asked: Asked
     key: Any
     row_id: UInt32[np.ndarray, " 2"]
     sample: int
@@ -53,7 +53,8 @@ class Batch:
 
     def __init__(self, model: Any, rows: int, layout: BatchLayout, steps: int, options: RowOptions):
         self.counts = collections.Counter[str]()  # of tokens and steps, for `Engine.stats`
-        self._programs = programs_for(model, rows, layout, steps)
+        room = options.room
+        self._programs = programs_for(model, rows, layout, steps, None if room is None else room.free)
         self._state: Any = None  # until there is a request
         self._chunk, self._steps, self._total, self._options = layout.chunk, steps, layout.total, options
         self._rows: list[Request | None] = [None] * rows
@@ -86,9 +87,12 @@ class Batch:
         row, none = as_count(0), as_count(0)
         piece = np.zeros(self._chunk, np.int32)
         key, _ = random_key(None, 0)
-        entry = Entry(
-            np.zeros(self._total, np.int32), as_count(1), as_count(2), none, key, np.zeros(2, np.uint32), none
-        )
+        room = self._options.room
+        tokens, words = np.zeros(self._total, np.int32), np.zeros(2, np.uint32)
+        free = None if room is None else as_count(room.free)
+        entry = Entry(tokens, as_count(1), as_count(2), none, key, words, none, free)
+        if room is not None:
+            room.warmup()
         programs, numbers = self._programs, self._options.traced()
         idle = np.zeros(len(self._rows), np.int32)
         state = programs.insert(programs.opened(), row, entry)
@@ -108,7 +112,7 @@ class Batch:
         self._insert(row, request, count)
 
     def _insert(self, row: int, request: Request, count: int) -> None:
-        self._options.set(row, request.config, request.processors)
+        begin = self._options.set(row, request.config, request.asked)
         entry = Entry(
             tokens=pad_to(request.prompt, (self._total,)),
             length=as_count(len(request.prompt)),
@@ -117,6 +121,7 @@ class Batch:
             key=request.key,
             row_id=request.row_id,
             sample=as_count(request.sample),
+            constrained=None if begin is None else as_count(begin),
         )
         self._state = self._programs.opened() if self._state is None else self._state
         self._state = self._programs.insert(self._state, as_count(row), entry)
@@ -141,6 +146,7 @@ class Batch:
                 self._rows[row] = None
         self._reading.clear()
         self._state = None
+        self._options.forget()
         self._prefixes.forget()
 
     def _evict(self) -> None:

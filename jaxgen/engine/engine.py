@@ -18,10 +18,12 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxgen.engine.batch import Batch, Request
+from jaxgen.engine.constraints import Room
 from jaxgen.engine.handle import CANCELLED, Handle
 from jaxgen.engine.options import NEUTRAL, RowOptions
 from jaxgen.engine.stops import StopWatch
 from jaxgen.errors import EngineClosedError, EngineFullError, JaxgenError
+from jaxgen.generation.choosing.constrained import Automaton, too_long
 from jaxgen.generation.choosing.sample import random_key, row_id_words
 from jaxgen.generation.options.checks import integer
 from jaxgen.generation.options.config import GenerationConfig, resolve
@@ -46,10 +48,10 @@ class Engine:
     By default `slots` are 4096, or the model's context where that is less. `submit` takes a prompt and the options of
     `generate`, from any thread, and gives a `Handle`. Prompts are read `chunk` tokens at a time between chunks of
     `steps` decode steps. `queue` requests may wait; `top_logprobs` is how many of the best tokens of each step are
-    kept; `processors` are the names of the options of the logits that requests may use. Sizes are rounded up to 2**k
-    or 3 * 2**k. A request gets the tokens and the log-probabilities, to the last bit, of
-    `model.generate(prompt, strict=engine.strict, ...)`, whatever else the engine does. The weights are those that the
-    model has now. Close it, or use it in a `with`.
+    kept; `processors` are the names of the options of the logits that requests may use; `constraints` is the room that
+    each row has for a constraint, in states and classes of tokens, or None. Sizes are rounded up to 2**k or 3 * 2**k. A
+    request gets the tokens and the log-probabilities, to the last bit, of `model.generate(prompt, strict=engine.strict,
+    ...)`, whatever else the engine does. The weights are those that the model has now. Close it, or use it in a `with`.
 
     Raises `JaxgenError` for bad sizes, and for more memory than the device has.
 
@@ -73,6 +75,7 @@ class Engine:
         queue: int = 1024,
         top_logprobs: int = 0,
         processors: tuple[str, ...] = tuple(NEUTRAL),
+        constraints: tuple[int, int] | None = (1024, 384),
     ):
         slots = min(USUAL_SLOTS, model.config.max_position_embeddings) if slots is None else slots
         self.model, self.strict = model, Strict(rows=rows, tokens=slots, chunk=chunk)
@@ -88,7 +91,9 @@ class Engine:
         layout = BatchLayout(static, 1, total, held, chunk=self.strict.chunk, one_by_one=True)
         check_memory(model, (self.strict.rows, self.strict.chunk), layout)
         self.top_logprobs = best
-        self._options = RowOptions(self.strict.rows, model.config.vocab_size, processors, model.device)
+        sizes = self.strict.rows, model.config.vocab_size
+        room = None if constraints is None else Room(*sizes, constraints, model.device)
+        self._options = RowOptions(*sizes, processors, room, model.device)
         self._batch = Batch(model, self.strict.rows, layout, integer(1)("steps", steps), self._options)
         self._waiting: collections.deque[Request] = collections.deque()
         self._wake, self._closing, self._deadline = threading.Condition(), False, float("inf")
@@ -122,7 +127,7 @@ class Engine:
             {"return_dict_in_generate": True, **fields}, generation_config, self.model.stored_generation_config
         )
         ids = self._ids(prompt)
-        processors, stops = self._options.check(config, extras)
+        asked = self._options.check(config, extras)
         if config.sequences_per_prompt > 1:
             raise JaxgenError("num_return_sequences: a request is one row; submit it once for each sample=")
         if (config.top_logprobs or 0) > self.top_logprobs:
@@ -139,12 +144,12 @@ class Engine:
             handle,
             ids,
             config,
-            processors,
+            asked,
             key,
             row_id=row_id_words([row_id], 1)[0],
             sample=integer(0)("sample", sample),
-            max_length=self._max_length(len(ids), config),
-            watch=None if stops is None else StopWatch(stops, ids),
+            max_length=self._max_length(len(ids), config, asked.automaton),
+            watch=None if asked.stops is None else StopWatch(asked.stops, ids),
             until=float("inf") if config.max_time is None else handle.submitted + config.max_time,
         )
         with self._wake:
@@ -165,6 +170,16 @@ class Engine:
         if self._dead is not None:
             raise EngineClosedError(f"the engine failed: {self._dead}") from self._dead
         return ready
+
+    @property
+    def room(self) -> Room | None:
+        """What each row may be constrained by, if by anything."""
+        return self._options.room
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended by an error, which `wait_until_ready` raises."""
+        return self._dead is not None
 
     @property
     def closed(self) -> bool:
@@ -194,7 +209,7 @@ class Engine:
     def __exit__(self, kind: Any, *_: object) -> None:
         self.close(None if kind is None else 0)
 
-    def _max_length(self, prompt: int, config: GenerationConfig) -> int:
+    def _max_length(self, prompt: int, config: GenerationConfig, automaton: Automaton | None) -> int:
         """The length at which a row ends that begins with so many tokens; raises `JaxgenError` if it can never fit."""
         lengths, own = np.array([prompt], np.int32), self.model.config
         check_pieces(own, lengths)
@@ -204,6 +219,8 @@ class Engine:
                 f"a prompt of {prompt} tokens and {limit - prompt} new ones are more than the {self.strict.tokens} "
                 f"slots of a row; at most {max(self.strict.tokens - prompt, 0)} new tokens fit, or Engine(slots=)"
             )
+        if automaton is not None and automaton.distance[0] > limit - prompt:
+            raise too_long("", int(automaton.distance[0]), limit - prompt)
         return limit
 
     def _ids(self, prompt: Any) -> Int[np.ndarray, " T"]:

@@ -5,14 +5,16 @@ device, and a row that has it off keeps its logits bit for bit.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from jaxgen.engine.constraints import ConstrainedRows, Room
 from jaxgen.errors import JaxgenError, UnsupportedError, shown
+from jaxgen.generation.choosing.constrained import Automaton
 from jaxgen.generation.choosing.stop_strings import StopStrings
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import OPTIONS, Extras
@@ -27,6 +29,8 @@ from jaxgen.generation.prompts.rows import Rows
 NEUTRAL: dict[str, Any] = {
     "sequence_bias": (((0,), 0.0),),
     "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
     "no_repeat_ngram_size": 1,
     "min_length": 0,
     "min_new_tokens": 0,
@@ -79,12 +83,22 @@ class OfRows(Processor):
         return jax.lax.cond((self.on & rows.running).any(), changed, lambda: logits)
 
 
+class Asked(NamedTuple):
+    """What a request asks of how its tokens are chosen."""
+
+    processors: dict[str, Processor]
+    stops: StopStrings | None
+    automaton: Automaton | None  # of its constraint
+
+
 class RowOptions:
     """What every row of an engine was asked for, on the host; `traced` is what the device gets of it."""
 
-    def __init__(self, rows: int, vocab_size: int, names: tuple[str, ...], device: Any):
+    def __init__(self, rows: int, vocab_size: int, names: tuple[str, ...], room: Room | None, device: Any):
+        self.room = room
         self._vocab_size, self._device, self._known = vocab_size, device, None
-        self._eos, self._samples = np.full((rows, ENDS), -1, np.int32), np.zeros(rows, bool)
+        self._eos = np.full((rows, ENDS), -1, np.int32)
+        self._samples, self._ranked = np.zeros(rows, bool), np.zeros(rows, bool)
         self._on = {name: np.zeros(rows, bool) for name in OPTIONS if name in names}
         call = Call({"min_new_tokens": None}, (0,))
         self._numbers = {
@@ -92,10 +106,10 @@ class RowOptions:
             for name in self._on
         }
 
-    def check(self, config: GenerationConfig, extras: Extras) -> tuple[dict[str, Processor], StopStrings | None]:
-        """A request's processors and stop strings; raises `JaxgenError` for what it asks and this engine has not."""
+    def check(self, config: GenerationConfig, extras: Extras) -> Asked:
+        """What a request asks; raises `JaxgenError` for what this engine has not."""
         for name, value in vars(extras).items():
-            if value is not None and name != "tokenizer":
+            if value is not None and name not in ("tokenizer", "constraint"):
                 raise UnsupportedError(f"{name}: not in an engine, whose rows share one program; use model.generate")
         for name, option in OPTIONS.items():
             value = getattr(config, name)
@@ -108,7 +122,8 @@ class RowOptions:
             raise UnsupportedError(f"{name}={shown(value)}: not in this engine; {had or 'use model.generate'}")
         if len(config.eos_token_ids) > ENDS:
             raise JaxgenError(f"eos_token_id: {len(config.eos_token_ids)} ids, and an engine's rows end at {ENDS}")
-        stops = traced_options(config, self._vocab_size, extras).stop_strings  # checks all values on the way
+        plain = Extras(tokenizer=extras.tokenizer)
+        stops = traced_options(config, self._vocab_size, plain).stop_strings  # checks all values on the way
         call = Call({**vars(config)}, config.eos_token_ids)
         on = {}
         for name in self._on:
@@ -117,31 +132,48 @@ class RowOptions:
                 processor = made(name, value, call)
                 if processor is not None:
                     on[name] = processor
-        return on, stops
+        return Asked(on, stops, self._automaton(extras, config.eos_token_ids))
 
-    def set(self, row: int, config: GenerationConfig, processors: dict[str, Processor]) -> None:
-        """Give a row the options of a request."""
+    def _automaton(self, extras: Extras, eos: tuple[int, ...]) -> Automaton | None:
+        if extras.constraint is None:
+            return None
+        if self.room is None:
+            raise UnsupportedError("constraint: this engine has no room for any; Engine(constraints=) makes it")
+        return self.room.automaton(extras.constraint, extras.tokenizer, eos)
+
+    def set(self, row: int, config: GenerationConfig, asked: Asked) -> int | None:
+        """Give a row the options of a request; the state in which its constraint begins, if there is room for one."""
         self._known = None
         eos = config.eos_token_ids
         self._eos[row] = pad_to(np.array(eos, np.int32), (ENDS,), fill=-1)
-        self._samples[row] = bool(config.do_sample)
+        self._samples[row], self._ranked[row] = bool(config.do_sample), bool(config.top_logprobs)
         for name, on in self._on.items():
-            on[row] = name in processors
+            on[row] = name in asked.processors
             if on[row]:
-                for table, value in zip(
-                    jax.tree.leaves(self._numbers[name]), jax.tree.leaves(processors[name]), strict=True
-                ):
+                given = jax.tree.leaves(asked.processors[name])
+                for table, value in zip(jax.tree.leaves(self._numbers[name]), given, strict=True):
                     table[row] = value
+        return None if self.room is None else self.room.put(row, asked.automaton)
+
+    def forget(self) -> None:
+        """What is on the device may be lost."""
+        self._known = None
+        if self.room is not None:
+            self.room.forget()
 
     def traced(self) -> TracedOptions:
         """All of it, on the device: sent again only after a change."""
         if self._known is None:
-            processors = tuple(
-                OfRows(on.copy(), jax.tree.map(np.copy, self._numbers[name]), broadcasts=name in ("top_k", "top_p"))
+            rows = {
+                name: OfRows(on.copy(), jax.tree.map(np.copy, self._numbers[name]), name in ("top_k", "top_p"))
                 for name, on in self._on.items()
-            )
+            }
+            constrained = () if self.room is None else (ConstrainedRows(self.room.automata, None, beams=False),)
+            filters = [rows.pop(name) for name in [*rows] if OPTIONS[name].only_sampling]
             plain = traced_options(GenerationConfig(), self._vocab_size)
+            processors = (*rows.values(), *constrained, *filters)  # in the order of `generate`
             own: dict[str, Any] = {"eos_ids": self._eos.copy(), "samples": self._samples.copy()}
+            own["ranked"] = self._ranked.copy()
             numbers = dataclasses.replace(plain, processors=processors, **own)
             self._known = jax.device_put(numbers, self._device)
         return self._known

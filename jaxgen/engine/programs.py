@@ -40,6 +40,7 @@ class Entry:
     key: Key[Array, ""]  # of the call
     row_id: UInt32[Array | np.ndarray, " 2"]  # two words, see `sample.row_id_words`
     sample: Count  # which of its samples
+    constrained: Count | None  # where it is in its constraint; None: there is no room for any
 
 
 @pytree
@@ -56,8 +57,8 @@ class News:
     top_ids: Int[Array, "R W n"] | None
 
 
-def opened(structure: Any, weights: Any, rows: int, layout: BatchLayout) -> DecodeState:
-    """A state without a request."""
+def opened(structure: Any, weights: Any, rows: int, layout: BatchLayout, free: int | None) -> DecodeState:
+    """A state without a request; `free` is where rows without a constraint are."""
     model = structure.module(weights)
     cache = model.empty_cache(rows, layout.slots, layout.int8_cache)
     ones = jnp.ones(rows, jnp.int32)
@@ -75,7 +76,7 @@ def opened(structure: Any, weights: Any, rows: int, layout: BatchLayout) -> Deco
         row_keys=jax.random.wrap_key_data(jnp.zeros((rows, 2), jnp.uint32), impl="threefry2x32"),
         cache=cache,
         matched=None,
-        constrained=None,
+        constrained=None if free is None else free * ones,
         negative_shift=None,
         given=jnp.full(tables, -1, jnp.int32),  # nobody is told anything: as in a strict call
         step_outputs=StepOutputs.empty(layout.static, rows, logits.shape[1]),
@@ -95,6 +96,7 @@ def insert(state: DecodeState, row: Count, entry: Entry) -> DecodeState:
         prompt_lengths=put(state.prompt_lengths, entry.length),
         max_lengths=put(state.max_lengths, entry.max_length),
         row_keys=state.row_keys.at[row].set(key),
+        constrained=None if state.constrained is None else put(state.constrained, entry.constrained),
     )
     return _holding(state, row, entry.held)
 
@@ -170,7 +172,7 @@ def _named(name: str) -> Callable[..., str]:
     return lambda *args: f"engine: {name}"
 
 
-_OPENED = Stage(opened, _named("state"), static_argnums=(0, 2, 3))
+_OPENED = Stage(opened, _named("state"), static_argnums=(0, 2, 3, 4))
 _INSERT = Stage(insert, _named("insert"), donate_argnums=0)
 _READ = Stage(read, _named("read"), static_argnums=0, donate_argnums=2)
 _READ_ON_GPU = Stage(read, _named("read"), static_argnums=0, donate_argnums=2, compiler_options=DETERMINISTIC_OPTIONS)
@@ -179,15 +181,18 @@ _EVICT = Stage(evict, _named("evict"), donate_argnums=0)
 _LOOK = Stage(look, _named("look"), static_argnums=2)
 
 
-def programs_for(model: Any, rows: int, layout: BatchLayout, steps: int) -> Programs:
-    """The programs for a model as it is now, in one shape; at most `steps` tokens per row between two looks."""
+def programs_for(model: Any, rows: int, layout: BatchLayout, steps: int, free: int | None) -> Programs:
+    """The programs for a model as it is now, in one shape; at most `steps` tokens per row between two looks.
+
+    `free` is the state of rows without a constraint; None: there is no room for any.
+    """
     structure, weights = split(model)
     _, decode = stages_for(model, weights, strict=True)
     reading = _READ_ON_GPU if model.device.platform == "gpu" else _READ
     models = (PlainSearch(), structure, weights, None, None)
     # Put where the weights are by name, or the first state would be of another kind to jit than those that follow.
     return Programs(
-        opened=lambda: jax.device_put(_OPENED(structure, weights, rows, layout), model.device),
+        opened=lambda: jax.device_put(_OPENED(structure, weights, rows, layout, free), model.device),
         insert=_INSERT,
         read=lambda state, *piece: reading(structure, weights, state, *piece),
         copy=_COPY,

@@ -220,7 +220,7 @@ def append_token(
             model_logprobs=model_logprobs,
             matched=matched,
             constrained=constrained,
-            step_outputs=state.step_outputs.put(rows.new_tokens, runs, scores, logits),
+            step_outputs=state.step_outputs.put(rows.new_tokens, runs, scores, logits, traced.ranked),
         )
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxgen.constraints.automaton import DEAD, byte_automaton
 from jaxgen.constraints.grammars import Grammar
+from jaxgen.constraints.minimal import minimal
 from jaxgen.constraints.patterns import Constraint
 from jaxgen.errors import JaxgenError, shown
 from jaxgen.generation.choosing.kept import Arrays, kept
@@ -30,7 +31,7 @@ NO_WAY = -1  # where a token may not come
 SMALLEST = 128  # states and classes: most constraints need fewer, so they share one compiled loop
 MOST_CLASSES = np.iinfo(np.int16).max
 FREE = -1  # the distance of a row that nothing is asked of: it may end, and never is complete
-_FORM = 1  # of the arrays that are kept on disk
+_FORM = 2  # of the arrays that are kept on disk
 _FORBIDDEN = 0  # the class of tokens that may come nowhere
 
 
@@ -58,9 +59,7 @@ class Automata:
         """
         given = [one if isinstance(one, Constraint) else None for one in checked(value, prompts)]
         distinct = list(dict.fromkeys(given))
-        vocabulary = vocabulary_of(tokenizer, "constraint")
-        specials = specials_of(tokenizer)
-        built = [_automaton(constraint, vocabulary, specials, vocab_size, eos) for constraint in distinct]
+        built = [automaton_of(constraint, tokenizer, vocab_size, eos) for constraint in distinct]
         starts = np.cumsum([0] + [len(automaton.table) for automaton in built])
         which = np.array([distinct.index(constraint) for constraint in given], np.int32)
         states, classes = bucket(int(starts[-1]), SMALLEST), bucket(max(a.table.shape[1] for a in built), SMALLEST)
@@ -116,17 +115,14 @@ class Automata:
         needed = np.asarray(self.distance)[np.resize(starts, max(len(room), len(starts)))[: len(room)]]
         if (short := np.flatnonzero(needed > room)).size:
             row = int(short[0])
-            raise JaxgenError(
-                f"constraint: the shortest text of row {row} takes {needed[row]} tokens, and there is room for "
-                f"{room[row]}; raise max_new_tokens"
-            )
+            raise too_long(f" of row {row}", int(needed[row]), int(room[row]))
 
     def _entry(self, prompts: Int[Array, " R"]) -> Int[Array, " R"]:
         return jnp.minimum(prompts, len(self.starts) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Automaton:
+class Automaton:
     """One constraint, on the host."""
 
     classes: Int[np.ndarray, " V"]
@@ -176,6 +172,23 @@ def specials_of(tokenizer: Any) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
 
 
+def too_long(whose: str, needed: int, room: int) -> JaxgenError:
+    """What is wrong where not even the shortest text fits."""
+    return JaxgenError(
+        f"constraint: the shortest text{whose} takes {needed} tokens, and there is room for {room}; "
+        "raise max_new_tokens"
+    )
+
+
+def automaton_of(constraint: Constraint | None, tokenizer: Any, vocab_size: int, eos: tuple[int, ...]) -> Automaton:
+    """The automaton of one constraint, or of None: everything may come. The newest are kept.
+
+    Raises `JaxgenError` for patterns and tokenizers that cannot be used, and where no text can be spelled.
+    """
+    vocabulary = vocabulary_of(tokenizer, "constraint")
+    return _automaton(constraint, vocabulary, specials_of(tokenizer), vocab_size, eos)
+
+
 @functools.lru_cache(16)
 def _automaton(
     constraint: Constraint | None,
@@ -183,19 +196,19 @@ def _automaton(
     specials: frozenset[int],
     vocab_size: int,
     eos: tuple[int, ...],
-) -> _Automaton:
+) -> Automaton:
     if constraint is None:  # one state, in which everything may come
         table, distance = np.array([[NO_WAY, 0]], np.int32), np.array([FREE], np.int32)
-        return _Automaton(np.ones(vocab_size, np.int16), table, distance, np.zeros(1, bool))
+        return Automaton(np.ones(vocab_size, np.int16), table, distance, np.zeros(1, bool))
     asked = (_FORM, _library(), constraint.pattern, vocabulary.sha256, sorted(specials), vocab_size, eos)
 
     def build() -> Arrays:
         return vars(_built(constraint.pattern, vocabulary, specials, vocab_size, eos))
 
     def fits(arrays: Arrays) -> bool:
-        return _Automaton.fits(arrays, vocab_size)
+        return Automaton.fits(arrays, vocab_size)
 
-    return _Automaton(**kept(hashlib.sha256(repr(asked).encode()).hexdigest(), build, fits))
+    return Automaton(**kept(hashlib.sha256(repr(asked).encode()).hexdigest(), build, fits))
 
 
 def _library() -> str:
@@ -208,9 +221,9 @@ def _library() -> str:
 
 def _built(
     pattern: str, vocabulary: Vocabulary, specials: frozenset[int], vocab_size: int, eos: tuple[int, ...]
-) -> _Automaton:
+) -> Automaton:
     name = f"constraint: the pattern {shown(pattern)}"
-    over_bytes = byte_automaton(pattern)
+    over_bytes = minimal(byte_automaton(pattern))
     kinds, functions = lift(over_bytes.step * 2, vocabulary, name)
     moves = functions >> 1
     # Kinds: of text, and of end tokens, after which the text must be whole; anything else may come nowhere.
@@ -247,7 +260,7 @@ def _built(
     by_token = np.where(number >= 0, place[number + 1], _FORBIDDEN).astype(np.int16)
     table = distinct[order].T.astype(np.int32)
     whole = over_bytes.final[kept]
-    return _Automaton(by_token, table, distance[kept].astype(np.int32), whole & (table == NO_WAY).all(axis=1))
+    return Automaton(by_token, table, distance[kept].astype(np.int32), whole & (table == NO_WAY).all(axis=1))
 
 
 def _reachable(columns: Int[np.ndarray, "C S"], start: int) -> Bool[np.ndarray, " S"]:

@@ -69,6 +69,7 @@ class TracedOptions:
     confidence: Float[Array | np.ndarray, ""]  # an assistant stops drafting when it is less sure than this
     ngram: Int[Array | np.ndarray, ""]  # prompt lookup: the longest end of a row that is looked up
     samples: Bool[Array | np.ndarray, " R"] | None = None  # which rows draw, where some take the most likely token
+    ranked: Bool[Array | np.ndarray, " R"] | None = None  # which rows want each step's best tokens; None: all
 
     @property
     def automata(self) -> Automata | None:

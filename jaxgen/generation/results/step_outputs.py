@@ -44,8 +44,9 @@ class StepOutputs:
         runs: Bool[Array, " R"],
         scores: Float[Array, "R V"],
         logits: Float[Array, "R V"],
+        ranked: Bool[Array | np.ndarray, " R"] | None = None,
     ) -> "StepOutputs":
-        """Write down a step of the rows that run."""
+        """Write down a step of the rows that run; `ranked` are those that want its best tokens, None: all."""
 
         def write(table: Array | None, value: Array) -> Array | None:
             if table is None:
@@ -55,7 +56,9 @@ class StepOutputs:
 
         best = best_ids = jnp.zeros(())
         if self.top_logprobs is not None:
-            best, best_ids = best_of(jax.nn.log_softmax(logits, axis=1), self.top_logprobs.shape[2])
+            best, best_ids = _best(
+                logits, self.top_logprobs.shape[2], None if ranked is None else (runs & ranked).any()
+            )
         return StepOutputs(
             scores=write(self.scores, scores),
             logits=write(self.logits, logits),
@@ -69,6 +72,21 @@ class StepOutputs:
         for name in {"scores", "logits"} & found.keys():
             found[name] = tuple(np.moveaxis(found[name], 1, 0))
         return found
+
+
+def _best(
+    logits: Float[Array, "R V"], number: int, wanted: Bool[Array, ""] | None
+) -> tuple[Float[Array, "R n"], Int[Array, "R n"]]:
+    """The best tokens of each row with their log-probabilities; anything where they are not wanted."""
+
+    def best() -> tuple[Float[Array, "R n"], Int[Array, "R n"]]:
+        return best_of(jax.nn.log_softmax(logits, axis=1), number)
+
+    def nothing() -> tuple[Float[Array, "R n"], Int[Array, "R n"]]:
+        shape = len(logits), number
+        return jnp.zeros(shape, logits.dtype), jnp.zeros(shape, jnp.int32)
+
+    return best() if wanted is None else jax.lax.cond(wanted, best, nothing)
 
 
 @dataclasses.dataclass(frozen=True)
