@@ -23,8 +23,10 @@
 
 # %%
 try:
+    import outlines_core  # noqa: F401  # reads patterns
+
     import jaxgen
-except ImportError:  # in Colab: adds jaxgen, and leaves what is installed as it is
+except ImportError:  # in Colab: adds jaxgen with what constraints need, and leaves what is installed as it is
     # %pip install -q "..[constraints]"
     import jaxgen
 
@@ -96,8 +98,8 @@ print("ids:", sentences.sequences[0].tolist())
 # %% [markdown]
 # ## Several seeds
 #
-# The same pattern with the name in it, behind no prompt at all. Each column is a seed, each row a sample. They differ, some
-# are wrong, and all of them are objects of the class.
+# The same pattern with the name in it, behind no prompt at all. Each column is a seed, each row a sample. They differ,
+# some are wrong, and all of them are objects of the class.
 
 # %%
 ANY = f"A (?P<name>{'|'.join(NAMES)}){SENTENCE}"
@@ -127,9 +129,9 @@ for name, text in zip(NAMES, texts, strict=True):
 #
 # ## The mass that was removed
 #
-# `model_logprobs` are those of the model, before the mask; `logprobs` those of the distribution that tokens were drawn from,
-# after it. The mask takes away what may not come, and what is left is divided by its sum. With nothing else between the two
-# that sum is `exp(model_logprobs - logprobs)`, and the rest of 1 was removed.
+# `model_logprobs` are those of the model, before the mask; `logprobs` those of the distribution that tokens were drawn
+# from, after it. The mask takes away what may not come, and what is left is divided by its sum. With nothing else between
+# the two that sum is `exp(model_logprobs - logprobs)`, and the rest of 1 was removed.
 
 
 # %%
@@ -156,8 +158,8 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The sentence is one that the demo might have said anyway: only its beginning was decided for it. In JSON nearly every token
-# was forced upon it, and what it says between them says little of animals. A larger model has read much JSON: set `MODEL`, and look at the mass before you trust
-# the fields.
+# The sentence is one that the demo might have said anyway: only its beginning was decided for it. In JSON nearly every
+# token was forced upon it, and what it says between them says little of animals. A larger model has read much JSON: set
+# `MODEL`, and look at the mass before you trust the fields.
 #
 # More: [Constraints](../docs/howto/constraints.md), with grammars, batches and what a constraint costs.

@@ -92,7 +92,7 @@ def _cells(notebook: Any) -> list[tuple[str, str]]:
 
 def _installs(source: str) -> bool:
     commands = re.findall(r"^\s*[%!]\s*pip\s+(.*)$", source, re.MULTILINE)
-    tried = re.search(r"^try:\n    import jaxgen.*\nexcept ImportError", source, re.MULTILINE)
+    tried = re.search(r"^try:\n(?:    import \w+ .*\n\n)?    import jaxgen.*\nexcept ImportError", source, re.MULTILINE)
     return bool(tried) and commands in ([f"install -q {INSTALLED}"], [f'install -q "{INSTALLED}[constraints]"'])
 
 

@@ -76,6 +76,12 @@ def test_a_good_one_has_no_problems():
     assert problems_of("x", committed(), committed()) == []
 
 
+def test_what_a_notebook_needs_beside_jaxgen_comes_as_its_extra():
+    notebook = committed()
+    notebook.cells[1].source = INSTALL.replace(INSTALLED, f'"{INSTALLED}[constraints]"')
+    assert problems_of("x", notebook, notebook) == []
+
+
 FAULTS = {
     "other cells": lambda book: book.cells[3].update(source="print(y)"),
     "jupytext formats": lambda book: book.metadata.jupytext.update(formats="ipynb"),
