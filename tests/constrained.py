@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -17,14 +18,14 @@ THREE = ["1, 2, 3", "Portugal is", "1, 2"]
 BOTH: dict[str, Any] = {"tokenizer": characters(), "return_dict_in_generate": True}
 
 
-def tiny_model() -> MistralForCausalLM:
+def tiny_model(dtype: Any = jnp.float32) -> MistralForCausalLM:
     config = MistralConfig(
         vocab_size=len(characters()) - 1, hidden_size=16, intermediate_size=16,
         num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, max_position_embeddings=64, sliding_window=None,
         bos_token_id=1, eos_token_id=EOS,
     )  # fmt: skip
-    model = MistralForCausalLM(config, rngs=nnx.Rngs(0))
+    model = MistralForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0))
     model.generation_config = GenerationConfig(
         eos_token_id=EOS, pad_token_id=0, max_new_tokens=8, suppress_tokens=[0, 1]
     )  # special tokens, which a constraint never allows

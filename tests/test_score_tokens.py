@@ -73,7 +73,7 @@ def bigrams(*weights: list[int]) -> Any:
     """A model of four tokens, whose logits after token i are log(weights[i])."""
     table = jnp.log(jnp.array(weights, jnp.float32))
     return SimpleNamespace(
-        config=SimpleNamespace(vocab_size=4),
+        config=SimpleNamespace(vocab_size=4, max_position_embeddings=64),
         generation_config=GenerationConfig(),
         hidden=lambda ids, mask: jax.nn.one_hot(ids, 4),
         logits=lambda hidden: hidden @ table,

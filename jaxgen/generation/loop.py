@@ -278,8 +278,9 @@ def greedy(scores: Float[Array, "R V"]) -> Int[Array, " R"]:
 
 
 def log_prob(scores: Float[Array, "R V"], chosen: Int[Array, " R"]) -> Float[Array, " R"]:
-    """log softmax(scores) at the chosen token."""
-    return jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0] - jax.nn.logsumexp(scores, axis=1)
+    """log softmax(scores) at the chosen token; -inf for one that cannot come, also where none can."""
+    of_chosen = jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]
+    return jnp.where(jnp.isneginf(of_chosen), of_chosen, of_chosen - jax.nn.logsumexp(scores, axis=1))
 
 
 @dataclasses.dataclass(frozen=True)

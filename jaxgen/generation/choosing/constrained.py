@@ -84,12 +84,23 @@ class Automata:
     ) -> tuple[Int[Array, " R"], Bool[Array, " R"], Bool[Array, " R"]]:
         """Each row's state after one more token, whether its text is whole, and whether nothing may follow.
 
-        After a token that must not come, which only beams that are given up have, the state is as if it had not.
+        After a token that must not come, which beams that are given up and given rows have, the state is as if it
+        had not.
         """
         kind = self.classes[self.which[self._entry(prompts)], token].astype(jnp.int32)
         after = self.table[state, kind]
         after = jnp.where(after == NO_WAY, state, after)
         return after, self.distance[after] == 0, self.ends[after]
+
+    def along(self, tokens: Int[Array, "R T"], starts: Int[Array, " R"]) -> Int[Array, "R T"]:
+        """Each row's state in front of each slot, where the text of row i is that of prompt i, from `starts` on."""
+        prompts = jnp.arange(len(tokens))
+
+        def read(state: Array, slot: Array) -> tuple[Array, Array]:
+            after, _, _ = self.advance(state, prompts, tokens[:, slot])
+            return jnp.where(slot >= starts, after, state), state
+
+        return jax.lax.scan(read, self.start(prompts), jnp.arange(tokens.shape[1]))[1].T
 
     def allowed(self, state: Int[Array, " R"], prompts: Int[Array, " R"], left: Int[Array, " R"]) -> Bool[Array, "R V"]:
         """Which tokens may come next, where `left` more may come after it.

@@ -3,6 +3,7 @@
 A grammar has no table that fits a device, so one token is drawn at a time, and before each the host says what may come.
 """
 
+import copy
 import functools
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,7 @@ class Grammars:
 
     def __init__(self, given: Sequence[Grammar | None], tokens: "_Tokens", eos: tuple[int, ...]):
         self.given, self._tokens, self._eos = given, tokens, eos
+        self._kind = Walk
         self.bits = self.walk(range(len(given))).bits
 
     @classmethod
@@ -46,8 +48,28 @@ class Grammars:
 
     def walk(self, prompts: Iterable[int]) -> "Walk":
         """Rows at the beginning of the texts for these prompts."""
-        own = [self.given[min(prompt, len(self.given) - 1)] for prompt in prompts]
-        return Walk(own, self._tokens, self._eos)
+        return self._kind(self._of(prompts), self._tokens, self._eos)
+
+    def _of(self, prompts: Iterable[int]) -> list[Grammar | None]:
+        return [self.given[min(prompt, len(self.given) - 1)] for prompt in prompts]
+
+    def of_given(self) -> "Grammars":
+        """The same for rows whose tokens are given, and not drawn."""
+        other = copy.copy(self)
+        other._kind = WalkOfGiven
+        return other
+
+    def along(
+        self, tokens: Int[np.ndarray, "R T"], starts: Int[np.ndarray, " R"], lengths: Int[np.ndarray, " R"]
+    ) -> Int[np.ndarray, "R T W"]:
+        """What may come in each slot of given rows, where the text of row i is that of prompt i, from `starts` on."""
+        walk = WalkOfGiven(self._of(range(len(tokens))), self._tokens, self._eos)
+        bits = np.full((*tokens.shape, walk.bits.shape[1]), -1, np.int32)
+        for row, (start, end) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+            for slot in range(start, end):
+                bits[row, slot] = walk.bits[row]
+                walk.read(row, int(tokens[row, slot]))
+        return bits
 
     def sha256(self) -> str:
         """Of all that decides which tokens may come."""
@@ -63,7 +85,7 @@ class Walk:
     def __init__(self, grammars: Sequence[Grammar | None], tokens: "_Tokens", eos: tuple[int, ...]):
         self._grammars, self._tokens, self._eos = grammars, tokens, eos
         self._matchers = [None if grammar is None else _compiled(grammar, tokens).deep_copy() for grammar in grammars]
-        self._read = np.zeros(len(grammars), np.int32)  # new tokens of each row, as far as they were read
+        self._taken = np.zeros(len(grammars), np.int32)  # new tokens of each row, as far as they were read
         self.bits = np.full((len(grammars), tokens.words), -1, np.int32)
         for row, matcher in enumerate(self._matchers):
             if matcher is not None and not self._look(row, matcher):
@@ -81,9 +103,9 @@ class Walk:
         Raises `JaxgenError` for a row to which nothing may come and whose text is not whole.
         """
         complete = np.zeros(len(status), bool)
-        read, self._read = self._read, new
+        before, self._taken = self._taken, new
         for row, matcher in enumerate(self._matchers):
-            if matcher is None or new[row] == read[row] or status[row] not in (RUNNING, LENGTH):
+            if matcher is None or new[row] == before[row] or status[row] not in (RUNNING, LENGTH):
                 continue
             token = int(tokens[row, lengths[row] - 1])
             if not matcher.consume_token(token):
@@ -95,6 +117,10 @@ class Walk:
                     raise refused(self._given(row), f"row {row}: {_why(matcher, 'how its text goes on')}")
                 complete[row] = True
         return complete
+
+    def may(self, row: int, token: int) -> bool:
+        """Whether a token may come next."""
+        return bool(self.bits[row, token // _BITS] >> token % _BITS & 1)
 
     def _look(self, row: int, matcher: Any) -> bool:
         """See what may come next in a row; whether anything may."""
@@ -122,6 +148,33 @@ class Walk:
         grammar = self._grammars[row]
         assert grammar is not None
         return grammar
+
+
+class WalkOfGiven(Walk):
+    """Rows that are given their tokens: one that may not come is as if it had not, and nothing ends a row."""
+
+    def take(
+        self,
+        tokens: Int[np.ndarray, "R S"],
+        lengths: Int[np.ndarray, " R"],
+        status: Int[np.ndarray, " R"],
+        new: Int[np.ndarray, " R"],
+    ) -> Bool[np.ndarray, " R"]:
+        """Read the token that rows have been given since the last time, and end none."""
+        before, self._taken = self._taken, new
+        for row in np.flatnonzero(new > before):
+            self.read(int(row), int(tokens[row, lengths[row] - 1]))
+        return np.zeros(len(status), bool)
+
+    def read(self, row: int, token: int) -> None:
+        """Go on in one row."""
+        matcher = self._matchers[row]
+        if matcher is None or not self.may(row, token):
+            return
+        ahead = matcher.deep_copy()
+        if ahead.consume_token(token):  # not so an end token of which the grammar knows nothing
+            self._matchers[row] = ahead
+            self._look(row, ahead)
 
 
 def _why(matcher: Any, what: str) -> str:

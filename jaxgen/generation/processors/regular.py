@@ -1,6 +1,7 @@
 """The processor of `constraint`: what a regular expression, or a grammar, does not allow to come next is removed."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,16 @@ class Asked(NamedTuple):
 
     automata: Automata | None
     bits: Int[np.ndarray, "N W"] | None = None  # of each prompt's first token
+
+
+def where(processors: tuple[Processor, ...], bits: Any) -> tuple[Processor, ...]:
+    """The same processors where these tokens may come next, by what the host says: a row of bits for each row."""
+    return tuple(dataclasses.replace(each, bits=bits) if isinstance(each, Constrained) else each for each in processors)
+
+
+def automata_of(processors: tuple[Processor, ...]) -> Automata | None:
+    """What rows are constrained by in the compiled loop."""
+    return next((processor.automata for processor in processors if isinstance(processor, Constrained)), None)
 
 
 class Constrained(Processor):

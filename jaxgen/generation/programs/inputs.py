@@ -19,7 +19,7 @@ from jaxgen.generation.options.table import OPTIONS, Extras
 from jaxgen.generation.processors.chain import chain_of
 from jaxgen.generation.processors.constraint import as_pytree
 from jaxgen.generation.processors.processor import Processor, as_count, as_number
-from jaxgen.generation.processors.regular import Asked, Constrained
+from jaxgen.generation.processors.regular import Asked, automata_of, where
 from jaxgen.generation.prompts.layout import bucket, pad_to
 from jaxgen.pytree import pytree
 
@@ -74,14 +74,11 @@ class TracedOptions:
     @property
     def automata(self) -> Automata | None:
         """What the rows are constrained by in the compiled loop."""
-        return next((processor.automata for processor in self.processors if isinstance(processor, Constrained)), None)
+        return automata_of(self.processors)
 
     def where(self, bits: Int[np.ndarray, "R W"]) -> "TracedOptions":
         """The same where these tokens may come next."""
-        processors = (
-            dataclasses.replace(each, bits=bits) if isinstance(each, Constrained) else each for each in self.processors
-        )
-        return dataclasses.replace(self, processors=tuple(processors))
+        return dataclasses.replace(self, processors=where(self.processors, bits))
 
 
 def static_options(config: GenerationConfig, extras: Extras = Extras()) -> StaticOptions:

@@ -19,8 +19,14 @@ def short_context(config: Any) -> int | None:
 
 def contexts(config: Any, lengths: Int[np.ndarray, " B"]) -> Int[np.ndarray, " B"]:
     """How long each row may become, prompt and new tokens, by the length of its prompt."""
-    short, most = short_context(config), np.full(lengths.shape, config.max_position_embeddings, np.int64)
-    return most if short is None else np.where(lengths <= short, np.minimum(short, most), most)
+    return contexts_in(np, config, lengths).astype(np.int64)
+
+
+def contexts_in(xp: Any, config: Any, lengths: Any) -> Any:
+    """The same in numpy, or in jax.numpy inside jit."""
+    most = config.max_position_embeddings
+    short = min(most if (given := short_context(config)) is None else given, most)
+    return xp.where(lengths <= short, short, most)
 
 
 def context_of(config: Any, length: int) -> int:

@@ -5,9 +5,11 @@
 
 `f_t` is what `generate` does to logits before it draws: with `do_sample=True` among others z / temperature, and
 -inf for what top_k and top_p remove. So `logprobs` are those under which a token was drawn, which importance ratios
-need, and -inf for one that could not be. With no processors both are the same.
+need, and -inf for one that could not be. With no processors both are the same. Where a constraint is and what it then
+allows follows from the tokens: it is read along the row, and a token that must not come is as if it had not.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,12 +20,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.errors import JaxgenError, UnsupportedError
+from jaxgen.generation.choosing.constrained import has_grammar
 from jaxgen.generation.loop import log_prob
 from jaxgen.generation.options.config import GenerationConfig, resolve
 from jaxgen.generation.options.table import DEFAULT_NEW_TOKENS, Extras
 from jaxgen.generation.processors.constraint import AllowedTokens
 from jaxgen.generation.processors.processor import Processor
+from jaxgen.generation.processors.regular import automata_of, where
 from jaxgen.generation.programs.inputs import traced_options
+from jaxgen.generation.prompts.contexts import contexts_in
 from jaxgen.generation.prompts.layout import pack
 from jaxgen.generation.prompts.rows import Rows
 from jaxgen.lowering import own_rules
@@ -31,6 +36,7 @@ from jaxgen.pytree import pytree
 
 # Logits are computed for so many columns at a time, at most: B*BLOCK*V floats, and not B*T*V.
 _BLOCK = 64
+_TAKEN = ("logits_processor", "prefix_allowed_tokens_fn", "constraint", "tokenizer")
 
 
 @own_rules()
@@ -47,9 +53,10 @@ def logprobs(
     `attention_mask` is 1 on real ids, in any arrangement. Without `config` they are the model's own; with one those
     under which `jaxgen.generate` with that config draws a token (the formulas: `jaxgen.generation.results.logprobs`),
     -inf for one that its filters remove. `prompt_lengths` are the real ids of each row's prompt, by default 1; the
-    result, float32, is 0 for these and for masked ids. `extras` are `logits_processor` and `prefix_allowed_tokens_fn`
-    (a `jaxgen.AllowedTokens`). Logits are kept for 64 columns at a time, under `grad` too. Raises `JaxgenError` for a
-    bad configuration, and `UnsupportedError` for beams, guidance, drafts and what needs the host.
+    result, float32, is 0 for these and for masked ids. `extras` are `logits_processor`, `prefix_allowed_tokens_fn`
+    (a `jaxgen.AllowedTokens`), and `constraint` with its `tokenizer`: one, or a list of one per prompt or row. Logits
+    are kept for 64 columns at a time, under `grad` too. Raises `JaxgenError` for a bad configuration, and
+    `UnsupportedError` for beams, guidance, drafts and what needs the host.
 
     >>> model, _ = getfixture("demo")
     >>> ids = jnp.array([[1, 5, 9]])
@@ -61,10 +68,11 @@ def logprobs(
     if unknown:
         raise JaxgenError(f"{next(iter(unknown))!r} is no argument of jaxgen.logprobs; options belong in config=")
     for name, value in vars(given).items():
-        if value is not None and name not in ("logits_processor", "prefix_allowed_tokens_fn"):
-            hint = {"strict": "use jaxgen.score_tokens", "constraint": "of rows under one, generate gives them"}
-            hint = hint.get(name, "it changes no logits; leave it out")
-            raise UnsupportedError(f"{name}: not in the pure function jaxgen.logprobs; {hint}")
+        grammar = name == "constraint" and has_grammar(value)
+        if value is not None and (name not in _TAKEN or grammar):
+            hint = "use jaxgen.score_tokens" if grammar or name == "strict" else "it changes no logits; leave it out"
+            what = "constraint: a grammar, which the host reads" if grammar else name
+            raise UnsupportedError(f"{what}: not in the pure function jaxgen.logprobs; {hint}")
     ids = jnp.asarray(input_ids, jnp.int32)
     mask = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32) != 0
     tokens, lengths = pack(ids, mask, jnp)
@@ -72,7 +80,8 @@ def logprobs(
     drawn = None
     if config is not None or extras:
         effective = resolve({}, config, model.generation_config)
-        drawn = drawn_by(effective, given, model.config.vocab_size, starts, lengths)
+        given = of_rows(given, len(ids), effective)
+        drawn = drawn_by(effective, given, model.config, starts, lengths)
     packed = packed_logprobs(model, tokens, lengths, drawn).logprobs
     positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
     chosen = jnp.take_along_axis(packed, jnp.maximum(positions, 0), axis=1)
@@ -87,8 +96,25 @@ class Drawn:
     processors: tuple[Processor, ...]
     prompt_lengths: Int[Array | np.ndarray, " B"]
     max_lengths: Int[Array | np.ndarray, " B"]  # as in `Rows`
+    bits: Int[Array | np.ndarray, "B T W"] | None = None  # of grammars: as in `Constrained`, for each slot
 
-    def rows(self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], start: Array, count: int) -> Rows:
+    def states(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"] | None:
+        """Where each row was in its constraint when the token in each slot was drawn."""
+        automata = automata_of(self.processors)
+        return None if automata is None else automata.along(tokens, jnp.asarray(self.prompt_lengths))
+
+    def processors_after(self, start: Array, count: int) -> tuple[Processor, ...]:
+        """What the logits before some slots of all rows went through; as `rows`."""
+        return self.processors if self.bits is None else where(self.processors, _slots(self.bits, start, count))
+
+    def rows(
+        self,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        states: Int[Array, "B T"] | None,
+        start: Array,
+        count: int,
+    ) -> Rows:
         """Every row `count` times: as it was when the tokens after `start`, `start + 1`, ... were drawn."""
 
         def each(x: Any) -> Array:
@@ -103,23 +129,45 @@ class Drawn:
             max_lengths=each(self.max_lengths),
             prompts=each(jnp.arange(len(tokens))),
             running=(held >= begun) & (held < ends),
+            constrained=None if states is None else _slots(states, start, count),
         )
 
 
-def drawn_by(config: GenerationConfig, extras: Extras, vocab_size: int, prompt_lengths: Any, lengths: Any) -> Drawn:
+def _slots(table: Any, start: Array, count: int) -> Array:
+    """The entries `[B * count, ...]` of a table `[B, T, ...]` for the slots after `start`, `start + 1`, ..."""
+    slots = jnp.minimum(start + 1 + jnp.arange(count), table.shape[1] - 1)
+    return jnp.take(jnp.asarray(table), slots, axis=1).reshape(-1, *table.shape[2:])
+
+
+def drawn_by(config: GenerationConfig, extras: Extras, model_config: Any, prompt_lengths: Any, lengths: Any) -> Drawn:
     """What `generate` with an effective configuration would draw these rows from; raises as `logprobs`."""
     check_scorable(config, extras)
-    traced = traced_options(config, vocab_size, Extras(extras.logits_processor, None, extras.prefix_allowed_tokens_fn))
-    return Drawn(traced.processors, prompt_lengths, max_lengths_of(config, prompt_lengths, lengths))
+    config = copy.copy(config)
+    config.update(stop_strings=None)  # what ends a row changes no logits
+    extras = dataclasses.replace(extras, stopping_criteria=None)
+    traced = traced_options(config, model_config.vocab_size, extras, lengths.shape[0])
+    return Drawn(traced.processors, prompt_lengths, max_lengths_of(config, model_config, prompt_lengths, lengths))
 
 
-def max_lengths_of(config: GenerationConfig, prompt_lengths: Any, lengths: Any) -> Any:
-    """The length at which a configuration ends each row; where a row is longer, its own."""
+def of_rows(extras: Extras, rows: int, config: GenerationConfig) -> Extras:
+    """With one constraint per row, where a list has one per prompt, and each prompt as many rows as are returned."""
+    given = extras.constraint
+    if not isinstance(given, list | tuple):
+        return extras
+    times = config.sequences_per_prompt if len(given) * config.sequences_per_prompt == rows else 1
+    return dataclasses.replace(extras, constraint=[each for each in given for _ in range(times)])
+
+
+def max_lengths_of(config: GenerationConfig, model_config: Any, prompt_lengths: Any, lengths: Any) -> Any:
+    """The length at which a configuration ends each row, as `row_limits` has it; where a row is longer, its own."""
     xp: Any = np if isinstance(lengths, np.ndarray) else jnp
-    if config.max_new_tokens is None and config.max_length is not None:
-        return xp.maximum(lengths, np.int32(config.max_length))
-    new = DEFAULT_NEW_TOKENS if config.max_new_tokens is None else config.max_new_tokens
-    return xp.maximum(lengths, prompt_lengths + np.int32(new))
+    if config.max_new_tokens is not None:
+        ends = prompt_lengths + config.max_new_tokens
+    elif config.max_length is not None:
+        ends = config.max_length
+    else:
+        ends = xp.minimum(prompt_lengths + DEFAULT_NEW_TOKENS, contexts_in(xp, model_config, prompt_lengths))
+    return xp.maximum(lengths, ends).astype(np.int32)
 
 
 def check_scorable(config: GenerationConfig, extras: Extras) -> None:
@@ -129,7 +177,6 @@ def check_scorable(config: GenerationConfig, extras: Extras) -> None:
         "guidance_scale": config.is_guided,
         "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens,
         "assistant_model": extras.assistant_model,
-        "constraint": extras.constraint,
         "past_key_values": extras.past_key_values,
         "negative_prompt_ids": extras.negative_prompt_ids,
         "prefix_allowed_tokens_fn": extras.prefix_allowed_tokens_fn is not None
@@ -157,14 +204,15 @@ def packed_logprobs(model: Any, tokens: Int[Array, "B T"], lengths: Int[Array, "
     if tokens.shape[1] == 1:
         nothing = jnp.zeros(tokens.shape, jnp.float32)
         return Packed(nothing, nothing, nothing != 0)
+    states = None if drawn is None else drawn.states(tokens)
 
     def found(logits: Float[Array, "n V"], chosen: Int[Array, " n"], start: Array, count: int) -> tuple[Array, ...]:
-        own, scores = log_prob(logits, chosen), logits
+        own = after = log_prob(logits, chosen)
         if drawn is not None and drawn.processors:
-            rows = drawn.rows(tokens, lengths, start, count)
-            for processor in drawn.processors:
+            rows, scores = drawn.rows(tokens, lengths, states, start, count), logits
+            for processor in drawn.processors_after(start, count):
                 scores = processor(scores, rows)
-        after = own if scores is logits else log_prob(scores, chosen)
+            after = log_prob(scores, chosen)
         return after, own, logits.argmax(axis=1) == chosen
 
     return Packed(*of_tokens(model, tokens, lengths, found))

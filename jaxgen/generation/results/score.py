@@ -87,7 +87,8 @@ def scored(model: Any, tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, 
     shape = bucket(len(tokens)), 1 + bucket(tokens.shape[1] - 1, SMALLEST_PROMPT)  # the model does not read the last
     if drawn is not None:
         starts, ends = (pad_to(x, shape[:1], fill=1) for x in (drawn.prompt_lengths, drawn.max_lengths))
-        drawn = dataclasses.replace(drawn, prompt_lengths=starts, max_lengths=ends)
+        bits = drawn.bits if drawn.bits is None else pad_to(drawn.bits, (*shape, drawn.bits.shape[2]))
+        drawn = dataclasses.replace(drawn, prompt_lengths=starts, max_lengths=ends, bits=bits)
     found = _scored(*split(model), pad_to(tokens, shape), pad_to(lengths, shape[:1], fill=1), drawn)
     return Packed(*(np.asarray(table)[: len(tokens), : tokens.shape[1]] for table in found))
 

@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxgen.errors import JaxgenError, NonFiniteLogitsError, shown
+from jaxgen.generation.choosing.constrained import checked, has_grammar
+from jaxgen.generation.choosing.grammars import Grammars
 from jaxgen.generation.choosing.sample import FreshSeed
 from jaxgen.generation.choosing.stop import BROKEN
 from jaxgen.generation.execute import advance, prefill, program_for
@@ -18,10 +20,11 @@ from jaxgen.generation.options.config import GenerationConfig, resolve
 from jaxgen.generation.options.table import Extras
 from jaxgen.generation.options.typed import ConfigSource, GenerateOptions, TokenIds, TokenMask
 from jaxgen.generation.prepare import prepare
+from jaxgen.generation.processors.regular import automata_of
 from jaxgen.generation.programs.strict import Strict
 from jaxgen.generation.prompts.contexts import context_of, note
 from jaxgen.generation.prompts.layout import checked_prompt, generated, pack, pad_to
-from jaxgen.generation.results.logprobs import check_scorable, drawn_by, max_lengths_of
+from jaxgen.generation.results.logprobs import check_scorable, drawn_by, max_lengths_of, of_rows
 from jaxgen.generation.results.score import scored
 from jaxgen.lowering import own_rules
 
@@ -65,14 +68,15 @@ def score_tokens(
 
     `sequences` [R, T] are prompts and what follows, as `generate` returns them; `attention_mask` [R, T] is 1 on their
     real tokens, and `prompt_lengths` are the real tokens of each row's prompt. An output has all three:
-    `score_tokens(model, out.sequences, out.prompt_lengths, out.attention_mask, out.generation_config)`. What ends a row
-    (eos ids, stop strings, limits) changes nothing here.
+    `score_tokens(model, out.sequences, out.prompt_lengths, out.attention_mask, out.generation_config)`, and with a
+    `constraint` this and its `tokenizer` again. A list of constraints has one per row, or one per prompt of
+    `num_return_sequences` rows. Eos ids, stop strings and limits end no row here.
 
     By default `batch_size` rows are read at a time, all their tokens at once. With `strict`, tokens are given one
     after the other to the program of `generate(..., strict=)`: with the same options, `Strict` and weights the results
     are equal to those of `generate` to the last bit, in any batches and in any order, at the speed of generating.
     Raises `JaxgenError` for rows without a token after the prompt, and as `generate`; `UnsupportedError` for beams,
-    guidance and drafts.
+    guidance and drafts, and `JaxgenError` where `max_new_tokens` has no room for a text that a constraint asks for.
 
     >>> model, tokenizer = getfixture("demo")
     >>> options = dict(do_sample=True, temperature=1.5, strict=Strict(rows=2, tokens=64))
@@ -86,6 +90,9 @@ def score_tokens(
     config = resolve(fields, generation_config, model.generation_config)
     check_scorable(config, extras)
     rows = _checked(sequences, prompt_lengths, attention_mask, model.config)
+    extras = of_rows(extras, len(rows.tokens), config)
+    if extras.constraint is not None:
+        checked(extras.constraint, len(rows.tokens))
     batch_size = integer(1)("batch_size", batch_size)
     strict = Strict.of(extras.strict)
     batches = (
@@ -133,7 +140,13 @@ def _fast(model: Any, rows: Rows, config: GenerationConfig, extras: Extras, batc
     for start in range(0, len(rows.tokens), batch_size):
         which = np.arange(start, min(start + batch_size, len(rows.tokens)))
         part = rows[which]
-        drawn = drawn_by(config, extras, model.config.vocab_size, part.prompt_lengths, part.lengths)
+        own = _of_some(extras, which)
+        drawn = drawn_by(config, own, model.config, part.prompt_lengths, part.lengths)
+        if (automata := automata_of(drawn.processors)) is not None:
+            automata.check_room(np.asarray(drawn.max_lengths - drawn.prompt_lengths))
+        if has_grammar(own.constraint):
+            given = own.constraint, own.tokenizer, len(part.tokens), model.config.vocab_size, config.eos_token_ids
+            drawn.bits = Grammars.of(*given).along(part.tokens, part.prompt_lengths, part.lengths)
         found = scored(model, part.tokens, part.lengths, drawn)
         yield which, found.logprobs, found.model_logprobs
 
@@ -143,17 +156,25 @@ def _exactly(model: Any, rows: Rows, config: GenerationConfig, extras: Extras, s
     samples = config.sequences_per_prompt
     room = strict.prompts(1, samples)
     strict.fits(int(rows.lengths.max()))
-    groups = _groups(rows, samples)
+    groups = _groups(rows, extras.constraint, samples)
     for start in range(0, len(groups), room):
         yield _told(model, rows, groups[start : start + room], config, extras, strict)
 
 
-def _groups(rows: Rows, samples: int) -> list[list[int]]:
-    """Rows that lie side by side and have the same prompt: at most `samples` of them, which share a prefill."""
+def _of_some(extras: Extras, rows: Any) -> Extras:
+    """Of several constraints those of these rows."""
+    each = extras.constraint
+    return dataclasses.replace(extras, constraint=[each[row] for row in rows]) if isinstance(each, list) else extras
+
+
+def _groups(rows: Rows, constraint: Any, samples: int) -> list[list[int]]:
+    """Rows that lie side by side and begin the same: at most `samples` of them, which share a prefill."""
     groups: list[list[int]] = []
+    asked = constraint if isinstance(constraint, list) else [constraint] * len(rows.tokens)
     prompts = np.where(np.arange(rows.tokens.shape[1]) < rows.prompt_lengths[:, None], rows.tokens, -1)
     for row, prompt in enumerate(prompts):
-        if groups and len(groups[-1]) < samples and (prompt == prompts[groups[-1][0]]).all():
+        first = groups[-1][0] if groups and len(groups[-1]) < samples else None
+        if first is not None and (prompt == prompts[first]).all() and asked[row] == asked[first]:
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -169,7 +190,9 @@ def _told(
     prompts = placed[::samples]
     longest = int(prompts.prompt_lengths.max())
     mask = np.arange(longest) < prompts.prompt_lengths[:, None]
-    max_lengths = max_lengths_of(config, placed.prompt_lengths, placed.lengths).reshape(-1, samples).max(axis=1)
+    max_lengths = max_lengths_of(config, model.config, placed.prompt_lengths, placed.lengths)
+    max_lengths = max_lengths.reshape(-1, samples).max(axis=1)
+    extras = _of_some(extras, [group[0] for group in groups])
     # What a call may ask for that scores nothing but what is there: lengths beyond the shape have no room to reserve.
     room = min(strict.tokens, context_of(model.config, longest)) - longest
     sized = copy.copy(config)
@@ -183,7 +206,8 @@ def _told(
         given=pad_to(np.where(inside, placed.tokens, -1)[:, : shape[1]].astype(np.int32), shape, fill=-1),
         max_lengths=pad_to(max_lengths, request.prompts.max_lengths.shape, fill=2),
     )
-    request = dataclasses.replace(request, prompts=tokens)
+    grammars = request.grammars and request.grammars.of_given()
+    request = dataclasses.replace(request, prompts=tokens, grammars=grammars)
     program = program_for(model, request)
     state = advance(program, request, prefill(program, request))
     arrays = jax.device_get((state.status, state.lengths, state.logprobs, state.model_logprobs))
