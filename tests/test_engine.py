@@ -4,30 +4,20 @@ import contextlib
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxgen
 from jaxgen import EngineClosedError, EngineFullError, JaxgenError, NonFiniteLogitsError, UnsupportedError, demo
+from tests.engines import KINDS, alone, found, prompt_of, tiny
 from tests.helpers import counted, some_slow
 from tests.tokenizers import characters
 
-SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 2, "max_position_embeddings": 128}
-KINDS = {
-    "float32": {},
-    "bfloat16": {"dtype": jnp.bfloat16},
-    "int4": {"load_in_4bit": True},
-    "window": {"sliding_window": 12},
-}
 # Few sets of options, since `generate` compiles each; their numbers are of each request.
 OPTIONS = [
     {"do_sample": False},
@@ -45,19 +35,6 @@ CONSTRAINED = [
 ]
 
 
-def tiny(dtype=jnp.float32, load_in_4bit=False, **fields):
-    config = jaxgen.MistralConfig(**{"sliding_window": None, **SIZES, **HEADS, **fields})
-    model = jaxgen.MistralForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0))
-    if not load_in_4bit:
-        return model
-    with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
-        options = {"dtype": "float32", "quantization_config": jaxgen.Int4Config(group_size=32)}
-        model = jaxgen.AutoModelForCausalLM.from_pretrained(directory, **options)
-    model.name_or_path = None
-    return model
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny()
@@ -69,21 +46,6 @@ def engine(model):
         yield engine
 
 
-def alone(model, engine, prompt, **options):
-    """What `generate` gives in the engine's shape: ids, both log-probabilities, the reason to end."""
-    options |= {"tokenizer": engine.tokenizer} if "constraint" in options else {}
-    out = model.generate([prompt], strict=engine.strict, return_dict_in_generate=True, **options)
-    count = int(out.lengths[0])
-    new = out.sequences[0, len(prompt) : len(prompt) + count].tolist()
-    return new, out.logprobs[0, :count].tobytes(), out.model_logprobs[0, :count].tobytes(), out.finish_reason[0]
-
-
-def found(handle):
-    done = handle.result(timeout=300)
-    tokens = done.tokens
-    return done.token_ids, tokens.logprobs.tobytes(), tokens.model_logprobs.tobytes(), done.finish_reason
-
-
 requests = st.tuples(
     st.integers(1, 40),  # tokens of the prompt
     st.sampled_from([0, 8, 16, 19]),  # of which so many are those of all
@@ -92,11 +54,6 @@ requests = st.tuples(
     st.integers(0, 3),  # seed
     st.sampled_from(["", "", "", "cancel", "wait"]),  # what happens after it
 )
-
-
-def prompt_of(length, shared):
-    common, own = np.random.default_rng(0), np.random.default_rng([length, shared])
-    return [*common.integers(3, 97, 40)[: min(shared, length)].tolist(), *own.integers(3, 97, 40).tolist()][:length]
 
 
 def carried_out(model, engine, plan):

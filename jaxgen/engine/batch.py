@@ -12,7 +12,7 @@ from jaxtyping import Int, UInt32
 from jaxgen.engine.handle import CANCELLED, Handle, Tokens
 from jaxgen.engine.options import Asked, RowOptions
 from jaxgen.engine.prefixes import Held, Prefixes
-from jaxgen.engine.programs import Entry, News, programs_for
+from jaxgen.engine.programs import Entry, News, Weights, programs_for
 from jaxgen.engine.stops import StopWatch
 from jaxgen.errors import NonFiniteLogitsError
 from jaxgen.generation.choosing.sample import random_key
@@ -20,6 +20,7 @@ from jaxgen.generation.choosing.stop import BROKEN, EOS, FINISH_REASON, RUNNING,
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.processors.processor import as_count
 from jaxgen.generation.programs.inputs import BatchLayout
+from jaxgen.generation.programs.structure import same_arrays
 from jaxgen.generation.prompts.layout import pad_to
 
 
@@ -36,6 +37,7 @@ class Request:
     sample: int
     max_length: int
     watch: StopWatch | None
+    weights: Weights  # that it runs with
     until: float  # by time.monotonic: when it ends, wherever it is
     shown: int = 0  # new tokens that were given out
 
@@ -55,6 +57,7 @@ class Batch:
         self.counts = collections.Counter[str]()  # of tokens and steps, for `Engine.stats`
         room = options.room
         self._programs = programs_for(model, rows, layout, steps, None if room is None else room.free)
+        self._weights: Weights | None = Weights.of(model)  # of the rows that are busy: nobody keeps them longer
         self._state: Any = None  # until there is a request
         self._chunk, self._steps, self._total, self._options = layout.chunk, steps, layout.total, options
         self._rows: list[Request | None] = [None] * rows
@@ -63,6 +66,7 @@ class Batch:
         counts = layout.slots if isinstance(layout.slots, tuple) else (layout.slots,)
         # A ring has the slots of its window, and as many more as are read at a time.
         self._prefixes = Prefixes(rows, self._chunk, self._chunk if min(counts) < self._total else None)
+        self._read_with = self._weights.references()
 
     @property
     def free(self) -> int:
@@ -93,15 +97,28 @@ class Batch:
         entry = Entry(tokens, as_count(1), as_count(2), none, key, words, none, free)
         if room is not None:
             room.warmup()
-        programs, numbers = self._programs, self._options.traced()
+        programs, numbers, weights = self._programs, self._options.traced(), self._weights
         idle = np.zeros(len(self._rows), np.int32)
-        state = programs.insert(programs.opened(), row, entry)
-        state = programs.copy(programs.read(state, row, piece, none, none), row, row, none)
-        state = programs.decode(programs.evict(state, idle == 0), idle, numbers)
+        state = programs.insert(programs.opened(weights), row, entry)
+        state = programs.copy(programs.read(weights, state, row, piece, none, none), row, row, none)
+        state = programs.decode(weights, programs.evict(state, idle == 0), idle, numbers)
         jax.block_until_ready(programs.look(state, idle))
+        self._weights = None
+
+    def takes(self, waiting: collections.deque[Request]) -> list[Request]:
+        """Take those off the queue that get a row now: all rows have the same weights, and nobody overtakes."""
+        taken: list[Request] = []
+        weights = self._weights if self.busy or not waiting else waiting[0].weights
+        while waiting and len(taken) < self.free and waiting[0].weights.same(weights):
+            taken.append(waiting.popleft())
+        return taken
 
     def admit(self, request: Request) -> None:
         """Give a request a free row: one that holds the beginning of its prompt, or else who was free the longest."""
+        self._weights = request.weights
+        if not same_arrays(self._read_with, request.weights.arrays):
+            self._read_with = request.weights.references()
+            self._prefixes.forget()
         free = [row for row, taken in enumerate(self._rows) if taken is None]
         held = self._prefixes.rows
         row = min(free, key=lambda row: (-self._prefixes.usable(request.prompt, held[row]), self._last_used[row]))
@@ -123,7 +140,7 @@ class Batch:
             sample=as_count(request.sample),
             constrained=None if begin is None else as_count(begin),
         )
-        self._state = self._programs.opened() if self._state is None else self._state
+        self._state = self._programs.opened(self._weights) if self._state is None else self._state
         self._state = self._programs.insert(self._state, as_count(row), entry)
         if count < len(request.prompt) - 1:
             self._reading.append(row)
@@ -137,6 +154,8 @@ class Batch:
             pieces -= max(1, self._read(pieces))
         if self._running:
             self._decode(self._running)
+        if not self.busy:
+            self._weights = None
 
     def fail(self, error: Exception | None) -> None:
         """End every request, with an error or as cancelled, and forget the state, which may be lost."""
@@ -145,7 +164,7 @@ class Batch:
                 request.handle.end(CANCELLED if error is None else "error", error)
                 self._rows[row] = None
         self._reading.clear()
-        self._state = None
+        self._state = self._weights = None
         self._options.forget()
         self._prefixes.forget()
 
@@ -189,7 +208,7 @@ class Batch:
     def _waits(self, row: int, other: int) -> bool:
         """Whether a row will have more of another one, which is read first, than there is now."""
         one, two = self._prefixes.rows[row], self._prefixes.rows[other]
-        shared = self._prefixes.shared(one.prompt, two.prompt, min(len(one.prompt), len(two.prompt)) - 1)
+        shared = self._prefixes.shared(one.prompt, two.prompt, len(two.prompt) - 1)
         return shared > max(one.count, two.count)
 
     def _copy(self, row: int) -> None:
@@ -204,7 +223,9 @@ class Batch:
         held = self._prefixes.rows[row]
         count = min(self._chunk, len(held.prompt) - 1 - held.count)
         piece = pad_to(held.prompt[held.count : held.count + count], (self._chunk,))
-        self._state = self._programs.read(self._state, as_count(row), piece, as_count(held.count), as_count(count))
+        self.counts["read_tokens"] += count
+        place = as_count(row), piece, as_count(held.count), as_count(count)
+        self._state = self._programs.read(self._weights, self._state, *place)
         self._hold(row, held.count + count)
 
     def _hold(self, row: int, count: int) -> None:
@@ -216,7 +237,8 @@ class Batch:
     def _decode(self, runs: list[int]) -> None:
         """Decode a few steps, and give each row's request what it has got."""
         since = np.array([0 if request is None else request.shown for request in self._rows], np.int32)
-        self._state = self._programs.decode(self._state, since + self._steps, self._options.traced())
+        until = since + self._steps
+        self._state = self._programs.decode(self._weights, self._state, until, self._options.traced())
         news: News = jax.device_get(self._programs.look(self._state, since))
         steps, stopped = 0, np.zeros(len(self._rows), bool)
         for row in runs:

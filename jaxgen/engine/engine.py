@@ -11,7 +11,7 @@ import collections
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import numpy as np
@@ -21,6 +21,8 @@ from jaxgen.engine.batch import Batch, Request
 from jaxgen.engine.constraints import Room
 from jaxgen.engine.handle import CANCELLED, Handle
 from jaxgen.engine.options import NEUTRAL, RowOptions
+from jaxgen.engine.outputs import GenerationOutput, outputs_of
+from jaxgen.engine.programs import Weights
 from jaxgen.engine.stops import StopWatch
 from jaxgen.errors import EngineClosedError, EngineFullError, JaxgenError
 from jaxgen.generation.choosing.constrained import Automaton, too_long
@@ -51,7 +53,9 @@ class Engine:
     kept; `processors` are the names of the options of the logits that requests may use; `constraints` is the room that
     each row has for a constraint, in states and classes of tokens, or None. Sizes are rounded up to 2**k or 3 * 2**k. A
     request gets the tokens and the log-probabilities, to the last bit, of `model.generate(prompt, strict=engine.strict,
-    ...)`, whatever else the engine does. The weights are those that the model has now. Close it, or use it in a `with`.
+    ...)`, whatever else the engine does. Its weights are those that the model has when it is submitted: after an update
+    of the model, rows finish with those that they began with, and then others begin with the new ones, and nothing is
+    compiled. Close it, or use it in a `with`.
 
     Raises `JaxgenError` for bad sizes, and for more memory than the device has.
 
@@ -150,6 +154,7 @@ class Engine:
             sample=integer(0)("sample", sample),
             max_length=self._max_length(len(ids), config, asked.automaton),
             watch=None if asked.stops is None else StopWatch(asked.stops, ids),
+            weights=Weights.of(self.model),
             until=float("inf") if config.max_time is None else handle.submitted + config.max_time,
         )
         with self._wake:
@@ -163,6 +168,29 @@ class Engine:
             self._batch.counts["requests"] += 1
             self._wake.notify()
         return handle
+
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: ConfigSource | None = None,
+        *,
+        key: Any = None,
+        seed: Any = None,
+        **options: Unpack[GenerateOptions],
+    ) -> dict[str, GenerationOutput]:
+        """Generate for prompts of any lengths, and wait for all: transformers' method, on an engine that is kept.
+
+        `inputs` are lists of ids. The result has `req_0`, `req_1`, ... in their order, and with `num_return_sequences`
+        so many of each, one behind the other, which read their prompt once. Row i draws with the seed or key and the
+        row id i, as in `generate`. Raises `JaxgenError` for bad options and prompts; what goes wrong with one request
+        later is in its output. Source: transformers `ContinuousMixin.generate_batch`.
+
+        >>> model, _ = getfixture("demo")
+        >>> with Engine(model, rows=2, slots=64) as engine:
+        ...     [out.generated_tokens for out in engine.generate_batch([[1, 5], [1, 7, 9]], max_new_tokens=2).values()]
+        [[14, 337], [14, 351]]
+        """
+        return outputs_of(self, inputs, generation_config, key, seed, options)
 
     def wait_until_ready(self, timeout: float | None = None) -> bool:
         """Wait until everything is compiled; False after `timeout` seconds. Raises `EngineClosedError` if it failed."""
@@ -268,7 +296,7 @@ class Engine:
                 if self._closing and time.monotonic() >= self._deadline:
                     return None
                 if self._batch.busy or self._waiting:
-                    return [self._waiting.popleft() for _ in range(min(self._batch.free, len(self._waiting)))]
+                    return self._batch.takes(self._waiting)
                 if self._closing:
                     return None
                 self._wake.wait()

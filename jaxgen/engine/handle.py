@@ -141,11 +141,15 @@ class Handle:
             raise JaxgenError("this engine has no tokenizer, and so no text: read .parts(), or pass Engine(tokenizer=)")
         return Pieces(Detokenizer(self._tokenizer, self.prompt_ids.tolist(), self._skip), Words(self._stops))
 
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing comes any more; False after `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.done, timeout)
+
     def result(self, timeout: float | None = None) -> Completion:
         """Wait for the end. Raises `TimeoutError` after `timeout` seconds, and what ended the request."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.done, timeout):
-                raise TimeoutError(f"not done within {timeout} s; the request goes on: cancel() ends it")
+        if not self.wait(timeout):
+            raise TimeoutError(f"not done within {timeout} s; the request goes on: cancel() ends it")
         if self._error is not None:
             raise self._error
         tokens, text = Tokens.joined(self._parts), None

@@ -20,7 +20,7 @@ from jaxgen.generation.loop import DecodeState, PlainSearch
 from jaxgen.generation.programs.inputs import BatchLayout, TracedOptions
 from jaxgen.generation.programs.stages import Stage, stages_for
 from jaxgen.generation.programs.strict import DETERMINISTIC_OPTIONS
-from jaxgen.generation.programs.structure import split
+from jaxgen.generation.programs.structure import references, same_arrays, split
 from jaxgen.generation.prompts.prefill import read_piece
 from jaxgen.generation.results.step_outputs import StepOutputs
 from jaxgen.pytree import pytree
@@ -156,15 +156,38 @@ def look(state: DecodeState, since: Int[Array, " R"], width: int) -> News:
     )
 
 
-class Programs(NamedTuple):
-    """The programs of an engine with its model's weights in them; each but the first and last uses up its state."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weights:
+    """A model's weights as they were at some time."""
 
-    opened: Callable[[], DecodeState]
+    structure: Any
+    arrays: list[Any]
+
+    @classmethod
+    def of(cls, model: Any) -> "Weights":
+        """As they are now."""
+        return cls(*split(model))
+
+    def references(self) -> tuple[Any, ...]:
+        """Which arrays they are, without keeping them."""
+        return references(self.arrays)
+
+    def same(self, other: "Weights | None") -> bool:
+        """Whether others are the same arrays in the same module."""
+        if other is None or self.structure != other.structure:
+            return False
+        return same_arrays(other.references(), self.arrays)
+
+
+class Programs(NamedTuple):
+    """The programs of an engine; each but the first and last uses up the state that it is given."""
+
+    opened: Callable[[Any], DecodeState]
     insert: Callable[[DecodeState, Any, Entry], DecodeState]
-    read: Callable[[DecodeState, Any, Any, Any, Any], DecodeState]
+    read: Callable[[Any, DecodeState, Any, Any, Any, Any], DecodeState]
     copy: Callable[[DecodeState, Any, Any, Any], DecodeState]
     evict: Callable[[DecodeState, Any], DecodeState]
-    decode: Callable[[DecodeState, Any, TracedOptions], DecodeState]
+    decode: Callable[[Any, DecodeState, Any, TracedOptions], DecodeState]
     look: Callable[[DecodeState, Any], News]
 
 
@@ -182,21 +205,27 @@ _LOOK = Stage(look, _named("look"), static_argnums=2)
 
 
 def programs_for(model: Any, rows: int, layout: BatchLayout, steps: int, free: int | None) -> Programs:
-    """The programs for a model as it is now, in one shape; at most `steps` tokens per row between two looks.
+    """The programs for models of a kind, in one shape; at most `steps` tokens per row between two looks.
 
     `free` is the state of rows without a constraint; None: there is no room for any.
     """
-    structure, weights = split(model)
-    _, decode = stages_for(model, weights, strict=True)
-    reading = _READ_ON_GPU if model.device.platform == "gpu" else _READ
-    models = (PlainSearch(), structure, weights, None, None)
-    # Put where the weights are by name, or the first state would be of another kind to jit than those that follow.
+    _, decode = stages_for(model, split(model)[1], strict=True)
+    reading, device = _READ_ON_GPU if model.device.platform == "gpu" else _READ, model.device
+
+    def opening(weights: Weights) -> DecodeState:
+        # Put where the weights are by name, or the first state would be of another kind to jit than those that follow.
+        return jax.device_put(_OPENED(weights.structure, weights.arrays, rows, layout, free), device)
+
+    def decoding(weights: Weights, state: DecodeState, until: Any, traced: TracedOptions) -> DecodeState:
+        models = (PlainSearch(), weights.structure, weights.arrays, None, None)
+        return decode(*models, state, until, traced, layout.static)
+
     return Programs(
-        opened=lambda: jax.device_put(_OPENED(structure, weights, rows, layout, free), model.device),
+        opened=opening,
         insert=_INSERT,
-        read=lambda state, *piece: reading(structure, weights, state, *piece),
+        read=lambda weights, state, *piece: reading(weights.structure, weights.arrays, state, *piece),
         copy=_COPY,
         evict=_EVICT,
-        decode=lambda state, until, traced: decode(*models, state, until, traced, layout.static),
+        decode=decoding,
         look=lambda state, since: _LOOK(state, since, steps),
     )

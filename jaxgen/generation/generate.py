@@ -42,7 +42,7 @@ from jaxgen.generation.results.score import TextScore, score, transition_scores
 from jaxgen.lowering import check_process, own_rules
 
 if TYPE_CHECKING:
-    from jaxgen.engine.generate_batch import GenerationOutput
+    from jaxgen.engine.outputs import GenerationOutput
     from jaxgen.text.stream import TextStream
 
 

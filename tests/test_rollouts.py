@@ -1,0 +1,135 @@
+"""Rollouts through an engine: samples that read their prompt once, exact scores, and weights that are trained."""
+
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxgen
+from jaxgen import JaxgenError
+from tests.engines import KINDS, prompt_of, tiny
+from tests.helpers import counted, padded, some_slow
+from tests.tokenizers import characters
+
+SAMPLE: dict[str, Any] = {"do_sample": True, "temperature": 1.3, "top_k": 20, "max_new_tokens": 12}
+
+
+def exactly(model: Any, outputs: Any, strict: jaxgen.Strict, **options: Any) -> int:
+    """How many log-probabilities of outputs are not, to the last bit, what scoring says of the same tokens."""
+    rows = [output.prompt_ids + output.generated_tokens for output in outputs]
+    ids, mask = padded(rows, "left", 0)
+    starts = [len(output.prompt_ids) for output in outputs]
+    one_each: dict[str, Any] = {**options, "num_return_sequences": 1}
+    scores = jaxgen.score_tokens(model, ids, starts, mask, strict=strict, **one_each)
+    different = 0
+    for row, output in enumerate(outputs):
+        count = len(output.generated_tokens)
+        assert count == scores.lengths[row]
+        for told, found in ((output.logprobs, scores.logprobs), (output.model_logprobs, scores.model_logprobs)):
+            different += int((np.array(told, np.float32).view(np.uint32) != found[row, :count].view(np.uint32)).sum())
+    return different
+
+
+@pytest.mark.parametrize("kind", some_slow(KINDS, lambda kind: kind != "bfloat16"))
+def test_samples_read_their_prompt_once_and_are_scored_to_the_last_bit(kind: str):
+    """Also the part of it behind the last whole piece; in fewer rows than samples, and beside another prompt."""
+    model, prompts = tiny(**KINDS[kind]), [prompt_of(21, 0), prompt_of(12, 8), prompt_of(1, 0)]
+    with jaxgen.Engine(model, rows=6, slots=64, chunk=8) as engine:
+        outputs = [*engine.generate_batch(prompts, seed=3, num_return_sequences=4, **SAMPLE).values()]
+        stats = engine.stats()
+        assert len({tuple(output.generated_tokens) for output in outputs[:4]}) == 4
+        assert [output.prompt_ids for output in outputs] == [prompt for prompt in prompts for _ in range(4)]
+        if kind != "window":  # whose ring may have lost the prompt when a later sample comes
+            assert stats["read_tokens"] == 20 + 11  # the last token of each is fed to the first step
+            assert stats["prefix_tokens"] == 3 * (20 + 11)
+        assert exactly(model, outputs, engine.strict, **SAMPLE) == 0
+        alone = model.generate(
+            prompts[:1], seed=3, num_return_sequences=4, strict=engine.strict, return_dict_in_generate=True, **SAMPLE
+        )
+        for row, output in enumerate(outputs[:4]):
+            count = int(alone.lengths[row])
+            assert output.generated_tokens == alone.sequences[row, 21 : 21 + count].tolist()
+
+
+def test_what_is_behind_the_last_piece_is_had_only_of_a_prompt_as_long():
+    """A longer prompt, a shorter one, and one that differs in its last token but one: no bit is another's."""
+    model, base = tiny(dtype=jnp.bfloat16), prompt_of(21, 0)
+    other = [*base[:19], 5, base[20]]
+    with jaxgen.Engine(model, rows=2, slots=64, chunk=8) as engine:
+        engine.generate_batch([base], max_new_tokens=2)
+        for prompt, shared in ((base[:20], 16), ([*base, 7], 16), (other, 16), ([*base[:20], 7], 20)):
+            before = engine.stats()["prefix_tokens"]
+            outputs = engine.generate_batch([prompt], max_new_tokens=4, eos_token_id=None).values()
+            assert engine.stats()["prefix_tokens"] - before >= shared
+            if shared == 16:
+                assert engine.stats()["prefix_tokens"] - before == shared
+            assert exactly(model, outputs, engine.strict, max_new_tokens=4) == 0
+            engine.generate_batch([base], max_new_tokens=2)
+
+
+def test_a_call_of_its_own_and_a_full_queue():
+    model, prompts = tiny(), [prompt_of(3 + number, 0) for number in range(9)]
+    outputs = model.generate_batch(prompts, seed=5, rows=4, slots=32, chunk=8, **SAMPLE)
+    assert exactly(model, outputs.values(), jaxgen.Strict(rows=4, tokens=32, chunk=8), **SAMPLE) == 0
+    with jaxgen.Engine(model, rows=4, slots=32, chunk=8, queue=1) as engine:
+        again = engine.generate_batch(prompts, key=jax.random.key(5), **SAMPLE)
+        assert [*again] == [f"req_{number}" for number in range(9)]
+        for one, other in zip(outputs.values(), again.values(), strict=True):
+            assert (one.generated_tokens, one.logprobs) == (other.generated_tokens, other.logprobs)
+        with pytest.raises(JaxgenError, match="33 tokens and 1 new"):  # the one before it is not left running
+            engine.generate_batch([prompts[0], prompt_of(33, 0)], max_new_tokens=1)
+        assert engine.generate_batch([]) == {}
+
+
+def test_what_was_drawn_under_a_constraint_is_scored_to_the_last_bit():
+    model, options = tiny(), {**SAMPLE, "constraint": jaxgen.regex("(s|st|op)*"), "top_k": 0}
+    with jaxgen.Engine(model, characters(), rows=4, slots=32, chunk=8, constraints=(48, 24)) as engine:
+        outputs = [*engine.generate_batch([prompt_of(9, 0)], seed=1, num_return_sequences=4, **options).values()]
+        assert exactly(model, outputs, engine.strict, tokenizer=characters(), **options) == 0
+        assert all(sum(output.logprobs) > sum(output.model_logprobs) for output in outputs)
+
+
+# The trainer's weights.
+
+
+@pytest.mark.parametrize("updates", some_slow([3, 100], lambda updates: updates > 3))
+def test_an_engine_has_the_weights_of_now_and_compiles_nothing(updates: int):
+    model, prompts = tiny(), [prompt_of(17, 0), prompt_of(9, 0)]
+    params = nnx.state(model)
+    update = jax.jit(lambda params: jax.tree.map(lambda x: 0.9 * x, params))
+    options = {**SAMPLE, "max_new_tokens": 3}
+    with jaxgen.Engine(model, rows=4, slots=32, chunk=8) as engine:
+        engine.generate_batch(prompts, seed=0, **options)
+        params = update(params)
+        nnx.update(model, params)
+        with counted() as compilations:
+            for seed in range(updates):
+                params = update(params)
+                nnx.update(model, params)
+                outputs = engine.generate_batch(prompts, seed=seed, num_return_sequences=2, **options).values()
+        assert not compilations
+        assert exactly(model, outputs, engine.strict, **options) == 0  # and not what was read with older ones
+        assert engine._batch._weights is None  # nobody keeps the old ones
+
+
+def test_rows_end_with_the_weights_that_they_began_with():
+    model, prompt = tiny(), prompt_of(9, 0)
+    options: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": None}
+    with jaxgen.Engine(model, rows=2, slots=32, chunk=8, steps=1) as engine:
+        wanted = engine.submit(prompt, **options).result(60).token_ids
+        real, go_on = engine._batch._programs, threading.Event()
+        engine._batch._programs = real._replace(decode=lambda *given: go_on.wait(60) and real.decode(*given))
+        before = engine.submit(prompt, **options)
+        params = nnx.state(model)
+        nnx.update(model, jax.tree.map(lambda x: -x, params))
+        after = [engine.submit(prompt, **options) for _ in range(3)]
+        go_on.set()
+        assert before.result(60).token_ids == wanted
+        whole: Any = model.generate([prompt], strict=engine.strict, **options)
+        own = whole[0, 9:].tolist()
+        assert own != wanted
+        assert [handle.result(60).token_ids for handle in after] == [own] * 3
