@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
 from jaxgen.files import read_json
@@ -21,6 +22,7 @@ from jaxgen.models.causal_lm import DecoderForCausalLM
 from jaxgen.models.config import DecoderConfig
 from jaxgen.models.families import config_from_hf, family_of
 from jaxgen.models.layers import QuantizedWeight
+from jaxgen.parallel.layout import Layout
 from jaxgen.models.tensors import EMBEDDING, HEAD, is_legacy_buffer, parameter_parts
 from jaxgen.quant import Int4Config, Quantization, Weight
 
@@ -34,7 +36,7 @@ from .formats import FIELDS, Format, detect
 from .formats.bitsandbytes import BitsAndBytes
 from .hub import COMPANIONS, locate
 from .options import as_quantization, refuse
-from .placement import Device, as_device, as_dtype, auto_dtype
+from .placement import Device, as_dtype, as_place, auto_dtype
 from .progress import progress_bar
 
 logger = logging.getLogger("jaxgen")
@@ -90,7 +92,7 @@ class AutoModelForCausalLM:
         """
         refuse(unsupported, cls.from_pretrained)
         wanted = _the_dtype(dtype, torch_dtype)
-        device = as_device(device_map)
+        place = as_place(device_map)
         chosen = None if wanted is None or wanted == "auto" else as_dtype(wanted)
         quantization = as_quantization(load_in_4bit, quantization_config)
         options: dict[str, Any] = {"local_files_only": local_files_only, "cache_dir": cache_dir, "token": token}
@@ -99,7 +101,7 @@ class AutoModelForCausalLM:
         return load(
             find(pretrained_model_name_or_path, revision=revision, **options),
             dtype=chosen,
-            device=device,
+            place=place,
             quantization=quantization,
             requantize=isinstance(quantization_config, Quantization),
             adapter=adapter_directory,
@@ -128,10 +130,10 @@ class AutoModelForCausalLM:
 
 
 def load(
-    place: Path,
+    directory: Path,
     *,
     dtype: np.dtype | None,
-    device: Device,
+    place: Device | Mesh,
     quantization: Quantization | None = None,
     requantize: bool = False,
     adapter: Path | None = None,
@@ -142,7 +144,9 @@ def load(
     on `requantize`.
     """
     lora = None if adapter is None else Adapter(adapter)
-    config, checkpoint, stored_as = open_checkpoint(place)
+    config, checkpoint, stored_as = open_checkpoint(directory)
+    layout = Layout.of(place, config) if isinstance(place, Mesh) else None
+    device = place.devices.flat[0] if isinstance(place, Mesh) else place
     dtype = auto_dtype(device, config.overflows_float16) if dtype is None else dtype
     path = checkpoint.directory / "generation_config.json"
     generation = GenerationConfig.from_stored(read_json(path), path) if is_there(path) else None
@@ -156,7 +160,7 @@ def load(
     assembler = Assembler(
         checkpoint, dtype, stored_as, quantization, lora, requantize=requantize, low_cpu_memory=low_cpu_memory
     )
-    model = _stream(assembler, config, device)
+    model = _stream(assembler, config, device, layout)
     if generation is not None:  # else the special tokens of config.json, as in transformers
         model.generation_config = generation
     model.name_or_path = str(checkpoint.directory)
@@ -293,16 +297,21 @@ def _tied_head_problems(checkpoint: Checkpoint) -> list[str]:
 
 
 @own_rules()
-def _stream(assembler: Assembler, config: DecoderConfig, device: Device) -> DecoderForCausalLM:
+def _stream(
+    assembler: Assembler, config: DecoderConfig, device: Device, layout: Layout | None
+) -> DecoderForCausalLM:
     model = nnx.eval_shape(lambda: family_of(config)(config, rngs=nnx.Rngs(0), dtype=assembler.dtype))
     variables = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model))}
+    model.layout = layout
     table = parameter_parts(config)
     kernels = assembler.dtype.itemsize == 2 and device_runs_kernels(device)
     with progress_bar(assembler.checkpoint.total_bytes, "Loading weights") as bar:
         for name, parts in table.items():
             value = assembler.parameter(parts, variables[name].shape)
-            on_device = jax.block_until_ready(jax.tree.map(lambda array: jax.device_put(array, device), value))
+            placed = jax.device_put(value, device) if layout is None else layout.put(config, name, value)
+            on_device = jax.block_until_ready(placed)
             del value  # before the next one is allocated
+            del placed
             _place(model, name, on_device.for_kernels() if kernels and isinstance(on_device, Weight) else on_device)
             bar.update(assembler.stored_bytes(parts))
     return model

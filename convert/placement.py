@@ -1,5 +1,6 @@
-"""Which dtype and which device a model is loaded to: HF's `dtype` and `device_map`, for JAX."""
+"""Which dtype and which devices a model is loaded to: HF's `dtype` and `device_map`, for JAX."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -7,8 +8,10 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxgen.errors import JaxgenError
+from jaxgen.generation.options.checks import integer
 
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]  (jax leaves its type open)
 
@@ -51,6 +54,22 @@ def auto_dtype(device: Device, overflows_float16: bool = False) -> np.dtype:
     return jnp.dtype("bfloat16")
 
 
+def as_place(device_map: Any) -> Device | Mesh:
+    """The device or the mesh that `device_map` names: as `as_device`, or a mesh, or the sizes of its axes.
+
+    `{"model": 4, "data": 2}`: two rows of four devices, the first ones that JAX has. Raises `JaxgenError`.
+    """
+    if isinstance(device_map, Mesh):
+        return device_map
+    if not isinstance(device_map, Mapping) or not device_map or device_map.keys() - {"data", "model"}:
+        return as_device(device_map)
+    sizes = {name: integer(1)(f"device_map[{name!r}]", device_map.get(name, 1)) for name in ("data", "model")}
+    devices, wanted = jax.devices(), math.prod(sizes.values())
+    if wanted > len(devices):
+        raise JaxgenError(f"device_map={dict(device_map)} needs {wanted} devices, and JAX has {len(devices)}")
+    return Mesh(np.array(devices[:wanted]).reshape(*sizes.values()), tuple(sizes))
+
+
 def as_device(device_map: Any) -> Device:
     """The device that `device_map` names: "auto", "cpu", "gpu", "cuda", "tpu", "cuda:1", a number, or a `jax.Device`.
 
@@ -76,7 +95,7 @@ def as_device(device_map: Any) -> Device:
     if match is None or match[1] not in _PLATFORMS:
         raise JaxgenError(
             f"device_map={device_map!r} is not 'auto', one of {', '.join(map(repr, _PLATFORMS))} "
-            "(with an index: 'cuda:1'), a number, or a jax.Device; jaxgen loads a model to one device"
+            "(with an index: 'cuda:1'), a number, a jax.Device, a jax.sharding.Mesh, or {'model': 4, 'data': 2}"
         )
     try:
         devices = jax.local_devices(backend=_PLATFORMS[match[1]])

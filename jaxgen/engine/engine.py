@@ -96,8 +96,8 @@ class Engine:
         check_memory(model, (self.strict.rows, self.strict.chunk), layout)
         self.top_logprobs = best
         sizes = self.strict.rows, model.config.vocab_size
-        room = None if constraints is None else Room(*sizes, constraints, model.device)
-        self._options = RowOptions(*sizes, processors, room, model.device)
+        room = None if constraints is None else Room(*sizes, constraints, model.everywhere)
+        self._options = RowOptions(*sizes, processors, room, model.everywhere)
         self._batch = Batch(model, self.strict.rows, layout, integer(1)("steps", steps), self._options)
         self._waiting: collections.deque[Request] = collections.deque()
         self._wake, self._closing, self._deadline = threading.Condition(), False, float("inf")

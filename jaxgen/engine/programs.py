@@ -210,11 +210,14 @@ def programs_for(model: Any, rows: int, layout: BatchLayout, steps: int, free: i
     `free` is the state of rows without a constraint; None: there is no room for any.
     """
     _, decode = stages_for(model, split(model)[1], strict=True)
-    reading, device = _READ_ON_GPU if model.device.platform == "gpu" else _READ, model.device
+    reading, place = _READ_ON_GPU if model.device.platform == "gpu" else _READ, model.everywhere
 
     def opening(weights: Weights) -> DecodeState:
         # Put where the weights are by name, or the first state would be of another kind to jit than those that follow.
-        return jax.device_put(_OPENED(weights.structure, weights.arrays, rows, layout, free), device)
+        state = _OPENED(weights.structure, weights.arrays, rows, layout, free)
+        # On a mesh the cache lies where its heads are.
+        cache = jax.device_put(state.cache, place) if isinstance(place, jax.Device) else state.cache
+        return dataclasses.replace(jax.device_put(dataclasses.replace(state, cache=[]), place), cache=cache)
 
     def decoding(weights: Weights, state: DecodeState, until: Any, traced: TracedOptions) -> DecodeState:
         models = (PlainSearch(), weights.structure, weights.arrays, None, None)

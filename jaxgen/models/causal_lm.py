@@ -7,7 +7,7 @@ An ordinary Flax module: `model(input_ids).logits` are logits, and `jax.grad` go
 import dataclasses
 import os
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,10 @@ from jaxgen.models.decoder import Decoder, rotations
 from jaxgen.models.gguf import Gguf
 from jaxgen.models.layers import Linear
 from jaxgen.residual import add_and_norm
+from jaxgen.shards import joined
+
+if TYPE_CHECKING:
+    from jaxgen.parallel.layout import Layout
 
 # What a family may say of the block without its decoding by kernels being another: they compute it, or it is nothing
 # that they compute. With another value than the block's own of anything else, a model decodes in XLA's forms.
@@ -54,6 +58,7 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
 
     config_class: ClassVar[type[DecoderConfig]]  # of the family
     gguf: ClassVar[Gguf | None] = None  # how llama.cpp's files name it, if they do
+    layout: "Layout | None" = None  # which part lies where, if it lies on a mesh
 
     @own_rules()
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: "jnp.dtype | type | str" = jnp.float32):
@@ -77,16 +82,30 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
     @property
     def device(self) -> Any:
         """Where the weights are (the first device, if sharded)."""
-        return next(iter(self.model.norm.weight.devices()))
+        return min(self.model.norm.weight.devices(), key=lambda device: device.id)
+
+    @property
+    def everywhere(self) -> Any:
+        """Where to put what every device of the model is to have: for `jax.device_put`."""
+        return self.device if self.layout is None else self.layout.everywhere
+
+    def as_traced(self) -> Any:
+        """What the compiled loop is given while it is traced: on a mesh, what each device computes of this model."""
+        if self.layout is None:
+            return self
+        from jaxgen.parallel.on_mesh import OnMesh
+
+        return OnMesh(self, self.layout)
 
     @property
     def decodes_with_kernels(self) -> bool:
         """Whether the kernels of `jaxgen.kernels` can carry out a decode step of this model, where it is.
 
-        Not over several devices: XLA cannot divide a kernel among them, and would gather the weights at each step.
+        Not over several devices, but where `layout` says what each of them computes: XLA cannot divide a kernel among
+        them, and would gather the weights at each step.
         """
-        one = len(self.model.norm.weight.devices()) == 1
-        return one and self._fits_kernels and device_runs_kernels(self.device)
+        alone = self.layout is not None or len(self.model.norm.weight.devices()) == 1
+        return alone and self._fits_kernels and device_runs_kernels(self.device)
 
     @property
     def _fits_kernels(self) -> bool:
@@ -200,7 +219,7 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
         with jax.named_scope("lm_head"):
             tied = self.config.tie_word_embeddings
             logits = self.model.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)
-            logits = logits.astype(jnp.float32)
+            logits = joined(logits, "vocab").astype(jnp.float32)
             scaling, limit = self.config.logits_scaling, self.config.final_logit_softcapping
             logits = logits if scaling == 1 else logits / scaling
             return logits if limit is None else limit * jnp.tanh(logits / limit)

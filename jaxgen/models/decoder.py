@@ -35,6 +35,7 @@ from jaxgen.models.config import NORMS, DecoderConfig
 from jaxgen.models.experts import SparseMLP
 from jaxgen.models.layers import Embedding, Linear, RMSNorm, scaled
 from jaxgen.residual import add_and_norm
+from jaxgen.shards import parts
 
 # flax 0.11.2 (Colab) keeps submodules in plain lists; 0.12 needs to be told that a list holds them.
 _module_list = getattr(nnx, "List", list)
@@ -52,10 +53,10 @@ def rotations(
     return [tables[given] for given in config.ropes]
 
 
-def norm(config: DecoderConfig, size: int, dtype: jnp.dtype) -> RMSNorm:
+def norm(config: DecoderConfig, size: int, dtype: jnp.dtype, over: str | None = None) -> RMSNorm:
     """A norm over `size` numbers, with the arithmetic of the family."""
     offset, in_float32 = config.norm_offset, config.norms_in_float32
-    return RMSNorm(size, config.rms_norm_eps, offset=offset, in_float32=in_float32, dtype=dtype)
+    return RMSNorm(size, config.rms_norm_eps, offset=offset, in_float32=in_float32, over=over, dtype=dtype)
 
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True)}
@@ -65,18 +66,24 @@ class Attention(nnx.Module):
     """Grouped-query attention with rotary positions; a sliding window, biases and norms per head where configured."""
 
     def __init__(self, config: DecoderConfig, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.kv_heads, self.groups = config.num_key_value_heads, config.query_groups
+        self.all_kv_heads, self.groups = config.num_key_value_heads, config.query_groups
         self.head_dim, self.window = config.head_size, config.layer_windows[index]
-        fused, mixed = self.kv_heads * (self.groups + 2) * self.head_dim, config.num_attention_heads * self.head_dim
+        fused, mixed = self.all_kv_heads * (self.groups + 2) * self.head_dim, config.num_attention_heads * self.head_dim
         self.qkv_proj = Linear(config.hidden_size, fused, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(mixed, config.hidden_size, bias=config.o_bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(mixed, config.hidden_size, bias=config.o_bias, inputs="heads", dtype=dtype, rngs=rngs)
         if config.qk_norm:
-            heads = (config.num_attention_heads, self.kv_heads) if config.qk_norm == "whole" else (1, 1)
-            self.q_norm, self.k_norm = (norm(config, count * self.head_dim, dtype) for count in heads)
+            whole = config.qk_norm == "whole"
+            heads, over = ((config.num_attention_heads, self.all_kv_heads), "heads") if whole else ((1, 1), None)
+            self.q_norm, self.k_norm = (norm(config, count * self.head_dim, dtype, over) for count in heads)
         self.qk_norm, self.stacked = config.qk_norm, config.stacks_projections
         multiplier = config.attention_multiplier
         scale = self.head_dim**-0.5 if multiplier is None else multiplier
         self.scoring = Scoring(scale, config.attn_logit_softcapping)
+
+    @property
+    def kv_heads(self) -> int:
+        """Those that are here: on a mesh a device has a part of them."""
+        return self.all_kv_heads // parts("heads")
 
     def project(
         self, x: Float[Array, "B T D"], rotation: Rotation | None
@@ -121,7 +128,7 @@ class MLP(nnx.Module):
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up_proj = Linear(width, 2 * inner, bias=bias, dtype=dtype, rngs=rngs)
         self.activation, self.stacked = config.activation, config.stacks_projections
-        self.down_proj = Linear(inner, width, bias=bias, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(inner, width, bias=bias, inputs="mlp", dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """`down(act(gate(x)) * up(x))`."""

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxgen.linear import product
 from jaxgen.models.layers import Linear
 from jaxgen.quant.weight import Weight, as_weight
+from jaxgen.shards import divided, part, parts, summed
 
 _FEWEST_ROWS, _MOST_ROWS = 16, 128  # of a block: fewer cost nearly as much, more pad too much
 # Weights that a CPU takes out of the matrix at a time, to read them again at once; of one row so few that it takes and
@@ -77,11 +78,23 @@ class Experts(nnx.Module):
         self, x: Float[Array, "M D"], shares: Float[Array, "M k"], chosen: Int[Array, "M k"]
     ) -> Float[Array, "M D"]:
         """What the chosen experts make of each token, added by shares in float32."""
-        tokens, owners, places = blocks(chosen, self.count)
-        pairs = grouped(x[tokens], owners, self.gate_up_proj.weight[...], self.count).reshape(*tokens.shape, -1, 2)
+        if not divided("experts"):
+            return self._added(x, shares, chosen, self.count, self.count).astype(x.dtype)
+        # A device has some of the experts. To it all others are one more, which is not there and gives nothing.
+        count = self.count // parts("experts")
+        chosen = chosen - part("experts") * count
+        here = (chosen >= 0) & (chosen < count)
+        added = self._added(x, jnp.where(here, shares, 0), jnp.where(here, chosen, count), count, count + 1)
+        return summed(added, "experts").astype(x.dtype)
+
+    def _added(
+        self, x: Float[Array, "M D"], shares: Float[Array, "M k"], chosen: Int[Array, "M k"], here: int, known: int
+    ) -> Float[Array, "M D"]:
+        tokens, owners, places = blocks(chosen, known)
+        pairs = grouped(x[tokens], owners, self.gate_up_proj.weight[...], here).reshape(*tokens.shape, -1, 2)
         hidden = jax.nn.silu(pairs[..., 0]) * pairs[..., 1]
-        outputs = grouped(hidden, owners, self.down_proj.weight[...], self.count).reshape(tokens.size, -1)
-        return (outputs[places].astype(jnp.float32) * shares[..., None]).sum(1).astype(x.dtype)
+        outputs = grouped(hidden, owners, self.down_proj.weight[...], here).reshape(tokens.size, -1)
+        return (outputs[places].astype(jnp.float32) * shares[..., None]).sum(1)
 
 
 def block_rows(tokens: int, chosen: int, experts: int) -> int:
@@ -148,7 +161,7 @@ def _by_block(
 
     def block(_: None, given: tuple[Array, Array]) -> tuple[None, Array]:
         x, owner = given
-        if not on_cpu:  # where asking costs more than computing what is not needed
+        if not on_cpu and not divided("experts"):  # where asking costs more than computing what is not needed
             return None, compute(x, owner)
         nothing = jnp.zeros((len(x), rows), x.dtype)
         return None, jax.lax.cond(owner < experts, lambda: compute(x, owner), lambda: nothing)

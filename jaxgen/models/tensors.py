@@ -76,6 +76,8 @@ def logical_axes(config: DecoderConfig) -> dict[str, tuple[str | None, ...]]:
         rows, columns = _AXES.get(module, (None, None))
         rows, columns = ("experts", "mlp" if columns == "mlp" else columns) if owner == "experts" else (rows, columns)
         axes[name] = (rows, columns) if kind == "weight" and module in _AXES else (rows,)
+        if module in ("q_norm", "k_norm") and config.qk_norm == "whole":
+            axes[name] = ("heads",)
     return axes
 
 

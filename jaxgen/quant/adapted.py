@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxgen.linear import linear
 from jaxgen.pytree import pytree
 from jaxgen.quant.weight import Interleave, Weight
+from jaxgen.shards import Axes
 
 if TYPE_CHECKING:
     from jaxgen.kernels.products import Products
@@ -49,6 +51,11 @@ class Adapted(Weight):
     def rows(self, chosen: slice) -> "Adapted":
         """Some rows of the matrix."""
         return Adapted(self.base.rows(chosen), self.down, self.up[chosen])
+
+    def divided(self, rows: Axes, columns: Axes, parts: int) -> "Adapted":
+        """The base as itself; of the correction each matrix by what it shares with it."""
+        down, up = PartitionSpec(None, columns or None), PartitionSpec(rows or None)
+        return Adapted(self.base.divided(rows, columns, parts), down, up)
 
     def rows_from(self, start: Int[Array, ""], count: int) -> "Adapted":
         """`count` rows from a traced one on."""

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int8, Int32
 
+from jaxgen.errors import UnsupportedError
 from jaxgen.linear import product
 from jaxgen.lowering import own_rules, target
 from jaxgen.pytree import pytree
@@ -17,7 +19,8 @@ from jaxgen.quant.config import check_group
 from jaxgen.quant.matmul import FUSED_ROWS, scaled_product
 from jaxgen.quant.nibbles import pack, scaled
 from jaxgen.quant.planar import block_size, from_planar, swap_order, to_planar
-from jaxgen.quant.weight import Interleave, Weight
+from jaxgen.quant.weight import Interleave, Weight, divided_groups
+from jaxgen.shards import Axes
 
 if TYPE_CHECKING:
     from jaxgen.kernels.products import Products
@@ -83,6 +86,18 @@ class Int4(Weight):
         if offset is not None:
             pieces = [x.with_offset(offset.dtype) if isinstance(x, Int4) else x for x in pieces]
         return Weight.join(pieces[0], pieces[1:], interleave)
+
+    def divided(self, rows: Axes, columns: Axes, parts: int) -> "Int4":
+        """In whole groups; not by columns where a permutation leads from one part to another."""
+        if columns and self.permutation is not None:
+            raise UnsupportedError(
+                "a checkpoint whose columns are permuted (GPTQ's desc_act) is not to be divided by columns; use a mesh "
+                "without 'model', or one quantised with desc_act=false"
+            )
+        axes = divided_groups(self, rows, columns, parts)
+        offset = None if self.offset is None else axes["scale"]
+        permutation = None if self.permutation is None else PartitionSpec()
+        return dataclasses.replace(self, **axes, offset=offset, permutation=permutation)
 
     def with_offset(self, dtype: Any) -> "Int4":
         """The same with an offset, of zero if it has none."""

@@ -5,6 +5,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxgen.linear import linear
@@ -12,7 +13,8 @@ from jaxgen.lowering import own_rules, target
 from jaxgen.pytree import pytree
 from jaxgen.quant.matmul import FUSED_ROWS
 from jaxgen.quant.planar import block_size, from_planar, swap_order, to_planar
-from jaxgen.quant.weight import Weight
+from jaxgen.quant.weight import Weight, divided_groups
+from jaxgen.shards import Axes
 
 if TYPE_CHECKING:
     from jaxgen.kernels.products import Products
@@ -65,6 +67,10 @@ class Lookup4(Weight):
         codes = jnp.stack([wide & 15, wide >> 4], axis=-1).reshape(*self.scale.shape, self.group_size)
         values = jnp.asarray(self.table)[codes] * jnp.asarray(self.scale)[..., None].astype(jnp.float32)
         return values.reshape(self.shape)
+
+    def divided(self, rows: Axes, columns: Axes, parts: int) -> "Lookup4":
+        """In whole groups; each device has the table."""
+        return dataclasses.replace(self, **divided_groups(self, rows, columns, parts), table=PartitionSpec())
 
     def for_kernels(self) -> "Lookup4":
         """With columns in planar order, unless its blocks are none that kernels read."""

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.linear import linear
 from jaxgen.pytree import pytree
+from jaxgen.shards import Axes
 
 if TYPE_CHECKING:
     from jaxgen.kernels.products import Products
@@ -81,6 +84,18 @@ class Weight(ABC):
         taken = {n: jax.lax.dynamic_slice_in_dim(x, start, count) for n, x in arrays.items() if x is not None}
         return dataclasses.replace(self, **taken)
 
+    def divided(self, rows: Axes, columns: Axes, parts: int) -> "Weight":
+        """The axes of a mesh that each array is divided over, as `PartitionSpec`s in the place of the arrays.
+
+        Rows and columns of the matrix are divided over `rows` and `columns`, the latter into so many parts. Raises
+        `JaxgenError` where a part would not hold whole groups of columns.
+        """
+        if columns:
+            raise UnsupportedError(f"{self.describe()}: not to be divided by columns; use a mesh without 'model'")
+        arrays = jax.tree.map(lambda _: PartitionSpec(), self)
+        by_row = {name: PartitionSpec(rows or None) for name in self.by_row if getattr(self, name) is not None}
+        return dataclasses.replace(arrays, **by_row)
+
     def join(self, others: "Sequence[Weight]", interleave: Interleave) -> "Weight | None":
         """The one weight that has the rows of this and the others, or None where no weight has them as they are."""
         if not all(type(other) is type(self) and self._is_like(other) for other in others):
@@ -116,6 +131,20 @@ class Weight(ABC):
         return Products(self, interpret)
 
 
+def divided_groups(weight: Any, rows: Axes, columns: Axes, parts: int) -> dict[str, PartitionSpec]:
+    """Of a weight whose columns lie in groups: each part must hold whole ones, or all of a lone one's scale."""
+    grouped = weight.scale.shape[1]
+    if columns and grouped > 1 and grouped % parts:
+        width, size = weight.shape[1], weight.shape[1] // grouped
+        fits = [count for count in range(1, parts) if grouped % count == 0]
+        raise JaxgenError(
+            f"{width} columns in groups of {size} are not to be divided by {parts}: a device would not hold whole "
+            f"groups; 'model' may be {', '.join(map(str, fits))}, or a checkpoint of smaller groups divides"
+        )
+    packed = PartitionSpec(rows or None, columns or None)
+    return {"packed": packed, "scale": packed if grouped > 1 else PartitionSpec(rows or None)}
+
+
 def _agree(mine: Any, theirs: Any, by_row: bool) -> bool:
     if mine is None or theirs is None:
         return mine is theirs
@@ -144,6 +173,10 @@ class Floats(Weight):
     def matmul(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
         """`x @ weight.T`."""
         return linear(x, self.array)
+
+    def divided(self, rows: Axes, columns: Axes, parts: int) -> "Floats":
+        """Both ways."""
+        return Floats(PartitionSpec(rows or None, columns or None))
 
     def describe(self) -> str:
         """The dtype's name."""

@@ -52,7 +52,7 @@ def best_of(values: Float[Array, "R V"], number: int) -> tuple[Float[Array, "R N
     XLA:CPU has a quick way for it, which it no longer sees once it has merged the result with a constant slice of
     it; then it sorts the whole vocabulary. The barrier keeps them apart.
     """
-    best, index = jax.lax.optimization_barrier(jax.lax.top_k(values, min(number, values.shape[1])))
+    best, index = map(jax.lax.optimization_barrier, jax.lax.top_k(values, min(number, values.shape[1])))
     return best, index
 
 

@@ -53,9 +53,11 @@ class Structure:
         self._hash = hash((graph, tuple(path for path, _ in variables)))
 
     def module(self, arrays: list[Any]) -> Any:
-        """The module again, with these arrays."""
+        """The module again, with these arrays; in the form that it has for those who trace it, if it has one."""
         pairs = zip(self._variables, arrays, strict=True)
-        return nnx.merge(self._graph, nnx.from_flat_state([(path, v.replace(array)) for (path, v), array in pairs]))
+        flat = [(path, variable.replace(array)) for (path, variable), array in pairs]
+        module = nnx.merge(self._graph, nnx.from_flat_state(flat))
+        return module.as_traced() if hasattr(module, "as_traced") else module
 
     def __eq__(self, other: object) -> bool:
         if self is other or not isinstance(other, Structure) or self._hash != other._hash:
@@ -77,7 +79,7 @@ def split(model: nnx.Module) -> tuple[Structure, list[Any]]:
     known = _known.get(model)
     if known is None or len(known.parts) != len(parts) or any(a is not b for a, b in zip(known.parts, parts)):  # noqa: B905
         known = _known[model] = _Known(model, parts)
-    return known.structure, [_value(variable) for variable in known.variables]
+    return known.structure, [value_of(variable) for variable in known.variables]
 
 
 class _Known:
@@ -110,9 +112,9 @@ def _at(node: Any, path: tuple[Any, ...]) -> Any:
 
 
 def _abstract(variable: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _value(variable))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), value_of(variable))
 
 
-def _value(variable: Any) -> Any:
+def value_of(variable: Any) -> Any:
     """The array itself: `variable[...]` would dispatch an operation."""
     return variable.get_value() if hasattr(variable, "get_value") else variable.value  # flax before 0.12

@@ -1,0 +1,1 @@
+"""Models on several devices, and programs on several machines."""

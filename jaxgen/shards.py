@@ -1,0 +1,55 @@
+"""What one device of a mesh computes: its part of the heads, of the feed-forward, of the vocabulary; and where they meet.
+
+The layers name what they are divided along ("heads", "mlp", "experts", "vocab"), and sum where a part is not the whole.
+Outside of a mesh nothing is divided, and all of this is the identity. `jaxgen.parallel` decides what lies where.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
+
+import jax
+from jaxtyping import Array, Float, Int
+
+Axes = tuple[str, ...]  # of a mesh
+_current: contextvars.ContextVar[Mapping[str, Axes]] = contextvars.ContextVar("shards", default={})  # noqa: B039
+
+
+@contextlib.contextmanager
+def dividing(axes: Mapping[str, Axes]) -> Iterator[None]:
+    """What is traced inside is one device's part: `axes` are those of the mesh that each name is divided over."""
+    token = _current.set(axes)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def divided(name: str | None) -> Axes:
+    """The axes of the mesh that something is divided over; none where one device has all of it."""
+    return () if name is None else _current.get().get(name, ())
+
+
+def parts(name: str | None) -> int:
+    """Into how many parts."""
+    return jax.lax.psum(1, axes) if (axes := divided(name)) else 1
+
+
+def part(name: str) -> Int[Array, ""] | int:
+    """Which part is here."""
+    return jax.lax.axis_index(axes) if (axes := divided(name)) else 0
+
+
+def summed(x: Float[Array, "*axes"], name: str | None) -> Float[Array, "*axes"]:
+    """The sum over all parts."""
+    return jax.lax.psum(x, axes) if (axes := divided(name)) else x
+
+
+def averaged(x: Float[Array, "*axes"], name: str | None) -> Float[Array, "*axes"]:
+    """The mean over all parts."""
+    return jax.lax.pmean(x, axes) if (axes := divided(name)) else x
+
+
+def joined(x: Float[Array, "*rows V"], name: str) -> Float[Array, "*rows W"]:
+    """All parts, one behind the other along the last axis."""
+    return jax.lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True) if (axes := divided(name)) else x
