@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.options.checks import integer
 
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]  (jax leaves its type open)
 
@@ -63,7 +62,9 @@ def as_place(device_map: Any) -> Device | Mesh:
         return device_map
     if not isinstance(device_map, Mapping) or not device_map or device_map.keys() - {"data", "model"}:
         return as_device(device_map)
-    sizes = {name: integer(1)(f"device_map[{name!r}]", device_map.get(name, 1)) for name in ("data", "model")}
+    sizes = {name: device_map.get(name, 1) for name in ("data", "model")}
+    if any(type(size) is not int or size < 1 for size in sizes.values()):
+        raise JaxgenError(f"device_map={dict(device_map)}: how many devices 'model' and 'data' have, 1 or more each")
     devices, wanted = jax.devices(), math.prod(sizes.values())
     if wanted > len(devices):
         raise JaxgenError(f"device_map={dict(device_map)} needs {wanted} devices, and JAX has {len(devices)}")

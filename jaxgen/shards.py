@@ -50,6 +50,14 @@ def averaged(x: Float[Array, "*axes"], name: str | None) -> Float[Array, "*axes"
     return jax.lax.pmean(x, axes) if (axes := divided(name)) else x
 
 
-def joined(x: Float[Array, "*rows V"], name: str) -> Float[Array, "*rows W"]:
-    """All parts, one behind the other along the last axis."""
-    return jax.lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True) if (axes := divided(name)) else x
+def joined(x: Float[Array, "*axes"], name: str, axis: int = -1) -> Float[Array, "*longer"]:
+    """All parts, one behind the other along an axis, by default the last one."""
+    return jax.lax.all_gather(x, axes, axis=axis % x.ndim, tiled=True) if (axes := divided(name)) else x
+
+
+def taken(x: Array) -> Array:
+    """Of all rows those that are computed here."""
+    if not divided("rows"):
+        return x
+    size = len(x) // parts("rows")
+    return jax.lax.dynamic_slice_in_dim(x, part("rows") * size, size)

@@ -48,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
         cache = getattr(config, "cache", None)  # None with `-p no:cacheprovider`
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache.mkdir("compiled")) if cache else ""
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # simulated ones, for meshes; all else is on the first
     if watched(config):
         config.pluginmanager.register(Reach())
 

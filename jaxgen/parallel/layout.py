@@ -64,7 +64,7 @@ class Layout:
         for name, count in counts.items():
             if count and sizes[MODEL] > 1 and not axes[name]:
                 logger.warning("%d (%s) are not to be divided by %d: each device has all", count, name, sizes[MODEL])
-        axes["rows"] = tuple(name for name in RULES["rows"] if name in mesh.axis_names)
+        axes["rows"] = tuple(name for name in RULES["rows"] if mesh.shape.get(name, 1) > 1)
         return cls(mesh, tuple(sorted(axes.items())))
 
     def over(self, name: str | None) -> Axes:
