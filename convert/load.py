@@ -22,8 +22,8 @@ from jaxgen.models.causal_lm import DecoderForCausalLM
 from jaxgen.models.config import DecoderConfig
 from jaxgen.models.families import config_from_hf, family_of
 from jaxgen.models.layers import QuantizedWeight
-from jaxgen.parallel.layout import Layout
 from jaxgen.models.tensors import EMBEDDING, HEAD, is_legacy_buffer, parameter_parts
+from jaxgen.parallel.layout import Layout
 from jaxgen.quant import Int4Config, Quantization, Weight
 
 from .adapter import FILES as ADAPTER_FILES
@@ -74,7 +74,8 @@ class AutoModelForCausalLM:
         `dtype`: "float32", "bfloat16", "float16" (or such a JAX or torch dtype), or "auto", the default:
         bfloat16 on TPUs and on GPUs that have it, float16 on older GPUs (float32 for models that overflow it),
         float32 on CPUs. `torch_dtype` is its old name. `device_map`: "auto" (JAX's first device), "cpu", "gpu",
-        "cuda", "tpu", "cuda:1", a number, a `jax.Device`, or one of these for the whole model (`{"": 0}`). `adapter`:
+        "cuda", "tpu", "cuda:1", a number, a `jax.Device`, or one of these for the whole model (`{"": 0}`); or a mesh,
+        by the sizes of its axes (`{"model": 4, "data": 2}`) or as a `jax.sharding.Mesh` with these. `adapter`:
         a PEFT LoRA adapter, as a directory or a hub id (its main branch); it is merged in float32 before any rounding,
         and kept beside weights that the checkpoint holds quantised. `gguf_file`: the name of a .gguf file in the
         directory or repository. The others as in `huggingface_hub.snapshot_download`.
@@ -297,9 +298,7 @@ def _tied_head_problems(checkpoint: Checkpoint) -> list[str]:
 
 
 @own_rules()
-def _stream(
-    assembler: Assembler, config: DecoderConfig, device: Device, layout: Layout | None
-) -> DecoderForCausalLM:
+def _stream(assembler: Assembler, config: DecoderConfig, device: Device, layout: Layout | None) -> DecoderForCausalLM:
     model = nnx.eval_shape(lambda: family_of(config)(config, rngs=nnx.Rngs(0), dtype=assembler.dtype))
     variables = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model))}
     model.layout = layout

@@ -1,4 +1,4 @@
-"""What one device of a mesh computes: its part of the heads, of the feed-forward, of the vocabulary; and where they meet.
+"""What one device of a mesh computes: its part of the heads, feed-forward and vocabulary; and where they meet.
 
 The layers name what they are divided along ("heads", "mlp", "experts", "vocab"), and sum where a part is not the whole.
 Outside of a mesh nothing is divided, and all of this is the identity. `jaxgen.parallel` decides what lies where.

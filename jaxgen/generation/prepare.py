@@ -96,7 +96,9 @@ def prepare(
         sizes = sizes_inside_jit(config, given.lengths, given.ids.shape[1], model.config)
     else:
         longest = max(int(x.lengths.max()) for x in (given, given.negative) if x is not None)
-        sizes = bucketed_sizes(config, samples, longest, given.lengths, model.config, strict)
+        mesh = getattr(model, "layout", None)
+        groups = mesh.parts("rows") if mesh else 1
+        sizes = bucketed_sizes(config, samples, longest, given.lengths, model.config, strict, groups)
         if given.negative is not None:
             negative, new = np.asarray(given.negative.lengths), np.asarray(sizes.max_lengths - given.lengths)
             check_negative_lengths(negative, new, contexts(model.config, negative), note(model.config))

@@ -18,6 +18,7 @@ from jaxgen.kernels.add_norm import add_norm
 from jaxgen.kernels.int4_rows import as_columns, columns_for
 from jaxgen.kernels.products import Products
 from jaxgen.quant.weight import as_weight
+from jaxgen.shards import divided, joined, summed
 
 
 def decode_step(
@@ -29,7 +30,7 @@ def decode_step(
         tied = model.config.tie_word_embeddings
         head = as_weight(model.model.embed_tokens.weight[...] if tied else model.lm_head.weight[...])
         _, logits = normed_product(x, delta, model.model.norm, head.kernels(interpret), interpret)
-    return logits[:, : len(tokens)].astype(jnp.float32).sum(0), caches
+    return joined(logits[:, : len(tokens)].astype(jnp.float32).sum(0), "vocab"), caches
 
 
 def extend(
@@ -85,11 +86,13 @@ def _layer(
         columns = columns_for(rows) if o_proj.reads_columns(rows) else 0
         mixed, cache = cache.attend_by_kernel(qkv, rotation, reading, columns=columns, interpret=interpret)
         mixed = mixed if columns else mixed.reshape(rows, -1)
-        x, delta = product_onto(x, mixed, o_proj, columns=bool(columns))
+        x, delta = product_onto(x, mixed, o_proj, columns=bool(columns), over=attention.o_proj.inputs)
     with jax.named_scope("mlp"):
         x, hidden = normed_product(x, delta, layer.post_attention_layernorm, gate_up_proj, interpret, swiglu=True)
         columns = gate_up_proj.reads_columns(rows)
-        x, delta = product_onto(x, hidden if columns else hidden[0], down_proj, columns=columns)
+        x, delta = product_onto(
+            x, hidden if columns else hidden[0], down_proj, columns=columns, over=mlp.down_proj.inputs
+        )
     return x, delta, cache
 
 
@@ -129,17 +132,22 @@ def normed_product(
 
 
 def product_onto(
-    x: Float[Array, "B D"], y: Array, weight: Products, *, columns: bool
+    x: Float[Array, "B D"], y: Array, weight: Products, *, columns: bool, over: str | None
 ) -> tuple[Float[Array, "B D"], Array | None]:
-    """`x + y @ weight.T`: added, or with what is yet to be added. `columns`: y is `[I, M]`, and not `[B, I]`."""
-    rows = len(x)
+    """`x + y @ weight.T`: added, or with what is yet to be added. `columns`: y is `[I, M]`, and not `[B, I]`.
+
+    On a mesh whose devices have a part of y each (`over`), the parts are summed first.
+    """
+    rows, whole = len(x), not divided(over)
     if rows == 1:
-        result = weight.row(y, residual=x)
+        result = weight.row(y, residual=x if whole else None)
         if result is not None:
-            return result, None
+            return (result, None) if whole else (x, summed(result, over)[None])
     if weight.reads_columns(rows):
-        return x, weight.columns(y if columns else as_columns(y), rows)
-    return x, product(y.T[:rows] if columns else y, weight)
+        delta = weight.columns(y if columns else as_columns(y), rows)
+    else:
+        delta = product(y.T[:rows] if columns else y, weight)
+    return x, delta if whole else summed(delta.astype(jnp.float32).sum(0), over).astype(x.dtype)[None]
 
 
 def product(x: Float[Array, "B I"], weight: Products, swiglu: bool = False) -> Float[Array, "1 B O"]:

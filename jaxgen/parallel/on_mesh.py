@@ -33,9 +33,7 @@ class OnMesh:
         self._variables = flat
         self._arrays = [value_of(variable) for _, variable in flat]
         names = [".".join(map(str, path)) for path, _ in flat]
-        self._specs = [
-            layout.specs(self.config, name, array) for name, array in zip(names, self._arrays, strict=True)
-        ]
+        self._specs = [layout.specs(self.config, name, array) for name, array in zip(names, self._arrays, strict=True)]
 
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], slots: Slots, int8: bool = False

@@ -33,7 +33,9 @@ def check_memory(
     prompts, length = shape
     batch = 2 * prompts if guided else prompts
     rows = batch * layout.samples
-    cache = rows * cache_bytes(config, itemsize, layout.slots, layout.int8_cache)
+    mesh = getattr(model, "layout", None)
+    parts = mesh.parts("rows") * mesh.parts("heads") if mesh and device.platform != "cpu" else 1  # CPUs share a host
+    cache = rows * cache_bytes(config, itemsize, layout.slots, layout.int8_cache) // parts
     static = layout.static
     tables = static.record_scores + static.record_logits
     recorded = 4 * prompts * layout.samples * static.recorded * config.vocab_size * tables
@@ -68,7 +70,7 @@ def check_memory(
     # Layers with the most slots grow with the rows; beside them, those with a window stay as they are.
     counts = of_layers(layout.slots, config.num_hidden_layers)
     growing = [count for count in counts if count == max(counts)]
-    per_layer = rows * cache_bytes(config, itemsize, 1, layout.int8_cache) // len(counts)
+    per_layer = rows * cache_bytes(config, itemsize, 1, layout.int8_cache) // len(counts) // parts or 1
     others = per_layer * (sum(counts) - sum(growing))
     room = largest_bucket(max(free - working - others, 0) // (per_layer * len(growing))) - length
     advice = f"at most {room} new tokens fit" if room > 0 else "use fewer rows or a shorter prompt"

@@ -32,8 +32,12 @@ def bucketed_sizes(
     lengths: Int[np.ndarray, " B"],
     model_config: Any,
     strict: Strict | None,
+    groups: int = 1,
 ) -> Sizes:
-    """Sizes rounded up, so that few of them are compiled; `longest` is the longest prompt, negative ones included."""
+    """Sizes rounded up, so that few of them are compiled; `longest` is the longest prompt, negative ones included.
+
+    Outside of `strict` rows come in multiples of `groups`, each of which has as many.
+    """
     max_lengths = row_limits(config, lengths, contexts(model_config, lengths), note(model_config))
     guided = config.is_guided  # a negative row may be longer than its row
     budget = int((max_lengths - lengths).max())
@@ -44,7 +48,8 @@ def bucketed_sizes(
     # From the bucketed prompt, not the real one: the prompt's bucket then decides the total's.
     total = max(int(max_lengths.max()), length) if _by_length(config) and not guided else length + budget
     total = bucket(max(total, config.max_cache_len or 0), SMALLEST_TOTAL)
-    return Sizes(bucket(len(lengths)), length, total, budget, max_lengths)
+    rows = bucket(len(lengths))
+    return Sizes(rows + -rows % groups, length, total, budget, max_lengths)
 
 
 def sizes_inside_jit(config: GenerationConfig, lengths: Int[Array, " B"], columns: int, model_config: Any) -> Sizes:
