@@ -96,7 +96,8 @@ def as_device(device_map: Any) -> Device:
     if match is None or match[1] not in _PLATFORMS:
         raise JaxgenError(
             f"device_map={device_map!r} is not 'auto', one of {', '.join(map(repr, _PLATFORMS))} "
-            "(with an index: 'cuda:1'), a number, a jax.Device, a jax.sharding.Mesh, or {'model': 4, 'data': 2}"
+            "(with an index: 'cuda:1'), a number, or a jax.Device, for one device; nor a jax.sharding.Mesh or "
+            "{'model': 4, 'data': 2} for several"
         )
     try:
         devices = jax.local_devices(backend=_PLATFORMS[match[1]])

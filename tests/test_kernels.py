@@ -15,10 +15,13 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh
 
 from jaxgen import MistralConfig, MistralForCausalLM
 from jaxgen.cache import Int8Slots, LayerCache, held_positions, to_int8
+from jaxgen.convert.load import _place
 from jaxgen.generation.programs.stages import Stage
+from jaxgen.generation.programs.structure import value_of
 from jaxgen.kernels import backend, dense_row, dense_rows, int4_row, int4_rows, step, tiles
 from jaxgen.kernels.add_norm import add_norm
 from jaxgen.kernels.attend import attend, splits_for, takes
@@ -27,6 +30,7 @@ from jaxgen.kernels.write_down import write_down
 from jaxgen.lowering import Target, device_runs_kernels, tracing_for
 from jaxgen.models import causal_lm
 from jaxgen.models.layers import QuantizedWeight
+from jaxgen.parallel.layout import Layout
 from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
 from jaxgen.quant.adapted import Adapted
 from tests.helpers import some_slow
@@ -465,3 +469,27 @@ def test_no_warning_of_jax_reaches_a_user():
         warnings.simplefilter("error")
         add_norm(x, None, x[0], EPS, interpret=True)
         assert backend.dot(x, x, interpret=True).dtype == jnp.float32
+
+
+# On a mesh, each device by its own kernels.
+
+
+INTERPRETED = [("int4", 1), ("int4", 3), ("floats", 1), ("adapted", 3)]
+
+
+@pytest.mark.parametrize("kind, rows", some_slow(INTERPRETED, lambda case: case != ("int4", 3)))
+def test_kernels_on_a_mesh_compute_the_step(kind: str, rows: int):
+    model = model_of(kind)
+    tokens, lengths = jnp.asarray(np.random.default_rng(1).integers(0, 64, (rows, 6)), jnp.int32), jnp.full(rows, 5)
+    _, cache = model.prefill(tokens, lengths, 16)
+    expected, _ = model.step(tokens[:, -1], lengths, jax.tree.map(jnp.copy, cache))
+
+    layout = Layout.of(Mesh(np.array(jax.devices()[:2]), ("model",)), model.config)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name = ".".join(map(str, path))
+        _place(model, name, layout.put(model.config, name, jax.device_get(value_of(variable))))
+    model.layout = layout
+    step_of_each = lambda part, *args: step.decode_step(part, *args, interpret=True)  # noqa: E731
+    run = jax.jit(lambda *args: model.as_traced()._each(step_of_each, args[:2], args[2], caches=True))
+    logits, _ = run(tokens[:, -1], lengths, jax.device_put(cache, layout.everywhere))
+    assert relative(logits, wide(expected)) < 2e-2

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
@@ -19,11 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxgen
 from jaxgen import GenerationConfig, Int4Config, Strict
-from jaxgen.convert.load import _place
 from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation import execute
-from jaxgen.generation.programs.structure import value_of
-from jaxgen.kernels import step
 from jaxgen.models.families import config_from_hf
 from jaxgen.models.tensors import parameter_parts
 from jaxgen.parallel.layout import Layout
@@ -35,7 +31,6 @@ from tests.family_files import load, written
 from tests.helpers import counted, padded, some_slow
 from tests.hf_files import CONFIG, hf_tensors, write_hf
 from tests.rows import OPTIONS, PROCESSORS
-from tests.test_kernels import model_of, relative, wide
 
 IDS, MASK = padded([[5, 9, 7, 30, 41, 2, 8], [8, 8, 1], [3, 20, 4, 60]], "left", 1)
 MESHES = [{"model": 2}, {"data": 2}, {"model": 2, "data": 2}, {"model": 4}, {"model": 4, "data": 2}]
@@ -338,27 +333,3 @@ def test_saved_from_a_mesh_as_from_one_device(llama: Path, tmp_path: Path):
 def _saved(place: Path, at: Path) -> bytes:
     load(place).save_pretrained(at)
     return (at / "model.safetensors").read_bytes()
-
-
-# Kernels, one after the other on each device (interpreted: there is no GPU).
-
-
-INTERPRETED = [("int4", 1), ("int4", 3), ("floats", 1), ("adapted", 3)]
-
-
-@pytest.mark.parametrize("kind, rows", some_slow(INTERPRETED, lambda case: case != ("int4", 3)))
-def test_kernels_on_a_mesh_compute_the_step(kind: str, rows: int):
-    model = model_of(kind)
-    tokens, lengths = jnp.asarray(np.random.default_rng(1).integers(0, 64, (rows, 6)), jnp.int32), jnp.full(rows, 5)
-    _, cache = model.prefill(tokens, lengths, 16)
-    expected, _ = model.step(tokens[:, -1], lengths, jax.tree.map(jnp.copy, cache))
-
-    layout = Layout.of(Mesh(np.array(jax.devices()[:2]), ("model",)), model.config)
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name = ".".join(map(str, path))
-        _place(model, name, layout.put(model.config, name, jax.device_get(value_of(variable))))
-    model.layout = layout
-    step_of_each = lambda part, *args: step.decode_step(part, *args, interpret=True)  # noqa: E731
-    run = jax.jit(lambda *args: model.as_traced()._each(step_of_each, args[:2], args[2], caches=True))
-    logits, _ = run(tokens[:, -1], lengths, jax.device_put(cache, layout.everywhere))
-    assert relative(logits, wide(expected)) < 2e-2
