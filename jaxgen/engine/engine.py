@@ -95,9 +95,9 @@ class Engine:
         layout = BatchLayout(static, 1, total, held, chunk=self.strict.chunk, one_by_one=True)
         check_memory(model, (self.strict.rows, self.strict.chunk), layout)
         self.top_logprobs = best
-        sizes = self.strict.rows, model.config.vocab_size
-        room = None if constraints is None else Room(*sizes, constraints, model.everywhere)
-        self._options = RowOptions(*sizes, processors, room, model.everywhere)
+        sizes, place = (self.strict.rows, model.config.vocab_size), getattr(model, "everywhere", model.device)
+        room = None if constraints is None else Room(*sizes, constraints, place)
+        self._options = RowOptions(*sizes, processors, room, place)
         self._batch = Batch(model, self.strict.rows, layout, integer(1)("steps", steps), self._options)
         self._waiting: collections.deque[Request] = collections.deque()
         self._wake, self._closing, self._deadline = threading.Condition(), False, float("inf")
