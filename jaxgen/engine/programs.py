@@ -210,7 +210,8 @@ def programs_for(model: Any, rows: int, layout: BatchLayout, steps: int, free: i
     `free` is the state of rows without a constraint; None: there is no room for any.
     """
     _, decode = stages_for(model, split(model)[1], strict=True)
-    reading, place = _READ_ON_GPU if model.device.platform == "gpu" else _READ, getattr(model, "everywhere", model.device)
+    reading = _READ_ON_GPU if model.device.platform == "gpu" else _READ
+    place = getattr(model, "everywhere", model.device)
 
     def opening(weights: Weights) -> DecodeState:
         # Put where the weights are by name, or the first state would be of another kind to jit than those that follow.
