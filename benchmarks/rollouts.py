@@ -4,7 +4,8 @@
 
 The demo model draws 8 samples of 48 tokens for each of 8 prompts, at temperature 1.5 without filters, with one seed
 after another. Then the same tokens are scored under the same temperature. *fast* is `generate` and `score_tokens` as
-they are, *exact* both with `strict=jaxgen.Strict(rows=64, tokens=64)`, the prompts in another order in scoring.
+they are, *exact* both with `strict=jaxgen.Strict(rows=64, tokens=64)`, the prompts in another order in scoring, and
+*engine* is `jaxgen.Engine(rows=64, slots=64).generate_batch`, scored with that engine's `strict`.
 transformers on torch is measured the same way: its `generate` with `output_scores=True`, and a forward pass over the
 finished rows. Differences are in nats; a ratio is exp(scored - drawn). Tokens per second are those of the fastest call.
 On a machine that does other things too, hold all of it to one core: `taskset -c 0 python benchmarks/rollouts.py ...`.
@@ -29,6 +30,7 @@ import transformers
 from reproducibility import processor, prompts_of
 
 import jaxgen
+from jaxgen.text.tokenizer import left_pad
 
 PROMPTS, SAMPLES, NEW = 8, 8, 48
 OPTIONS: dict[str, Any] = {
@@ -63,6 +65,26 @@ def ours(weights: str, exact: bool) -> Iterator[Pair]:
         given = out.sequences[rows], out.prompt_lengths[rows], out.attention_mask[rows]
         scores = jaxgen.score_tokens(model, *given, batch_size=PROMPTS * SAMPLES, **options)
         yield out.logprobs[rows], scores.logprobs, middle - start, time.perf_counter() - middle
+
+
+def in_engine(weights: str) -> Iterator[Pair]:
+    """The same by one engine, whose rows wait for nobody; here all are equally long."""
+    model = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), device_map="cpu", **WEIGHTS[weights])
+    prompts, _ = prompts_of(PROMPTS)
+    options, count = {**OPTIONS, "eos_token_id": None}, PROMPTS * SAMPLES
+    with jaxgen.Engine(model, rows=count, slots=64, queue=count) as engine:
+        alone = {**options, "num_return_sequences": 1, "strict": engine.strict}
+        for seed in range(1 << 30):
+            start = time.perf_counter()
+            outputs = [*engine.generate_batch(prompts, seed=seed, **options).values()]
+            middle = time.perf_counter()
+            outputs = [outputs[row] for row in np.random.default_rng(seed).permutation(count)]
+            rows = [output.prompt_ids + output.generated_tokens for output in outputs]
+            starts = [len(output.prompt_ids) for output in outputs]
+            ids, mask = left_pad(rows, 0), left_pad([[1] * len(row) for row in rows], 0)
+            scores = jaxgen.score_tokens(model, ids, starts, mask, **alone)
+            drawn = np.array([output.logprobs for output in outputs], np.float32)
+            yield drawn, scores.logprobs, middle - start, time.perf_counter() - middle
 
 
 def theirs(weights: str) -> Iterator[Pair]:
@@ -127,6 +149,7 @@ def main() -> None:
     for weights in WEIGHTS:
         jobs.append(("jaxgen", weights, "exact", lambda weights=weights: ours(weights, exact=True)))
         jobs.append(("jaxgen", weights, "fast", lambda weights=weights: ours(weights, exact=False)))
+        jobs.append(("jaxgen", weights, "engine", lambda weights=weights: in_engine(weights)))
         if weights != "int4":  # transformers has other four bits
             jobs.append(("transformers", weights, "", lambda weights=weights: theirs(weights)))
     rows = []

@@ -20,9 +20,11 @@ def rollouts(results: Any) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     machine = results["machine"]
     command = "taskset -c 0 python benchmarks/rollouts.py --json benchmarks/results/rollouts.json"
+    engine = any(row["mode"] == "engine" for row in results["rows"])
+    modes = "*engine* by an `Engine`, scored with its `strict`, *fast* without" if engine else "*fast* without"
     prose = (
         "What `generate` said of the tokens that it drew, against what scoring the same tokens says: differences in "
-        "nats, and the share of ratios outside [0.9, 1.1]. *exact* is with `strict=` in both, *fast* without, and "
+        f"nats, and the share of ratios outside [0.9, 1.1]. *exact* is with `strict=` in both, {modes}, and "
         "transformers on torch is measured the same way (`output_scores` against a forward pass). The demo model, 8 "
         "prompts with 8 samples of 48 tokens, temperature 1.5. Rates were taken while other work shared the machine: "
         "they are no comparison, and what exactness costs in time is unknown. The larger a device, the more "
