@@ -267,6 +267,17 @@ def test_what_a_schema_cannot_say_is_refused_by_name(schema: Any, message: str):
         jaxgen.json_schema(schema)
 
 
+def test_a_reference_that_comes_again_and_again_is_read_once():
+    """40 schemas, each of which has the next one twice: 2**40 parts, if each were written out."""
+    parts = {
+        f"d{level}": {"type": "object", "properties": {name: {"$ref": f"#/$defs/d{level + 1}"} for name in "ab"}}
+        for level in range(40)
+    }
+    schema = {"$defs": {**parts, "d40": {"type": "null"}}, "$ref": "#/$defs/d0"}
+    with pytest.raises(JaxgenError, match=r"its pattern has \d+ characters, more than 131072"):
+        jaxgen.json_schema(schema)
+
+
 def test_ranges_of_integers():
     rng = random.Random(0)
     for _ in range(200):

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from jaxgen.constraints.automaton import MOST_CHARACTERS
 from jaxgen.constraints.numbers import integers_between
 from jaxgen.constraints.recursion import referred
 from jaxgen.constraints.strings import FORMATS, STRING, quoted_pattern, string_of_length
@@ -54,9 +55,16 @@ class _Translation:
     def __init__(self, root: Schema, escape: Callable[[str], str]):
         self.root, self.escape = root, escape
         self.open: list[str] = []  # the references that lead here
+        self.known: dict[str, str] = {}  # the patterns of references: schemas may refer to one again and again
 
     def of(self, schema: object, at: str) -> str:
         """The pattern of one schema, which stands for itself in any context."""
+        pattern = self._of(schema, at)
+        if len(pattern) > MOST_CHARACTERS:
+            self.refuse(at, schema, f"its pattern has {len(pattern)} characters, more than {MOST_CHARACTERS}")
+        return pattern
+
+    def _of(self, schema: object, at: str) -> str:
         if not isinstance(schema, Mapping):
             if isinstance(schema, bool):
                 self.refuse(at, schema, "any value, or none, is no regular expression; say which")
@@ -147,14 +155,14 @@ class _Translation:
             self.only(rest, at)
             if not least <= len(parts) <= (len(parts) if most is None else most):
                 self.refuse(at, said, "prefixItems, minItems and maxItems must agree")
-            return rf"\[{SPACE}{_comma().join(parts)}{SPACE}\]"
+            return rf"\[{SPACE}{comma().join(parts)}{SPACE}\]"
         if "items" not in rest:
             self.refuse(at, dict(said), "an array needs items, which say what is in it")
         item = self.of(rest.pop("items"), f"{at}/items")
         self.only(rest, at)
         if most == 0:
             return rf"\[{SPACE}\]"
-        more = _repeated(f"(?:{_comma()}{item})", max(least - 1, 0), None if most is None else most - 1)
+        more = _repeated(f"(?:{comma()}{item})", max(least - 1, 0), None if most is None else most - 1)
         some = f"{item}{more}"
         return rf"\[{SPACE}{some if least else f'(?:{some})?'}{SPACE}\]"
 
@@ -174,7 +182,7 @@ class _Translation:
                     return rf"\{{{SPACE}\}}"
                 self.refuse(at, dict(said), "an object needs properties, or a schema of additionalProperties")
             pair = f"{STRING}{SPACE}:{SPACE}{self.of(others, f'{at}/additionalProperties')}"
-            return rf"\{{{SPACE}(?:{pair}(?:{_comma()}{pair})*)?{SPACE}\}}"
+            return rf"\{{{SPACE}(?:{pair}(?:{comma()}{pair})*)?{SPACE}\}}"
         pairs = []
         for name, value in properties.items():
             key = self.escape(json.dumps(name, ensure_ascii=False))
@@ -189,11 +197,11 @@ class _Translation:
         place = referred(self.root, pointer)
         if place is None:
             raise JaxgenError(f"json_schema: {at}: {shown(pointer)} is not in the schema")
-        self.open.append(pointer)
-        try:
-            return self.of(place, pointer)
-        finally:
+        if pointer not in self.known:
+            self.open.append(pointer)
+            self.known[pointer] = self.of(place, pointer)
             self.open.pop()
+        return self.known[pointer]
 
     def _values(self, values: object, at: str) -> str:
         if not isinstance(values, list) or not values:
@@ -305,7 +313,7 @@ def _in_order(pairs: list[tuple[str, bool]]) -> str:
     """These, those that are not required with or without, and commas between them."""
     starts = []
     for first, (pair, required) in enumerate(pairs):
-        rest = (f"(?:{_comma()}{later}){'' if needed else '?'}" for later, needed in pairs[first + 1 :])
+        rest = (f"(?:{comma()}{later}){'' if needed else '?'}" for later, needed in pairs[first + 1 :])
         starts.append(pair + "".join(rest))
         if required:
             return _either(starts)
@@ -322,5 +330,6 @@ def _repeated(pattern: str, least: int, most: int | None) -> str:
     return f"{pattern}{{{least},{'' if most is None else most}}}"
 
 
-def _comma() -> str:
+def comma() -> str:
+    """Between parts."""
     return f"{SPACE},{SPACE}"
