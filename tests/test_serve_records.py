@@ -21,6 +21,10 @@ BODIES = {
         **{"temperature": 1.3, "stop": ["7"], "min_tokens": 2, "logit_bias": {"5": -100}, "repetition_penalty": 1.1},
     },
     "greedy": {"prompt": "1, 2, 3", "n": 2, "temperature": 0, "max_tokens": 20},
+    "a shape": {
+        **{"prompt": "1, 2, 3", "n": 2, "seed": 3, "max_tokens": 30, "structured_outputs": {"regex": "(, [0-9a-f]+)+"}},
+        **{"frequency_penalty": 0.5, "presence_penalty": -0.5},
+    },
     "to the end of a row": {"messages": CHAT, "temperature": 0.7, "top_k": 3, "seed": 2, "ignore_eos": True},
 }
 

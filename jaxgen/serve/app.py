@@ -123,9 +123,9 @@ def _models(service: Service) -> Response:
 
 
 def _ready(service: Service) -> Response:
-    if service.ready:
+    if service.state == "ready":
         return as_json({"status": "ready"})
-    return as_json({"status": "closing" if service.engine.closed else "compiling"}, 503, retry_after="1")
+    return as_json({"status": service.state}, 503, retry_after="1")
 
 
 async def _tokenize(request: Request, service: Service, body: Any) -> Response:

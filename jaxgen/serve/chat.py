@@ -13,6 +13,7 @@ from jaxgen.serve.fields import Fields, bad, listed, mapping, only, text
 from jaxgen.serve.refusal import Refusal
 from jaxgen.serve.sampling import IGNORED, arguments_of, sampling_of, seed_of, stream_of
 from jaxgen.serve.service import Prompt, Service, fresh_seed
+from jaxgen.serve.shapes import shape_of
 from jaxgen.serve.token_texts import TokenTexts
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -73,10 +74,9 @@ async def chat_completions(request: Request, service: Service, body: Any) -> Any
     seed, stream = seed_of(fields), stream_of(fields)
     best = _logprobs(fields, service)
     fields.take("modalities", only(["text"]))
-    shape = Fields(fields.take("response_format", mapping, {}), "response_format")
-    shape.take("type", only("text"))
-    shape.end()
+    shape = shape_of(fields)
     fields.end(IGNORED)
+    options |= await service.shapes.option(shape, options)
     seed = fresh_seed() if seed is None else seed
     ids = await service.prompts(lambda: service.encoded("messages", messages, **template))
     options |= {"seed": seed, "top_logprobs": best or None}

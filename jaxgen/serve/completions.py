@@ -15,6 +15,7 @@ from jaxgen.serve.fields import Fields, bad, only
 from jaxgen.serve.refusal import Refusal, as_json
 from jaxgen.serve.sampling import IGNORED, sampling_of, seed_of, stream_of
 from jaxgen.serve.service import Prompt, Service, fresh_seed
+from jaxgen.serve.shapes import shape_of
 from jaxgen.serve.token_texts import TokenTexts
 
 DEFAULT_NEW_TOKENS = 16  # as at OpenAI
@@ -102,6 +103,7 @@ async def completions(request: Request, service: Service, body: Any) -> Any:
     check_best("logprobs", best or 0, service)
     seed, stream = seed_of(fields), stream_of(fields)
     special = {"add_special_tokens": fields.take("add_special_tokens", flag, True)}
+    shape = shape_of(fields)
     fields.end(IGNORED)
     if len(given) * samples > service.limits.sequences:
         most = service.limits.sequences
@@ -115,6 +117,7 @@ async def completions(request: Request, service: Service, body: Any) -> Any:
         if stream[0]:
             raise Refusal("max_tokens=0: there is nothing to stream", param="stream")
         return _echoed(service, form, count, len(prompts) * samples)
+    options |= await service.shapes.option(shape, options)
     options |= {"seed": seed, "top_logprobs": best or None}
     most = ("max_tokens", new, DEFAULT_NEW_TOKENS)
     calls = await service.prompts(lambda: service.submit("prompt", prompts, most, samples, **options))

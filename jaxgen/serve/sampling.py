@@ -7,7 +7,7 @@ from typing import Any
 from jaxgen.errors import JaxgenError, shown
 from jaxgen.generation.options.checks import flag, integer, number
 from jaxgen.generation.options.config import GenerationConfig
-from jaxgen.serve.fields import Fields, bad, listed, mapping, only, text, whole
+from jaxgen.serve.fields import Fields, bad, listed, mapping, text, whole
 from jaxgen.serve.refusal import Refusal
 
 # What OpenAI keeps for itself, and what changes no token: these may be there, and are ignored.
@@ -15,10 +15,8 @@ IGNORED = frozenset(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 )
 MOST_STOPS, LONGEST_STOP, MOST_BIASES = 16, 500, 512
-_NO_PENALTY = only(0, 0.0, why="the engine has repetition_penalty, and not this one")
 # Fields whose value decides which option has to say what is wrong with it.
 _FIELD_OF = {
-    "max_new_tokens": "max_tokens",
     "stop_strings": "stop",
     "sequence_bias": "logit_bias",
     "min_new_tokens": "min_tokens",
@@ -45,12 +43,12 @@ def sampling_of(fields: Fields, stored: GenerationConfig, vocab_size: int) -> di
         options |= {name: value for name, value in filters.items() if value is not None}
     given = {
         "repetition_penalty": fields.take("repetition_penalty", number("(0, inf)")),
+        "frequency_penalty": fields.take("frequency_penalty", number("[-2, 2]")),
+        "presence_penalty": fields.take("presence_penalty", number("[-2, 2]")),
         "min_new_tokens": fields.take("min_tokens", integer(0)),
         "sequence_bias": _biases(fields.take("logit_bias", mapping, {}), vocab_size),
         "stop_strings": stops_of(fields),
     }
-    for name in ("frequency_penalty", "presence_penalty"):
-        fields.take(name, _NO_PENALTY)
     ends = fields.take("stop_token_ids", _ids, [])
     if fields.take("ignore_eos", flag, False):
         options["eos_token_id"] = None if not ends else tuple(ends)
@@ -81,13 +79,16 @@ def stream_of(fields: Fields) -> tuple[bool, bool, bool]:
     return streams, usage, every
 
 
-def with_field(error: JaxgenError) -> JaxgenError:
-    """An error of the engine that begins with an option's name, as one of the field that it came from."""
+def with_field(error: JaxgenError, new: str) -> JaxgenError:
+    """An error of the engine that begins with an option's name, as one of the field that it came from.
+
+    `new` is the field of the most new tokens. What is wrong with a constraint by itself was said before.
+    """
     name = str(error).partition("=")[0].partition(":")[0]
-    field = _FIELD_OF.get(name, name)
+    field = {**_FIELD_OF, "max_new_tokens": new, "constraint": new}.get(name, name)
     if isinstance(error, Refusal) or type(error).__name__.startswith("Engine") or not field.isidentifier():
         return error
-    return Refusal(f"{field}{str(error)[len(name) :]}", param=field)
+    return Refusal(f"{field}{str(error)[len(name) :].replace('max_new_tokens', new)}", param=field)
 
 
 def stops_of(fields: Fields) -> list[str] | None:

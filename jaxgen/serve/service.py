@@ -22,6 +22,7 @@ from jaxgen.serve.records import Call, Records
 from jaxgen.serve.refusal import Refusal, refusal_of
 from jaxgen.serve.sampling import with_field
 from jaxgen.serve.scoring import PromptScores
+from jaxgen.serve.shapes import Shapes
 from jaxgen.serve.token_texts import TokenTexts
 from jaxgen.text.inputs import checked_text, encode
 
@@ -71,7 +72,8 @@ class Service:
         # One at a time: tokenizers are no friends of threads, and a template runs in one process.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "jaxgen prompts")
         self._scoring = concurrent.futures.ThreadPoolExecutor(1, "jaxgen scores")
-        self._ready = False
+        self.shapes = Shapes(engine)
+        self._state = "compiling"
 
     def prepare(self) -> None:
         """Wait until the engine is compiled, and read what there is to know of the model."""
@@ -82,12 +84,14 @@ class Service:
         self.fingerprint = f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
         self.texts.bytes_of(0)
         self.engine.wait_until_ready()
-        self._ready = True
+        self._state = "ready"
 
     @property
-    def ready(self) -> bool:
-        """Whether requests are answered without waiting for compilations."""
-        return self._ready and not self.engine.closed
+    def state(self) -> str:
+        """ "compiling", "ready" (no request waits for compilations), "closing", or "failed"."""
+        if self.engine.failed:
+            return "failed"
+        return "closing" if self.engine.closed else self._state
 
     async def prompts(self, work: Callable[..., Result], *args: Any) -> Result:
         """Run in the thread that may use the tokenizer."""
@@ -151,7 +155,7 @@ class Service:
             for call in calls:
                 for handle in call.handles:
                     handle.cancel()
-            raise with_field(error) from error
+            raise with_field(error, asked) from error
         return calls
 
     def failure(self, error: Exception) -> Refusal:
@@ -169,6 +173,7 @@ class Service:
     def close(self, seconds: float) -> None:
         """Finish what was taken, and after so many seconds cancel it."""
         self.engine.close(timeout=seconds)
+        self.shapes.close()
         for pool in (self._thread, self._scoring):
             pool.shutdown(wait=False, cancel_futures=True)
 

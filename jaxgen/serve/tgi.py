@@ -1,7 +1,8 @@
 """text-generation-inference's interface: `/generate`, `/generate_stream` and `/info`, for clients that know it.
 
-`details.tokens` have the model's own log-probabilities. TGI's `grammar`, `watermark`, `adapter_id` and `best_of` are
-refused. A text is greedy unless `do_sample` is true or a filter or temperature is given, as there.
+`details.tokens` have the model's own log-probabilities. TGI's `watermark`, `adapter_id`, `best_of` and its
+`frequency_penalty`, which is not OpenAI's, are refused. A text is greedy unless `do_sample` is true or a filter or
+temperature is given, as there.
 """
 
 import dataclasses
@@ -19,10 +20,11 @@ from jaxgen.serve.follow import finished, follow, held, unless_gone
 from jaxgen.serve.refusal import Refusal, as_json
 from jaxgen.serve.sampling import MOST_STOPS, stops_of
 from jaxgen.serve.service import Prompt, Service, fresh_seed, version
+from jaxgen.serve.shapes import grammar_of
 from jaxgen.serve.sse import Events
 from jaxgen.serve.token_texts import LEAST
 
-_FINISH = {"eos": "eos_token", "stop_string": "stop_sequence"}
+_FINISH = {"eos": "eos_token", "stop_string": "stop_sequence", "complete": "eos_token"}
 _DEFAULT_NEW_TOKENS = 100
 
 
@@ -147,7 +149,9 @@ async def _asked(service: Service, fields: Fields) -> _Asked:
     check_best("parameters.top_n_tokens", best, service)
     names = ("return_full_text", "details", "decoder_input_details")
     full, details, prefill = (p.take(name, flag, False) for name in names)
+    shape = grammar_of(p)
     p.end()
+    options |= await service.shapes.option(shape, options)
     ids = await service.prompts(service.encoded, "inputs", given)
     ids = ids if truncate is None else ids[-truncate:]
     options["top_logprobs"] = best or None

@@ -1,0 +1,159 @@
+"""What a text must look like: OpenAI's `response_format`, vLLM's `structured_outputs`, TGI's `grammar`."""
+
+import asyncio
+import concurrent.futures
+from collections.abc import Callable
+from typing import Any
+
+import jaxgen
+from jaxgen.constraints.anything import any_object
+from jaxgen.constraints.patterns import Constraint
+from jaxgen.engine.engine import Engine
+from jaxgen.errors import JaxgenError, UnsupportedError, shown
+from jaxgen.generation.options.checks import flag
+from jaxgen.generation.options.config import resolve
+from jaxgen.serve.fields import Fields, bad, listed, mapping, only, text
+from jaxgen.serve.refusal import Refusal
+
+# The field that asks, and what makes its constraint: schemas may be large, and are read elsewhere.
+Wanted = tuple[str, Callable[[], Constraint]] | None
+MOST_WAITING, SECONDS = 16, 20.0  # constraints that are worked out at a time, and how long a client waits for one
+
+
+class Shapes:
+    """Works out constraints in a thread of its own, so that a schema of one client holds up no other one's text."""
+
+    def __init__(self, engine: Engine):
+        self._engine, self._waiting = engine, 0
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "jaxgen constraints")
+
+    async def option(self, wanted: Wanted, options: dict[str, Any]) -> dict[str, Any]:
+        """The option `constraint` of a request with these other options, if it wants one. Raises `Refusal`."""
+        if wanted is None:
+            return {}
+        field, make = wanted
+        if self._waiting >= MOST_WAITING:
+            raise Refusal(f"{field}: {self._waiting} others are being worked out", status=429, code="queue_full")
+        self._waiting += 1
+        work = asyncio.get_running_loop().run_in_executor(self._thread, self._checked, make, options)
+        work.add_done_callback(self._done)
+        try:
+            return {"constraint": await asyncio.wait_for(asyncio.shield(work), SECONDS)}
+        except TimeoutError as error:
+            said = f"{field}: not worked out within {SECONDS:g} s; ask for something simpler"
+            raise Refusal(said, param=field, code="timeout") from error
+        except Refusal:
+            raise
+        except JaxgenError as error:
+            raise Refusal(f"{field}: {str(error).partition(': ')[2] or error}", param=field) from error
+
+    def _checked(self, make: Callable[[], Constraint], options: dict[str, Any]) -> Constraint:
+        """The constraint, whose automaton the engine can have: it is kept for those that come."""
+        if (room := self._engine.room) is None:
+            raise UnsupportedError("constraint: this server has no room for any")
+        own = {name: options[name] for name in ("eos_token_id",) if name in options}
+        constraint, config = make(), resolve(own, None, self._engine.model.stored_generation_config)
+        room.automaton(constraint, self._engine.tokenizer, config.eos_token_ids)
+        return constraint
+
+    def _done(self, work: "asyncio.Future[Constraint]") -> None:
+        self._waiting -= 1
+        if not work.cancelled():
+            work.exception()  # whoever waited has been told, or has gone
+
+    def close(self) -> None:
+        """Work out nothing more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def shape_of(fields: Fields) -> Wanted:
+    """What OpenAI's or vLLM's field asks for. Raises `Refusal`."""
+    one, other = _response_format(fields), _structured_outputs(fields)
+    if one and other:
+        raise Refusal("structured_outputs and response_format exclude each other", param="structured_outputs")
+    return one or other
+
+
+def grammar_of(fields: Fields) -> Wanted:
+    """What TGI's `parameters.grammar` asks for. Raises `Refusal`."""
+    given = fields.take("grammar", mapping)
+    if given is None:
+        return None
+    name = "parameters.grammar"
+    inner = Fields(given, name)
+    kind = inner.need("type", _one_of("json", "regex", "json_schema"))
+    if kind == "json_schema":
+        return _named(inner, "value", f"{name}.value")
+    value = inner.need("value", text if kind == "regex" else _schema)
+    inner.end()
+    return _matching(f"{name}.value", value) if kind == "regex" else _by_schema(f"{name}.value", value)
+
+
+def _response_format(fields: Fields) -> Wanted:
+    given = fields.take("response_format", mapping)
+    if given is None:
+        return None
+    inner = Fields(given, "response_format")
+    kind = inner.need("type", _one_of("text", "json_object", "json_schema"))
+    if kind == "json_schema":
+        return _named(inner, "json_schema", "response_format.json_schema")
+    inner.end()
+    return ("response_format.type", any_object) if kind == "json_object" else None
+
+
+def _structured_outputs(fields: Fields) -> Wanted:
+    given = fields.take("structured_outputs", mapping)
+    if given is None:
+        return None
+    name = "structured_outputs"
+    inner = Fields(given, name)
+    kinds: dict[str, Any] = {"json": _schema, "regex": text, "choice": listed, "json_object": only(True)}
+    asked = {kind: value for kind, check in kinds.items() if (value := inner.take(kind, check)) is not None}
+    inner.end()
+    if len(asked) != 1:
+        raise Refusal(f"{name}: one of {', '.join(kinds)}, and {len(asked)} were given", param=name)
+    [(kind, value)] = asked.items()
+    if kind == "json":
+        return _by_schema(f"{name}.json", value)
+    if kind == "regex":
+        return _matching(f"{name}.regex", value)
+    return f"{name}.{kind}", any_object if kind == "json_object" else lambda: jaxgen.choice(value)
+
+
+def _named(fields: Fields, field: str, name: str) -> Wanted:
+    """A schema with a name, which says nothing here; strict is what is done anyway."""
+    inner = Fields(fields.need(field, mapping), name)
+    fields.end()
+    for told, check in {"name": text, "description": text, "strict": flag}.items():
+        inner.take(told, check)
+    schema = inner.need("schema", _schema)
+    inner.end()
+    return _by_schema(f"{name}.schema", schema)
+
+
+def _by_schema(name: str, schema: Any) -> Wanted:
+    def made() -> Constraint:
+        constraint = jaxgen.json_schema(schema)
+        if not isinstance(constraint, Constraint):
+            raise Refusal(f"{name}: the schema leads back to itself, which needs a grammar; not here", param=name)
+        return constraint
+
+    return name, made
+
+
+def _matching(name: str, pattern: str) -> Wanted:
+    return name, lambda: jaxgen.regex(pattern)
+
+
+def _schema(name: str, value: Any) -> Any:
+    """A schema, or its text."""
+    return value if isinstance(value, dict | str) else bad(name, value, "a JSON schema")
+
+
+def _one_of(*words: str) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        if value not in words:
+            raise Refusal(f"{name}={shown(value)}: expected {', '.join(words)}", param=name)
+        return value
+
+    return check
