@@ -1,6 +1,7 @@
 """A ragged load: the engine, static batches of `generate`, and transformers' `generate_batch`, in one run.
 
     python benchmarks/engine.py [--tiny] [--json FILE] [--requests 160] [--rows 16]
+    python benchmarks/engine.py --steps [--tiny] [--json FILE] [--rows 16]
 
 Needs the extra `oracle`. One model with random weights of the 125M shape, float32, on the CPU. Prompts of 8 to 96
 tokens, and new tokens of each request drawn from a geometric distribution of mean 48, at most 256, without an end
@@ -8,6 +9,9 @@ token. Static batches take the requests in order of arrival, and decode until th
 count what was asked for. transformers' `generate_batch` has one length for all requests: 48. `full` is a load where
 every row is busy to the end, against `generate` in the engine's own shape. `busy_rows` is the share of rows in the
 engine's steps that got a token, `slots_used` that of the reserved slots which requests filled.
+
+`--steps` measures instead what an engine's step costs, in milliseconds, where no request uses what the engine has: with
+no processors, with all of them, with room for constraints, and with the best tokens kept, not asked for and asked for.
 """
 
 import argparse
@@ -68,6 +72,47 @@ def full_load(model: Any, engine: jaxgen.Engine, new: int) -> dict[str, float]:
     return rates
 
 
+ROOM = (1024, 384)
+# What an engine has, and what its requests ask for.
+STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "no processors": ({"processors": (), "constraints": None}, {}),
+    "all processors, unused": ({"constraints": None}, {}),
+    "room for constraints, unused": ({"processors": (), "constraints": ROOM}, {}),
+    "top_logprobs=20, not asked for": ({"processors": (), "constraints": None, "top_logprobs": 20}, {}),
+    "top_logprobs=20, asked for": ({"processors": (), "constraints": None, "top_logprobs": 20}, {"top_logprobs": 20}),
+}
+
+
+def step_costs(model: Any, rows: int, new: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of a decode step in which every row is busy: the median, the least and the most of several runs.
+
+    All engines are there at once and take turns, so that what else the machine does falls on all of them.
+    """
+    prompts = np.random.default_rng(1).integers(3, 97, (rows, 8))
+    engines = {json.dumps(has): has for has, _ in STEPS.values()}
+    made = {key: jaxgen.Engine(model, rows=rows, slots=384, **has) for key, has in engines.items()}
+    taken: dict[str, list[float]] = {name: [] for name in STEPS}
+    try:
+        for engine in made.values():
+            engine.wait_until_ready()
+        for turn in range(repeats + 1):
+            for name, (has, asked) in STEPS.items():
+                engine = made[json.dumps(has)]
+                before, start = engine.stats().get("steps", 0), time.perf_counter()
+                handles = [engine.submit(ids, max_new_tokens=new, eos_token_id=None, **asked) for ids in prompts]
+                for handle in handles:
+                    handle.result()
+                seconds = time.perf_counter() - start
+                if turn:  # the first one warms up
+                    taken[name].append(1000 * seconds / (engine.stats()["steps"] - before))
+    finally:
+        for engine in made.values():
+            engine.close()
+    return {
+        name: {"median": float(np.median(each)), "least": min(each), "most": max(each)} for name, each in taken.items()
+    }
+
+
 def in_batches(generate: Any, requests: list[tuple[list[int], int]], rows: int) -> float:
     """Tokens per second, of those asked for, where `generate(ids, mask, new)` decodes until the longest has ended."""
     start = time.perf_counter()
@@ -99,9 +144,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--requests", type=int, default=160)
     parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--steps", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each part of --steps")
     options = parser.parse_args()
     shape = jaxgen.MistralConfig(**TINY) if options.tiny else SHAPE_125M
-    ours, requests = jaxgen.MistralForCausalLM(shape, rngs=nnx.Rngs(0)), load(options.requests)
+    ours = jaxgen.MistralForCausalLM(shape, rngs=nnx.Rngs(0))
+    if options.steps:
+        new = 16 if options.tiny else 128
+        tell({"step_ms": step_costs(ours, options.rows, new, options.repeats)}, options.json)
+        return
+    requests = load(options.requests)
     figures: dict[str, Any] = {}
     with jaxgen.Engine(ours, rows=options.rows, slots=384) as engine:
         engine.wait_until_ready()
@@ -124,13 +176,16 @@ def main() -> None:
 
     figures["transformers, static batches"] = in_batches(there, requests, options.rows)
     figures["transformers, generate_batch of 48 tokens each"] = continuous_in_transformers(theirs, requests)
+    tell({"figures": figures, "full": full}, options.json)
+
+
+def tell(found: dict[str, Any], file: Path | None) -> None:
+    """Print what was found, and keep it with what it was found on."""
     versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     machine = {"processor": platform.processor() or platform.machine(), **versions}
-    print(json.dumps({"figures": figures, "full": full}, indent=1))
-    if options.json:
-        options.json.write_text(
-            json.dumps({"machine": machine, "figures": figures, "full": full}, indent=1) + "\n", encoding="utf-8"
-        )
+    print(json.dumps(found, indent=1))
+    if file:
+        file.write_text(json.dumps({"machine": machine, **found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
