@@ -24,6 +24,10 @@ collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["oracle/*"]
 if not importlib.util.find_spec("jax_plugins"):
     collect_ignore_glob.append("aot/*")
 
+# And what drives a browser.
+if not importlib.util.find_spec("selenium"):
+    collect_ignore_glob.append("browser/*")
+
 pytest.register_assert_rewrite("tests.helpers", "tests.oracle.beams")
 
 # XLA:CPU maps some memory for every function it compiles, and crashes when Linux gives no more: 65530 maps by default.
