@@ -190,7 +190,8 @@ def test_any_text_is_shown_as_it_is(page, service, monkeypatch, said, apart):
     for width in (1100, 390):
         page.size(width, 760)
         assert page.script(
-            "return document.documentElement.scrollWidth <= innerWidth && document.getElementById('chat').scrollWidth <= innerWidth"
+            "return document.documentElement.scrollWidth <= innerWidth"
+            " && document.getElementById('chat').scrollWidth <= innerWidth"
         )
 
 
