@@ -102,7 +102,7 @@ def scripted(service, monkeypatch, said, *, tokens_apart=True, end=None):
                     -values[:, None] * [[-1, -2]],
                 )
             )
-        handle.end(*(("eos",) if end is None else ("error", end)))
+        handle.end("eos" if end is None else "error", end)
         return [Call(prompts[0].ids, 0, {**options, "max_new_tokens": 200}, [handle])]
 
     monkeypatch.setattr(service, "submit", submit)
