@@ -139,7 +139,35 @@ def test_a_field_is_an_option_of_generate(client, service, what):
     assert answer["usage"]["completion_tokens"] == len(tokens)
 
 
+def test_a_stop_is_looked_for_in_the_new_text_only(client, service):
+    """As at OpenAI, and not as in `generate`, which finds one that begins in the prompt; such an answer has no record."""
+    body = {"prompt": f"{TEXT},", "temperature": 0, "max_tokens": 12}
+    whole = posted(client, "/v1/completions", body)["choices"][0]["text"]
+    assert whole.startswith(" 4, 5, 6")
+    for stops, expected in (([", 4"], whole), ([", 4", "6"], " 4, 5, "), (["4"], " ")):
+        answer = posted(client, "/v1/completions", {**body, "stop": stops})
+        assert answer["choices"][0]["text"] == expected, stops
+        recorded = client.get(f"/v1/records/{answer['id']}")
+        assert recorded.status_code == (400 if ", 4" in stops else 200)
+        assert ", 4" not in stops or "begins in its prompt" in recorded.json()["error"]["message"]
+    lines = client.post("/v1/completions", json={**body, "stop": [", 4", "6"], "stream": True}).text.splitlines()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
+    assert "".join(event["choices"][0]["text"] for event in events) == " 4, 5, "
+    told = posted(client, "/generate", {"inputs": f"{TEXT},", "parameters": {"max_new_tokens": 12, "stop": [", 4"]}})
+    assert told["generated_text"] == whole
+
+
+def test_special_tokens_are_left_out_unless_asked_for(client, service):
+    biases = {"logit_bias": {str(END): 100}}
+    body = {"prompt": TEXT, "max_tokens": 3, "temperature": 0, **biases}
+    for fields, expected in (({}, ""), ({"skip_special_tokens": True}, ""), ({"skip_special_tokens": False}, "</s>")):
+        assert posted(client, "/v1/completions", {**body, **fields})["choices"][0]["text"] == expected
+        chat = posted(client, "/v1/chat/completions", {"messages": CHAT, **biases, **fields})
+        assert chat["choices"][0]["message"]["content"] == expected
+
+
 PROMPTS = {
+    "add_generation_prompt": (CHAT, {"add_generation_prompt": False}, "<s>user: Name a color."),
     "continue_final_message": (
         [*CHAT, {"role": "assistant", "content": "It is"}],
         {"continue_final_message": True},

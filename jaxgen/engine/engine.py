@@ -118,12 +118,14 @@ class Engine:
         sample: int = 0,
         include_stop_str_in_output: bool = True,
         skip_special_tokens: bool = True,
+        stops_begin_in_prompt: bool = True,
         **options: Unpack[GenerateOptions],
     ) -> Handle:
         """Queue a prompt: a text, a chat, or ids. Options are those of `generate`, as far as rows can have their own.
 
         `row_id` names the row, as in `generate`, where a single prompt is row 0; `sample` is which of
-        `num_return_sequences` samples this is: of one seed each is another text. Raises `JaxgenError` for bad options
+        `num_return_sequences` samples this is: of one seed each is another text. A stop string may begin in the prompt,
+        as in `generate`, unless `stops_begin_in_prompt` is False, as servers have it. Raises `JaxgenError` for bad options
         and for what can never fit, `EngineFullError` where as many wait as may, and `EngineClosedError` after the end.
         """
         extras, fields = Extras.take({"tokenizer": self.tokenizer, **options})
@@ -153,7 +155,7 @@ class Engine:
             row_id=row_id_words([row_id], 1)[0],
             sample=integer(0)("sample", sample),
             max_length=self._max_length(len(ids), config, asked.automaton),
-            watch=None if asked.stops is None else StopWatch(asked.stops, ids),
+            watch=None if asked.stops is None else StopWatch(asked.stops, ids if stops_begin_in_prompt else ids[:0]),
             weights=Weights.of(self.model),
             until=float("inf") if config.max_time is None else handle.submitted + config.max_time,
         )

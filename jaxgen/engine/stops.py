@@ -14,7 +14,7 @@ class StopWatch:
     def __init__(self, stops: StopStrings, prompt: Any):
         self._kinds, self._table = np.asarray(stops.kinds), np.asarray(stops.table)
         self._width, self._state = int(stops.width), 0
-        kinds = self._kinds[np.asarray(prompt)]
+        kinds = self._kinds[np.asarray(prompt, np.int32)]
         for kind in kinds[kinds != SILENT][1 - int(stops.longest) or len(kinds) :]:
             self._step(int(kind))
 

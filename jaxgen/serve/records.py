@@ -10,8 +10,10 @@ import numpy as np
 
 from jaxgen.engine.engine import Engine
 from jaxgen.engine.handle import CANCELLED, Completion, Handle
+from jaxgen.engine.stops import StopWatch
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.choosing.sample import FreshSeed
+from jaxgen.generation.choosing.stop_strings import StopStrings
 from jaxgen.generation.options.config import resolve
 from jaxgen.generation.options.table import Extras
 from jaxgen.generation.prepare import Request, prepare
@@ -95,6 +97,7 @@ class Records:
 
     def _output(self, answered: _Answered) -> GenerateOutput:
         request, done = self._request(answered.call, len(answered.done)), answered.done
+        self._check_stops(answered, request.config.stop_strings)
         lengths = np.array([len(each.tokens.ids) for each in done], np.int32)
 
         def table(rows: list[np.ndarray], fill: int = 0) -> np.ndarray:
@@ -113,6 +116,19 @@ class Records:
             origin=Origin(self._engine.model, request, answered.started, self._weights),
             seconds=max(each.total_s for each in done),
         )
+
+    def _check_stops(self, answered: _Answered, strings: Sequence[str] | None) -> None:
+        """Raise `JaxgenError` where `generate` ends earlier: by a stop string that begins in the prompt."""
+        if strings is None:
+            return
+        stops = StopStrings.of(self._engine.tokenizer, strings, self._engine.model.config.vocab_size)
+        ids = answered.call.ids
+        for done in answered.done:
+            first, there = (StopWatch(stops, prompt).first(done.tokens.ids) for prompt in (ids[:0], ids))
+            if first != there:
+                raise JaxgenError(
+                    "a stop string begins in its prompt, where generate finds it too, and a server does not"
+                )
 
     def _request(self, call: Call, samples: int) -> Request:
         """The call as `generate` prepares it. Greedy samples are rows of the same prompt: there is nothing to draw."""

@@ -150,7 +150,8 @@ class Service:
                 own = {**options, "max_new_tokens": count, "max_time": self.limits.seconds}
                 calls.append(Call(prompt.ids, row, own, []))
                 for sample in range(samples):
-                    calls[-1].handles.append(self.engine.submit(prompt.ids, row_id=row, sample=sample, **own))
+                    told: dict[str, Any] = {"row_id": row, "sample": sample, "stops_begin_in_prompt": False}
+                    calls[-1].handles.append(self.engine.submit(prompt.ids, **told, **own))
         except JaxgenError as error:
             for call in calls:
                 for handle in call.handles:
