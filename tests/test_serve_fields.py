@@ -140,7 +140,7 @@ def test_a_field_is_an_option_of_generate(client, service, what):
 
 
 def test_a_stop_is_looked_for_in_the_new_text_only(client, service):
-    """As at OpenAI, and not as in `generate`, which finds one that begins in the prompt; such an answer has no record."""
+    """As at OpenAI. `generate` finds one that begins in the prompt too: such an answer has no record."""
     body = {"prompt": f"{TEXT},", "temperature": 0, "max_tokens": 12}
     whole = posted(client, "/v1/completions", body)["choices"][0]["text"]
     assert whole.startswith(" 4, 5, 6")

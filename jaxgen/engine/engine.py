@@ -125,8 +125,9 @@ class Engine:
 
         `row_id` names the row, as in `generate`, where a single prompt is row 0; `sample` is which of
         `num_return_sequences` samples this is: of one seed each is another text. A stop string may begin in the prompt,
-        as in `generate`, unless `stops_begin_in_prompt` is False, as servers have it. Raises `JaxgenError` for bad options
-        and for what can never fit, `EngineFullError` where as many wait as may, and `EngineClosedError` after the end.
+        as in `generate`, unless `stops_begin_in_prompt` is False, as servers have it. Raises `JaxgenError` for bad
+        options and for what can never fit, `EngineFullError` where as many wait as may, and `EngineClosedError` after
+        the end.
         """
         extras, fields = Extras.take({"tokenizer": self.tokenizer, **options})
         config = resolve(

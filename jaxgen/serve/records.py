@@ -126,9 +126,7 @@ class Records:
         for done in answered.done:
             first, there = (StopWatch(stops, prompt).first(done.tokens.ids) for prompt in (ids[:0], ids))
             if first != there:
-                raise JaxgenError(
-                    "a stop string begins in its prompt, where generate finds it too, and a server does not"
-                )
+                raise JaxgenError("a stop string begins in its prompt; generate ends there, and a server does not")
 
     def _request(self, call: Call, samples: int) -> Request:
         """The call as `generate` prepares it. Greedy samples are rows of the same prompt: there is nothing to draw."""
