@@ -28,6 +28,9 @@ if not importlib.util.find_spec("jax_plugins"):
 if not importlib.util.find_spec("selenium"):
     collect_ignore_glob.append("browser/*")
 
+if not importlib.util.find_spec("ray"):
+    collect_ignore_glob.append("replicas/*")
+
 pytest.register_assert_rewrite("tests.helpers", "tests.oracle.beams")
 
 # XLA:CPU maps some memory for every function it compiles, and crashes when Linux gives no more: 65530 maps by default.

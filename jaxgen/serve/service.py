@@ -76,7 +76,9 @@ class Service:
         self._state = "compiling"
 
     def prepare(self) -> None:
-        """Wait until the engine is compiled, and read what there is to know of the model."""
+        """Wait until the engine is compiled, and read what there is to know of the model; once."""
+        if self._state == "ready":
+            return
         shape = dataclasses.asdict(self.engine.strict)
         self.facts = {"model": facts_of(self.model), "tokenizer": tokenizer_of(self.model, self.tokenizer)}
         self.facts |= {"engine": shape, "environment": environment(self.model)}
