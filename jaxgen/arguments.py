@@ -128,6 +128,13 @@ def _add_serve(commands: Any) -> None:
     )
     serve.add_argument("--queue", type=int, default=1024, metavar="N", help="requests that may wait (default: 1024)")
     serve.add_argument("--top-logprobs", type=int, default=20, metavar="N", help="alternatives per token (default: 20)")
+    serve.add_argument(
+        "--constraints",
+        type=_room,
+        default=(1024, 384),
+        metavar="S,C",
+        help="room of each row for a constraint: states and classes of tokens (default: 1024,384); none: for none",
+    )
     serve.add_argument("--max-n", type=int, default=16, metavar="N", help="the most of `n` in a request (default: 16)")
     serve.add_argument("--max-body", type=int, default=4_000_000, metavar="BYTES", help="default: 4000000")
     serve.add_argument("--max-connections", type=int, default=512, metavar="N", help="default: 512")
@@ -221,6 +228,16 @@ def _add_compile_cache(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compile anew, and keep nothing of it (otherwise in ~/.cache/jaxgen/compiled)",
     )
+
+
+def _room(text: str) -> tuple[int, int] | None:
+    """Two numbers, or none."""
+    if text == "none":
+        return None
+    numbers = text.split(",")
+    if len(numbers) != 2 or not all(number.isascii() and number.isdigit() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not STATES,CLASSES, such as 1024,384, and not none")
+    return int(numbers[0]), int(numbers[1])
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -403,7 +403,7 @@ def _serve(options: argparse.Namespace) -> None:
     directory = _locate(options)
     _keep_compiled(options)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=options.dtype, load_in_4bit=options.load_in_4bit)
-    sizes = {name: getattr(options, name) for name in ("rows", "slots", "queue", "top_logprobs")}
+    sizes = {name: getattr(options, name) for name in ("rows", "slots", "queue", "top_logprobs", "constraints")}
     serve(model, load_tokenizer(directory), settings, limits, **sizes)
 
 

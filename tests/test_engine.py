@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 import jaxgen
 from jaxgen import EngineClosedError, EngineFullError, JaxgenError, NonFiniteLogitsError, UnsupportedError, demo
+from jaxgen.generation.prompts import memory
 from tests.engines import KINDS, alone, found, prompt_of, tiny
 from tests.helpers import counted, some_slow
 from tests.tokenizers import characters
@@ -214,6 +217,21 @@ def test_constraints_that_cannot_be_are_refused(model, engine):
         assert without.submit([5], max_new_tokens=1).result(60).token_ids
     with pytest.raises(JaxgenError, match=r"constraints\[1\]=0"):
         jaxgen.Engine(model, constraints=(64, 0))
+
+
+def test_room_for_constraints_counts_as_memory(model, engine, monkeypatch: pytest.MonkeyPatch):
+    assert engine.room is not None
+    arrays = jax.tree.leaves(engine.room.automata)
+    assert engine.room.bytes == sum(x.nbytes for x in arrays)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 50_000_000)
+    with pytest.raises(JaxgenError, match=r"constraints of 4 rows reserve 0.10 GB, and 0.05 GB are free .*lower"):
+        jaxgen.Engine(model, rows=4, slots=64, constraints=(12288, 512))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 11_000_000)
+    large: dict[str, Any] = {"rows": 4, "slots": 1024, "chunk": 64, "steps": 0}
+    with pytest.raises(JaxgenError, match="steps=0"):  # which is looked at later: there is enough memory
+        jaxgen.Engine(model, **large, constraints=None)
+    with pytest.raises(JaxgenError, match=r"0.01 GB for the key-value cache"):  # but not for both
+        jaxgen.Engine(model, **large, constraints=(512, 512))
 
 
 REFUSED = {

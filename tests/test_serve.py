@@ -16,7 +16,8 @@ import pytest
 from starlette.testclient import TestClient
 
 import jaxgen
-from jaxgen import JaxgenError, demo
+from jaxgen import JaxgenError, cli, demo
+from jaxgen.serve import server
 from jaxgen.serve.app import application
 from jaxgen.serve.server import checked_limits, name_of
 from jaxgen.serve.service import Limits, Service
@@ -244,6 +245,18 @@ def test_limits_are_checked():
     assert checked_limits(10, 1, 2.5, 3).seconds == 2.5
     with pytest.raises(JaxgenError, match="--max-n 0"):
         checked_limits(10, 0, 1, 1)
+
+
+def test_room_for_constraints_is_chosen_at_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys):
+    sizes = []
+    monkeypatch.setattr(server, "serve", lambda *_, **given: sizes.append(given["constraints"]))
+    for arguments in ([], ["--constraints", "48,24"], ["--constraints", "none"]):
+        assert cli.main(["serve", *arguments]) == 0
+    assert sizes == [(1024, 384), (48, 24), None]
+    for wrong in ("48", "48,x", "48,24,1", "-1,2", ""):
+        with pytest.raises(SystemExit):
+            cli.main(["serve", f"--constraints={wrong}"])
+        assert "STATES,CLASSES" in capsys.readouterr().err
 
 
 def test_a_server_as_a_process():

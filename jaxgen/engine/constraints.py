@@ -56,6 +56,12 @@ class Room:
         self._automata = automata
         return automata
 
+    @property
+    def bytes(self) -> int:
+        """What all of it takes on the device."""
+        states = self.free + 1
+        return 4 * states * self.classes + 5 * states + self._rows * (2 * self._vocab_size + 8)
+
     def _empty(self) -> Automata:
         table = np.full((self.free + 1, self.classes), NO_WAY, np.int32)
         distance = np.zeros(self.free + 1, np.int32)

@@ -93,10 +93,11 @@ class Engine:
         static = StaticOptions(do_sample=True, top_logprobs=best, recorded=total if best else 0)
         held = model.config.cache_slots(total, ahead=self.strict.chunk)
         layout = BatchLayout(static, 1, total, held, chunk=self.strict.chunk, one_by_one=True)
-        check_memory(model, (self.strict.rows, self.strict.chunk), layout)
         self.top_logprobs = best
         sizes, place = (self.strict.rows, model.config.vocab_size), getattr(model, "everywhere", model.device)
         room = None if constraints is None else Room(*sizes, constraints, place)
+        reserved = 0 if room is None else room.bytes
+        check_memory(model, (self.strict.rows, self.strict.chunk), layout, reserved=reserved)
         self._options = RowOptions(*sizes, processors, room, place)
         self._batch = Batch(model, self.strict.rows, layout, integer(1)("steps", steps), self._options)
         self._waiting: collections.deque[Request] = collections.deque()

@@ -20,11 +20,13 @@ def check_memory(
     *,
     guided: bool = False,
     past: bool = False,
+    reserved: int = 0,
 ) -> None:
     """Raise `JaxgenError`, saying how many new tokens fit, if caches, prefill and what is recorded outgrow the device.
 
     `shape` is that of the padded prompts; with `guided` there are as many negative ones; `past` is one of an earlier
-    call. What the prefill needs besides the cache is an estimate of its largest arrays.
+    call; `reserved` are the bytes of an engine's room for constraints. What the prefill needs besides the cache is an
+    estimate of its largest arrays.
     """
     config, itemsize, device = model.config, model.dtype.itemsize, model.device
     free = free_bytes(device)
@@ -53,9 +55,15 @@ def check_memory(
         slots = assistant_slots(assistant.config, layout)
         own = cache_bytes(assistant.config, assistant.dtype.itemsize, slots, layout.int8_cache)
         working += prompts * layout.samples * own
+    working += reserved
     needed = cache + working
     if needed <= free:
         return
+    if reserved > free // 2:
+        raise JaxgenError(
+            f"constraints of {rows} rows reserve {reserved / _SHOWN:.2f} GB, and {free / _SHOWN:.2f} GB are free on "
+            f"{device}; lower Engine(constraints=(states, classes)), or None"
+        )
     if recorded > free // 2:
         raise JaxgenError(
             f"output_scores and output_logits of {static.recorded} steps need {recorded / _SHOWN:.2f} GB, and "
