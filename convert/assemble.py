@@ -41,8 +41,7 @@ class Assembler:
 
     def parameter(self, parts: Sequence[Part], shape: tuple[int, ...]) -> np.ndarray | Weight:
         """The parameter that `parts` make up; holds no more than that and one part's tensors in memory."""
-        quantized = [part for part in parts if self._becomes_quantized(part)]
-        if len(quantized) == len(parts) and all(part.name != EMBEDDING for part in parts):
+        if self.becomes_quantized(parts):
             first, *others = (self._quantized(part) for part in parts)
             weight = first.join(others, lambda arrays: _interleaved(parts, arrays, shape[0]))
             if weight is not None:
@@ -50,6 +49,17 @@ class Assembler:
             names = ", ".join(part.name for part in parts[:3]) + (", ..." if len(parts) > 3 else "")
             logger.warning("%s are quantised in different ways; kept as %s instead", names, self.dtype.name)
         return self._dense(parts, shape)
+
+    def becomes_quantized(self, parts: Sequence[Part]) -> bool:
+        """Whether their parameter is a `Weight`, unless they turn out to be quantised in different ways."""
+        return all(part.name != EMBEDDING and self._becomes_quantized(part) for part in parts)
+
+    def sample(self, part: Part) -> Weight:
+        """A weight like the one that a part becomes, but for its number of rows."""
+        if self._stays(part):
+            return self._stored(part)
+        assert self.quantization is not None
+        return self.quantization.quantize(np.ones((1, part.shape[1]), np.float32), repr(part.name))
 
     def stored_bytes(self, parts: Sequence[Part]) -> int:
         """Bytes that the tensors of `parts` take in the files."""

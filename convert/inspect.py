@@ -4,24 +4,35 @@ import math
 import os
 from typing import Any
 
-from jaxgen.generation.prompts.memory import cache_bytes, free_bytes, kv_bytes_per_token
+from jaxgen.errors import JaxgenError
+from jaxgen.generation.prompts.memory import cache_bytes, free_bytes, kv_bytes_per_token, usual_length
 from jaxgen.models.config import DecoderConfig
 from jaxgen.models.tensors import EMBEDDING, parameter_parts
+from jaxgen.parallel.fit import Share, own_memory, shares
 from jaxgen.quant import Int4Config
 from jaxgen.quant.config import WHOLE_ROWS
 from jaxgen.quant.int4 import SCALE_DTYPE
 
+from .assemble import Assembler
 from .checkpoint import Checkpoint
 from .hub import locate
 from .load import check_tensors, open_checkpoint
 from .placement import as_device, as_dtype, auto_dtype
+from .shapes import shapes_of
+
+_MOST_DEVICES = 4096
 
 
-def describe(name_or_path: "str | os.PathLike[str]", dtype: str = "auto") -> str:
+def describe(
+    name_or_path: "str | os.PathLike[str]", dtype: str = "auto", devices: int | None = None, memory: float | None = None
+) -> str:
     """A table of architecture, parameters, sizes in bytes, and what fits on JAX's first device, as text.
 
-    `dtype` is what the sizes in memory are computed for. Raises `JaxgenError` as `from_pretrained` does.
+    `dtype` is what the sizes in memory are computed for. With `devices`, what each of so many has in every layout:
+    those that jaxgen would find here, or have `memory` bytes free each. Raises `JaxgenError` as `from_pretrained` does.
     """
+    if devices is not None and not 1 <= devices <= _MOST_DEVICES:
+        raise JaxgenError(f"--devices {devices} must be from 1 to {_MOST_DEVICES}")
     device = as_device("auto")
     chosen = auto_dtype(device) if dtype == "auto" else as_dtype(dtype)
     place = locate(name_or_path)
@@ -33,7 +44,7 @@ def describe(name_or_path: "str | os.PathLike[str]", dtype: str = "auto") -> str
     count = sum(math.prod(part.shape) for part in parts)
     loaded = packed_bytes + chosen.itemsize * sum(math.prod(part.shape) for part in parts if not packed.get(part.name))
     per_token = kv_bytes_per_token(config, chosen.itemsize)
-    row = cache_bytes(config, chosen.itemsize, config.cache_slots(_longest(config)))
+    row = cache_bytes(config, chosen.itemsize, config.cache_slots(usual_length(config)))
     rows = {
         "checkpoint": place,
         "architecture": _architecture(config),
@@ -43,11 +54,34 @@ def describe(name_or_path: "str | os.PathLike[str]", dtype: str = "auto") -> str
         **({"format": stored_as.name + (f": {_size(packed_bytes)}" if packed_bytes else "")} if stored_as else {}),
         f"as {chosen.name}": _size(loaded)
         + (", about: weights of four bits as large as in the files" if packed_bytes else ""),
-        "cache": f"{_size(per_token)} per token and row, {_size(row)} for a row of {_longest(config):,} tokens",
+        "cache": f"{_size(per_token)} per token and row, {_size(row)} for a row of {usual_length(config):,} tokens",
         "device": f"{device.device_kind}: {_fits(device, loaded, row)}",
     }
     width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+    table = "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+    if devices is None:
+        return table
+    shapes = shapes_of(Assembler(checkpoint, chosen, stored_as), config)
+    found = shares(config, shapes, chosen.itemsize, devices)
+    memory = own_memory(device) if memory is None else memory
+    return "\n".join([table, "", *_layouts(found, usual_length(config), memory)])
+
+
+def _layouts(found: list[Share], tokens: int, memory: float | None) -> list[str]:
+    """A line for each layout, and what is to be said of it."""
+    lines = [f"On each device, of weights, and of the cache of a row of {tokens:,} tokens:"]
+    for share in found:
+        name = f"model {share.model} x data {share.data}"
+        if share.refusal is not None:
+            lines.append(f"  {name}: no: {share.refusal}")
+            continue
+        fits = ""
+        if memory is not None:
+            rows = max(int(memory - share.weights) // share.cache * share.data, 0)
+            fits = f"; {rows:,} rows fit in {_size(memory)} each" if rows else f"; too much for {_size(memory)}"
+        lines.append(f"  {name}: {_size(share.weights)}, {_size(share.cache)}{fits}")
+        lines += [f"    {remark}" for remark in share.remarks]
+    return lines
 
 
 def needed(config: DecoderConfig, itemsize: int, tokens: int, int4: Int4Config | None = None) -> tuple[int, int]:
@@ -113,11 +147,6 @@ def _fits(device: Any, loaded: int, row: int) -> str:
     if left < 0:
         return f"{_size(free)} free; the weights do not fit"
     return f"{_size(free)} free; the weights fit, and beside them the cache of {left // row:,} rows of that length"
-
-
-def _longest(config: DecoderConfig) -> int:
-    """A length to speak of: the context, but not the 131,072 tokens that configs claim by default."""
-    return min(config.max_position_embeddings, 4096)
 
 
 def _size(nbytes: float) -> str:

@@ -23,6 +23,7 @@ from jaxgen.models.config import DecoderConfig
 from jaxgen.models.families import config_from_hf, family_of
 from jaxgen.models.layers import QuantizedWeight
 from jaxgen.models.tensors import EMBEDDING, HEAD, is_legacy_buffer, parameter_parts
+from jaxgen.parallel.fit import spread
 from jaxgen.parallel.layout import Layout
 from jaxgen.quant import Int4Config, Quantization, Weight
 
@@ -38,6 +39,7 @@ from .hub import COMPANIONS, locate
 from .options import as_quantization, refuse
 from .placement import Device, as_dtype, as_place, auto_dtype
 from .progress import progress_bar
+from .shapes import shapes_of
 
 logger = logging.getLogger("jaxgen")
 
@@ -73,12 +75,13 @@ class AutoModelForCausalLM:
 
         `dtype`: "float32", "bfloat16", "float16" (or such a JAX or torch dtype), or "auto", the default:
         bfloat16 on TPUs and on GPUs that have it, float16 on older GPUs (float32 for models that overflow it),
-        float32 on CPUs. `torch_dtype` is its old name. `device_map`: "auto" (JAX's first device), "cpu", "gpu",
-        "cuda", "tpu", "cuda:1", a number, a `jax.Device`, or one of these for the whole model (`{"": 0}`); or a mesh,
-        by the sizes of its axes (`{"model": 4, "data": 2}`) or as a `jax.sharding.Mesh` with these. `adapter`:
-        a PEFT LoRA adapter, as a directory or a hub id (its main branch); it is merged in float32 before any rounding,
-        and kept beside weights that the checkpoint holds quantised. `gguf_file`: the name of a .gguf file in the
-        directory or repository. The others as in `huggingface_hub.snapshot_download`.
+        float32 on CPUs. `torch_dtype` is its old name. `device_map`: "auto" (JAX's first device; or all that this
+        host has, where one has no room for the weights and a row, and a warning says so), "cpu", "gpu", "cuda", "tpu",
+        "cuda:1", a number, a `jax.Device`, or one of these for the whole model (`{"": 0}`); or a mesh, by the sizes
+        of its axes (`{"model": 4, "data": 2}`) or as a `jax.sharding.Mesh` with these. `adapter`: a PEFT LoRA
+        adapter, as a directory or a hub id (its main branch); it is merged in float32 before any rounding, and kept
+        beside weights that the checkpoint holds quantised. `gguf_file`: the name of a .gguf file in the directory or
+        repository. The others as in `huggingface_hub.snapshot_download`.
 
         `load_in_4bit=True` quantises linear layers, by the defaults of `Int4Config`; `quantization_config` is
         another one, or HF's `BitsAndBytesConfig` (transformers', ours, or as a mapping), which asks for these defaults.
@@ -103,6 +106,7 @@ class AutoModelForCausalLM:
             find(pretrained_model_name_or_path, revision=revision, **options),
             dtype=chosen,
             place=place,
+            may_spread=device_map == "auto",
             quantization=quantization,
             requantize=isinstance(quantization_config, Quantization),
             adapter=adapter_directory,
@@ -135,14 +139,15 @@ def load(
     *,
     dtype: np.dtype | None,
     place: Device | Mesh,
+    may_spread: bool = False,
     quantization: Quantization | None = None,
     requantize: bool = False,
     adapter: Path | None = None,
 ) -> DecoderForCausalLM:
     """The model in a local directory or .gguf file, with its generation config; raises as `from_pretrained`.
 
-    `dtype`: None for the one that suits device and model. Weights that have four bits already are quantised again only
-    on `requantize`.
+    `dtype`: None for the one that suits device and model. `may_spread`: over all devices, where `place` has no room.
+    Weights that have four bits already are quantised again only on `requantize`.
     """
     lora = None if adapter is None else Adapter(adapter)
     config, checkpoint, stored_as = open_checkpoint(directory)
@@ -161,6 +166,10 @@ def load(
     assembler = Assembler(
         checkpoint, dtype, stored_as, quantization, lora, requantize=requantize, low_cpu_memory=low_cpu_memory
     )
+    if may_spread:
+        layout = spread(config, partial(shapes_of, assembler, config), dtype.itemsize, jax.local_devices())
+    for remark in layout.remarks(config) if layout is not None else ():
+        logger.warning("%s", remark)
     model = _stream(assembler, config, device, layout)
     if generation is not None:  # else the special tokens of config.json, as in transformers
         model.generation_config = generation

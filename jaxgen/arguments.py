@@ -65,6 +65,10 @@ def parser() -> Parser:
     inspect.add_argument("model", metavar="DIR_OR_ID")
     _add_revision(inspect)
     inspect.add_argument("--dtype", default="auto", help="as for generate: what the sizes are computed for")
+    inspect.add_argument("--devices", type=int, metavar="N", help="what each of so many has, in every layout")
+    inspect.add_argument(
+        "--memory", type=float, metavar="GB", help="of each of --devices (default: what a GPU here has)"
+    )
 
     _add_convert(commands)
     _add_eval(commands)

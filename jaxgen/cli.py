@@ -342,7 +342,8 @@ def _replay(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> None:
     from jaxgen.convert.inspect import describe
 
-    sys.stdout.write(describe(_locate(options), dtype=options.dtype) + "\n")
+    memory = None if options.memory is None else 1e9 * options.memory
+    sys.stdout.write(describe(_locate(options), options.dtype, options.devices, memory) + "\n")
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -60,25 +60,22 @@ def is_legacy_buffer(name: str) -> bool:
     return _LEGACY_BUFFER.fullmatch(name) is not None
 
 
-def logical_axes(config: DecoderConfig) -> dict[str, tuple[str | None, ...]]:
-    """What each axis of each parameter stands for, by dotted path: what a mesh would be mapped to.
+def logical_axes(config: DecoderConfig, name: str) -> tuple[str | None, ...]:
+    """What each axis of a parameter, a dotted path, stands for: what a mesh is mapped to.
 
     "heads" are key-value heads with all that belongs to them, "mlp" feed-forward units, "experts" whole experts one
     after the other, "embed" the residual stream.
 
     >>> from jaxgen import MistralConfig
-    >>> logical_axes(MistralConfig())["model.layers.0.self_attn.o_proj.weight"]
+    >>> logical_axes(MistralConfig(), "model.layers.0.self_attn.o_proj.weight")
     ('embed', 'heads')
     """
-    axes: dict[str, tuple[str | None, ...]] = {}
-    for name in parameter_parts(config):
-        owner, module, kind = ["", *name.split(".")][-3:]
-        rows, columns = _AXES.get(module, (None, None))
-        rows, columns = ("experts", "mlp" if columns == "mlp" else columns) if owner == "experts" else (rows, columns)
-        axes[name] = (rows, columns) if kind == "weight" and module in _AXES else (rows,)
-        if module in ("q_norm", "k_norm") and config.qk_norm == "whole":
-            axes[name] = ("heads",)
-    return axes
+    owner, module, kind = ["", *name.split(".")][-3:]
+    if module in ("q_norm", "k_norm") and config.qk_norm == "whole":
+        return ("heads",)
+    rows, columns = _AXES.get(module, (None, None))
+    rows, columns = ("experts", "mlp" if columns == "mlp" else columns) if owner == "experts" else (rows, columns)
+    return (rows, columns) if kind == "weight" and module in _AXES else (rows,)
 
 
 _AXES = {

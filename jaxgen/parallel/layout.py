@@ -1,20 +1,18 @@
 """Which part of a model lies on which device of a mesh: one table from what an axis stands for to axes of the mesh."""
 
 import dataclasses
-import logging
+import math
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxgen.errors import JaxgenError
 from jaxgen.models.config import DecoderConfig
 from jaxgen.models.tensors import logical_axes
 from jaxgen.quant.weight import Weight
 from jaxgen.shards import Axes
-
-logger = logging.getLogger("jaxgen")
 
 DATA, MODEL, COPIES = "data", "model", "copies"
 # What is not named lies on every device. Copies are devices that share key-value heads, where there are more devices.
@@ -31,11 +29,11 @@ RULES: dict[str, Axes] = {
 class Layout:
     """A mesh of the axes `data`, `model` and perhaps `copies`, and what of a model is divided over which of them."""
 
-    mesh: Mesh
+    mesh: Any  # a `Mesh`; or an `AbstractMesh`, where nothing but sizes is asked for
     axes: tuple[tuple[str, Axes], ...]  # of `RULES`, as far as they divide what the model has
 
     @classmethod
-    def of(cls, mesh: Mesh, config: DecoderConfig) -> "Layout":
+    def of(cls, mesh: Mesh | AbstractMesh, config: DecoderConfig) -> "Layout":
         """How a model of this config lies on a mesh with the axes `data` and `model`, or one of them.
 
         Raises `JaxgenError` for a mesh with other axes, and for a family that is not to be divided.
@@ -53,19 +51,23 @@ class Layout:
                 f"of fewer heads; use {{'data': {mesh.size}}}"
             )
         mesh = _with_copies(mesh, sizes, config.num_key_value_heads)
-        routing = next(filter(None, map(config.routing, range(config.num_hidden_layers))), None)
-        counts = {
-            "heads": config.num_key_value_heads,
-            "mlp": config.intermediate_size,
-            "vocab": config.vocab_size,
-            "experts": routing.experts if routing else 0,
-        }
-        axes = {name: _dividing(mesh, RULES[name], count) for name, count in counts.items() if count}
-        for name, count in counts.items():
-            if count and sizes[MODEL] > 1 and not axes[name]:
-                logger.warning("%d (%s) are not to be divided by %d: each device has all", count, name, sizes[MODEL])
+        axes = {name: _dividing(mesh, RULES[name], count) for name, count in _counts(config).items()}
         axes["rows"] = tuple(name for name in RULES["rows"] if mesh.shape.get(name, 1) > 1)
         return cls(mesh, tuple(sorted(axes.items())))
+
+    def remarks(self, config: DecoderConfig) -> list[str]:
+        """What does not divide, and what becomes of it."""
+        copies = self.mesh.shape.get(COPIES, 1)
+        devices = self.mesh.shape.get(MODEL, 1) * copies
+        heads = (
+            f"{config.num_key_value_heads} key-value heads are not to be divided by {devices} devices: each is kept, "
+            f"and attended to, on {copies} of them"
+        )
+        return [heads] * (copies > 1) + [
+            f"{count} ({name}) are not to be divided by {devices}: each device has all"
+            for name, count in _counts(config).items()
+            if devices > 1 and name != "heads" and not self.over(name)
+        ]
 
     def over(self, name: str | None) -> Axes:
         """The axes of the mesh that something is divided over."""
@@ -82,7 +84,7 @@ class Layout:
 
     def specs(self, config: DecoderConfig, name: str, value: Any) -> Any:
         """How a parameter is divided: a `PartitionSpec`, or a `Weight` of them. Raises `JaxgenError`."""
-        rows, *others = logical_axes(config)[name]
+        rows, *others = logical_axes(config, name)
         over = self.over(rows)
         columns = others[0] if others and not set(over) & set(self.over(others[0])) else None
         if not isinstance(value, Weight):
@@ -91,6 +93,15 @@ class Layout:
             return value.divided(over, self.over(columns), self.parts(columns))
         except JaxgenError as error:
             raise type(error)(f"device_map: {name}: {error}") from None
+
+    def bytes_of(self, config: DecoderConfig, name: str, value: Any) -> int:
+        """What each device has of a parameter, or of its shape; raises as `specs`."""
+
+        def part(array: Any, spec: PartitionSpec) -> int:
+            shape = NamedSharding(self.mesh, spec).shard_shape(array.shape)
+            return math.prod(shape) * np.dtype(array.dtype).itemsize
+
+        return sum(jax.tree.leaves(jax.tree.map(part, value, self.specs(config, name, value))))
 
     def put(self, config: DecoderConfig, name: str, value: Any) -> Any:
         """A parameter in host memory, each part of it where it belongs; raises as `specs`."""
@@ -102,24 +113,35 @@ class Layout:
         return jax.tree.map(place, value, self.specs(config, name, value))
 
 
-def _with_copies(mesh: Mesh, sizes: dict[str, int], kv_heads: int) -> Mesh:
-    """The mesh with its model axis split in two, where it has more devices than can share the key-value heads out."""
+def _counts(config: DecoderConfig) -> dict[str, int]:
+    """How many a model has of what is divided."""
+    routing = next(filter(None, map(config.routing, range(config.num_hidden_layers))), None)
+    counts = {
+        "heads": config.num_key_value_heads,
+        "mlp": config.intermediate_size,
+        "vocab": config.vocab_size,
+        "experts": routing.experts if routing else 0,
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def _with_copies(mesh: Any, sizes: dict[str, int], kv_heads: int) -> Any:
+    """The mesh with its model axis split in two, where it has more devices than can share the key-value heads out.
+
+    Its axes are automatic ones, whatever the user's are.
+    """
     heads = int(np.gcd(sizes[MODEL], kv_heads))
     if heads == sizes[MODEL]:
-        return Mesh(mesh.devices, mesh.axis_names)  # of automatic axes, whatever the user's are
-    copies = sizes[MODEL] // heads
-    logger.warning(
-        "%d key-value heads are not to be divided by %d devices: each is kept, and attended to, on %d of them",
-        kv_heads,
-        sizes[MODEL],
-        copies,
-    )
-    order = [mesh.axis_names.index(name) for name in (DATA, MODEL) if name in mesh.axis_names]
-    devices = np.transpose(mesh.devices, order).reshape(sizes[DATA], heads, copies)
-    return Mesh(devices, (DATA, MODEL, COPIES))
+        sizes, order = dict(mesh.shape), range(len(mesh.axis_names))
+    else:
+        order = [mesh.axis_names.index(name) for name in (DATA, MODEL) if name in mesh.axis_names]
+        sizes = {DATA: sizes[DATA], MODEL: heads, COPIES: sizes[MODEL] // heads}
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    return Mesh(np.transpose(mesh.devices, order).reshape(*sizes.values()), tuple(sizes))
 
 
-def _dividing(mesh: Mesh, rule: Axes, count: int) -> Axes:
+def _dividing(mesh: Any, rule: Axes, count: int) -> Axes:
     """As many of the axes as divide a count."""
     axes = tuple(name for name in rule if mesh.shape.get(name, 1) > 1)
     while count % int(np.prod([mesh.shape[name] for name in axes], dtype=int)):

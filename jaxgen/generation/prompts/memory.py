@@ -125,6 +125,11 @@ def cache_bytes(config: ModelConfig, itemsize: int, slots: Slots, int8: bool = F
     return kv_bytes_per_token(config, itemsize, int8) // len(counts) * sum(counts)
 
 
+def usual_length(config: Any) -> int:
+    """A length to speak of: the context, but not the 131,072 tokens that configs claim by default."""
+    return min(config.max_position_embeddings, 4096)
+
+
 def _most(config: ModelConfig, slots: Slots) -> int:
     """The slots of the largest layer."""
     return max(of_layers(slots, config.num_hidden_layers))
