@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # What runs in processes of its own, which tests start: nobody watches there.
-ELSEWHERE = {"jaxgen.__main__", "jaxgen.convert.wheel", "jaxgen.text.template_process"}
+ELSEWHERE = {"jaxgen.__main__", "jaxgen.convert.wheel", "jaxgen.constraints.automaton_process"}
+ELSEWHERE |= {"jaxgen.text.template_process"}
 # What needs a library that the default tests do without: tests/oracle runs it.
 ELSEWHERE |= {"jaxgen.integrations.harness", "jaxgen.integrations.lm_eval", "jaxgen.integrations.tunix"}
 

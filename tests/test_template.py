@@ -160,7 +160,8 @@ def test_what_needs_the_template_itself_is_refused(tokenizer):
 
 def test_the_program_may_be_killed_at_any_time(tokenizer):
     expected = dict(encode(tokenizer, CHAT))
-    os.kill(template._running[0]._popen.pid, signal.SIGKILL)
+    assert template._PROGRAM._running is not None
+    os.kill(template._PROGRAM._running._popen.pid, signal.SIGKILL)
     try:
         assert dict(encode(tokenizer, CHAT)) == expected
     except JaxgenError as error:  # it had not ended yet

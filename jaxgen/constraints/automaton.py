@@ -1,22 +1,31 @@
 """From a regular expression to a finite automaton over the bytes of UTF-8, built by `outlines_core`."""
 
+import base64
 import dataclasses
 import functools
+import importlib.util
 import re
-from typing import ClassVar
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxgen.bounded import Program
 from jaxgen.errors import JaxgenError, shown
 
 MOST_CHARACTERS = 1 << 17  # of a pattern
 MOST_PLACES = 20_000  # of characters in a text that it tells apart, before it is built
 MOST_STATES = 1 << 15  # 32 MB, while it is built
+SECONDS = 10  # of a processor, for one pattern
 DEAD = 0  # the state from which nothing matches
-# Stands before every text: the automaton is built for places behind it, where a `^` is wrong and nothing else special.
-_FRONT = 0x00
+_LESS = (
+    "\\w, \\d and . stand for much of Unicode, [a-z0-9] for less; and each place behind what repeats may double it, as "
+    "in (a|b)*a(a|b){20}"
+)
 _IN_FRONT = re.compile(r"\A(\(\?[a-zA-Z]+\))?\^")
+_PROGRAM = Program(Path(__file__).with_name("automaton_process.py"))
 _COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
 
@@ -34,12 +43,11 @@ def byte_automaton(pattern: str) -> ByteAutomaton:
     """The automaton of the texts that match a pattern from their first to their last character.
 
     Raises `JaxgenError` if `outlines_core` is missing, for a pattern that it cannot read, that no text matches, or that
-    is too large. Some short patterns take long and much memory, such as `(a|b)*a(a|b){20}`.
+    is too large. Some short ones are, such as `(a|b)*a(a|b){20}`, and only building them tells: in a program beside
+    this one, for 10 seconds of a processor and in 1 GB of memory (on Linux).
     """
-    try:
-        from outlines_core import Index, Vocabulary
-    except ImportError as error:
-        raise JaxgenError("constraint needs outlines-core: pip install outlines-core") from error
+    if importlib.util.find_spec("outlines_core") is None:
+        raise JaxgenError("constraint needs outlines-core: pip install outlines-core")
     places, begins = _places(pattern)
     if places > MOST_PLACES or len(pattern) > MOST_CHARACTERS:
         raise JaxgenError(
@@ -51,37 +59,24 @@ def byte_automaton(pattern: str) -> ByteAutomaton:
     inner = _IN_FRONT.sub(r"\1", pattern)
     if inner.endswith("$") and (len(inner) - len(inner[:-1].rstrip("\\"))) % 2 == 1:
         inner = inner[:-1]
-    try:
-        # A `\z` keeps the alternatives that come after one that matches already.
-        index = Index(rf"\x{_FRONT:02X}(?:{inner})\z", Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
-    except ValueError as error:
-        raise _refused(pattern, str(error)) from error
-    moves, final = index.get_transitions(), index.get_final_states()
-    if len(moves) > MOST_STATES:
-        raise JaxgenError(
-            f"constraint: the pattern {shown(pattern)} has {len(moves)} states, more than {MOST_STATES}; \\w, \\d and "
-            ". stand for much of Unicode, [a-z0-9] for less"
+    answer = _PROGRAM.ask({"pattern": inner, "states": MOST_STATES}, SECONDS)
+    if "step" not in answer:
+        raise _refused(pattern, answer)
+    step = np.frombuffer(base64.b64decode(answer["step"]), np.int32).reshape(-1, 256)
+    return ByteAutomaton(step, np.frombuffer(base64.b64decode(answer["final"]), bool))
+
+
+def _refused(pattern: str, answer: Mapping[str, Any]) -> JaxgenError:
+    """Why there is no automaton, in a line."""
+    if "states" in answer:
+        return JaxgenError(
+            f"constraint: the pattern {shown(pattern)} has {answer['states']} states, more than {MOST_STATES}; {_LESS}"
         )
-    # Numbered in the order in which the smallest bytes lead to them, which is the same every time.
-    order = [moves[index.get_initial_state()][_FRONT]]
-    number = {order[0]: DEAD + 1}
-    for state in order:
-        for _, following in sorted(moves.get(state, {}).items()):
-            if following not in number:
-                number[following] = len(order) + DEAD + 1
-                order.append(following)
-    step = np.zeros((len(order) + 1, 256), np.int32)
-    for state in order:
-        bytes_ = [byte for byte in moves.get(state, {}) if byte < 256]  # 256: the end
-        step[number[state], bytes_] = [number[moves[state][byte]] for byte in bytes_]
-    return ByteAutomaton(step, np.array([False, *(state in final for state in order)]))
-
-
-def _refused(pattern: str, reason: str) -> JaxgenError:
-    """What `outlines_core` said, in a line."""
+    if "error" in answer:
+        return JaxgenError(f"constraint: the pattern {shown(pattern)} cannot be built: {answer['error']}; {_LESS}")
+    reason = re.sub(r"\s+", " ", answer["refused"])
     if "no transitions from state" in reason:
         return JaxgenError(f"constraint: no text matches the pattern {shown(pattern)}")
-    reason = re.sub(r"\s+", " ", reason)
     return JaxgenError(
         f"constraint: the pattern {shown(pattern)} cannot be built: {reason:.200}; the syntax is that of Rust's regex, "
         "which does not look around or back"

@@ -1,26 +1,18 @@
 """Chat templates: programs that a repository brings, rendered in a process of their own, which can be ended."""
 
-import atexit
-import contextlib
 import dataclasses
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxgen.bounded import Program
 from jaxgen.errors import JaxgenError, UnsupportedError
 
 SECONDS = 5  # of a processor, for one chat
-_WAIT = 60  # seconds by the clock, on a busy machine
 _CHARACTERS = 4_000_000  # of a chat as text
-_PROGRAM = Path(__file__).with_name("template_process.py")
+_PROGRAM = Program(Path(__file__).with_name("template_process.py"))
 # What a template cannot see, and so cannot be asked to respect.
 _REFUSED = ("sanitize_control_tokens", "return_assistant_tokens_mask")
 
@@ -83,9 +75,7 @@ def _schema(tool: Any) -> Any:
 
 def _render(**request: Any) -> str:
     """The text that transformers' `render_jinja_template` writes; raises `JaxgenError`."""
-    line = json.dumps({**request, "seconds": SECONDS, "characters": _CHARACTERS}, default=_plain).encode() + b"\n"
-    with _lock:
-        answer = _process().ask(line)
+    answer = _PROGRAM.ask({**request, "characters": _CHARACTERS}, SECONDS, default=_plain)
     if "error" in answer:
         raise JaxgenError(answer["error"])
     return answer["text"]
@@ -98,81 +88,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return value.item() if isinstance(value, np.generic) else f"<{type(value).__name__}>"
-
-
-class _Process:
-    """The program that renders, as long as it lives."""
-
-    def __init__(self):
-        environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        self.pid = os.getpid()  # a forked child must not talk to its parent's
-        try:
-            self._popen = subprocess.Popen(
-                [sys.executable, "-P", str(_PROGRAM)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-            )
-        except OSError as error:
-            raise JaxgenError(f"the program that renders chat templates cannot be started: {error}") from error
-
-    @property
-    def lives(self) -> bool:
-        return self.pid == os.getpid() and self._popen.poll() is None
-
-    def ask(self, line: bytes) -> dict[str, Any]:
-        """The answer to a request, also where the program is ended by it."""
-        assert self._popen.stdin is not None and self._popen.stdout is not None
-        timer = threading.Timer(_WAIT, self._popen.kill)
-        timer.start()
-        try:
-            self._popen.stdin.write(line)
-            self._popen.stdin.flush()
-            answer = self._popen.stdout.readline()
-        except BrokenPipeError:
-            answer = b""
-        except BaseException:  # Ctrl-C: its answer would be taken for the next one's
-            self._popen.kill()
-            self.end()
-            raise
-        finally:
-            timer.cancel()
-        if answer.endswith(b"\n"):
-            return json.loads(answer)
-        status = self.end()
-        if status == -getattr(signal, "SIGPROF", 0):
-            return {"error": f"it takes more than {SECONDS} seconds"}
-        return {"error": f"it ends the program that renders it, with exit status {status}"}
-
-    def end(self) -> int:
-        """End the program, and say how it ended."""
-        with contextlib.suppress(OSError):
-            self._popen.stdin.close()  # pyright: ignore[reportOptionalMemberAccess]  (a pipe)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._popen.wait(1)
-        self._popen.kill()
-        with self._popen:  # closes the pipes, and waits
-            pass
-        return self._popen.returncode
-
-
-_lock = threading.Lock()
-_running: list[_Process] = []
-
-
-def _process() -> _Process:
-    """The program, started where it is not running."""
-    if not _running or not _running[0].lives:
-        _end()
-        _running.append(_Process())
-    return _running[0]
-
-
-@atexit.register
-def _end() -> None:
-    while _running:
-        process = _running.pop()
-        if process.pid == os.getpid():
-            process.end()
