@@ -4,6 +4,7 @@ import functools
 import json
 import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,35 @@ def test_a_pattern_of_too_many_states_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("jaxgen.constraints.automaton.MOST_STATES", 50)
     with pytest.raises(JaxgenError, match="has 129 states, more than 50"):
         byte_automaton("(a|b)*a(a|b){6}")
+
+
+EXPLODING = "(a|b)*a(a|b){20}"
+FURTHER = {r"\w{20000}": "1024 MB of memory", ".{0,1000}x.{0,1000}": "10 seconds"}
+
+
+def test_a_pattern_that_explodes_is_refused_while_it_is_built(monkeypatch: pytest.MonkeyPatch):
+    """By name, alone or in a schema; and the next one is built."""
+    monkeypatch.setattr("jaxgen.constraints.automaton.SECONDS", 0.3)
+    for pattern in (EXPLODING, regular({"type": "string", "pattern": EXPLODING}).pattern):
+        asked = re.escape(f"constraint: the pattern {pattern!r} cannot be built: it takes more than 0.3 seconds")
+        with pytest.raises(JaxgenError, match=asked):
+            byte_automaton(pattern)
+    assert byte_automaton("aa").final.tolist() == [False, False, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [EXPLODING, *FURTHER])
+def test_patterns_that_explode_take_no_more_than_they_may(pattern: str):
+    resource = pytest.importorskip("resource", reason="says how much memory a program took, where there is one")
+    with pytest.raises(JaxgenError, match=f"takes more than {FURTHER.get(pattern, '10 seconds')}"):
+        byte_automaton(pattern)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1200 << 10  # kB
+
+
+def test_without_the_library_that_builds_a_constraint_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "outlines_core", None)
+    with pytest.raises(JaxgenError, match="constraint needs outlines-core: pip install outlines-core"):
+        byte_automaton("a pattern that nobody has built")
 
 
 def test_anchors_around_a_pattern_are_there_anyway():
