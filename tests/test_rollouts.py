@@ -1,6 +1,7 @@
 """Rollouts through an engine: samples that read their prompt once, exact scores, and weights that are trained."""
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 
 import jaxgen
 from jaxgen import JaxgenError
-from tests.engines import KINDS, prompt_of, tiny
+from tests.engines import HEADS, KINDS, SIZES, prompt_of, tiny
 from tests.helpers import counted, padded, some_slow
 from tests.tokenizers import characters
 
@@ -91,6 +92,27 @@ def test_what_was_drawn_under_a_constraint_is_scored_to_the_last_bit():
         outputs = [*engine.generate_batch([prompt_of(9, 0)], seed=1, num_return_sequences=4, **options).values()]
         assert exactly(model, outputs, engine.strict, tokenizer=characters(), **options) == 0
         assert all(sum(output.logprobs) > sum(output.model_logprobs) for output in outputs)
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """The compiler does all it does for users, to what is compiled from here on."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.usefixtures("optimized")
+def test_products_are_rounded_alike_in_the_engine_and_in_generate():
+    """Where XLA may fuse them with a sum in one and not in the other: temperature, and Granite's scaling of logits."""
+    config = jaxgen.GraniteConfig(**SIZES, **HEADS, logits_scaling=0.07)
+    model, prompts = jaxgen.GraniteForCausalLM(config, rngs=nnx.Rngs(0)), [prompt_of(5, 0), prompt_of(9, 0)]
+    used, asked = ("temperature", "frequency_penalty"), {"do_sample": True, "top_k": 0, "max_new_tokens": 30}
+    with jaxgen.Engine(model, rows=3, slots=48, chunk=8, processors=used, constraints=None) as engine:
+        for options in ({"temperature": 1.3}, {"frequency_penalty": 0.3}):
+            outputs = engine.generate_batch(prompts, seed=0, eos_token_id=None, **asked, **options).values()
+            assert exactly(model, outputs, engine.strict, eos_token_id=None, **asked, **options) == 0
 
 
 # The trainer's weights.

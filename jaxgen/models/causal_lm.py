@@ -29,6 +29,7 @@ from jaxgen.models.decoder import Decoder, rotations
 from jaxgen.models.gguf import Gguf
 from jaxgen.models.layers import Linear
 from jaxgen.residual import add_and_norm
+from jaxgen.rounding import rounded
 from jaxgen.shards import joined
 
 if TYPE_CHECKING:
@@ -221,8 +222,8 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
             logits = self.model.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)
             logits = joined(logits, "vocab").astype(jnp.float32)
             scaling, limit = self.config.logits_scaling, self.config.final_logit_softcapping
-            logits = logits if scaling == 1 else logits / scaling
-            return logits if limit is None else limit * jnp.tanh(logits / limit)
+            logits = logits if scaling == 1 else rounded(logits / scaling)
+            return logits if limit is None else rounded(limit * jnp.tanh(logits / limit))
 
     def empty_cache(self, rows: int, slots: Slots, int8: bool = False) -> KVCache:
         """A cache that holds nothing yet."""

@@ -23,6 +23,7 @@ from jaxgen.generation.processors.processor import (
 )
 from jaxgen.generation.processors.select import best_of, count, largest, ordered_keys, top_tokens
 from jaxgen.generation.prompts.rows import Rows
+from jaxgen.rounding import rounded
 
 TOP_H_TOKENS = 100  # all that top_h considers
 USUAL_NUCLEUS = 256  # where top_p looks first, on CPU
@@ -43,7 +44,8 @@ class Temperature(Filter):
     value: Number
 
     def __call__(self, logits: Logits, rows: Rows) -> Logits:
-        return logits * (1 / self.value)  # what XLA makes of a division by one number, and not of one by many
+        # What XLA makes of a division by one number, and not of one by many.
+        return rounded(logits * (1 / self.value))
 
 
 class TopH(Filter):
