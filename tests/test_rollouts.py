@@ -106,13 +106,15 @@ def optimized() -> Iterator[None]:
 @pytest.mark.usefixtures("optimized")
 def test_products_are_rounded_alike_in_the_engine_and_in_generate():
     """Where XLA may fuse them with a sum in one and not in the other: temperature, and Granite's scaling of logits."""
-    config = jaxgen.GraniteConfig(**SIZES, **HEADS, logits_scaling=0.07)
-    model, prompts = jaxgen.GraniteForCausalLM(config, rngs=nnx.Rngs(0)), [prompt_of(5, 0), prompt_of(9, 0)]
-    used, asked = ("temperature", "frequency_penalty"), {"do_sample": True, "top_k": 0, "max_new_tokens": 30}
+    sizes: dict[str, Any] = {**SIZES, **HEADS, "logits_scaling": 0.07}
+    model = jaxgen.GraniteForCausalLM(jaxgen.GraniteConfig(**sizes), rngs=nnx.Rngs(0))
+    prompts, used = [prompt_of(5, 0), prompt_of(9, 0)], ("temperature", "frequency_penalty")
+    asked: dict[str, Any] = {"do_sample": True, "top_k": 0, "max_new_tokens": 30, "eos_token_id": None}
     with jaxgen.Engine(model, rows=3, slots=48, chunk=8, processors=used, constraints=None) as engine:
-        for options in ({"temperature": 1.3}, {"frequency_penalty": 0.3}):
-            outputs = engine.generate_batch(prompts, seed=0, eos_token_id=None, **asked, **options).values()
-            assert exactly(model, outputs, engine.strict, eos_token_id=None, **asked, **options) == 0
+        for name, value in {"temperature": 1.3, "frequency_penalty": 0.3}.items():
+            options = {**asked, name: value}
+            outputs = engine.generate_batch(prompts, seed=0, **options).values()
+            assert exactly(model, outputs, engine.strict, **options) == 0
 
 
 # The trainer's weights.

@@ -52,10 +52,10 @@ class Engine:
     `steps` decode steps. `queue` requests may wait; `top_logprobs` is how many of the best tokens of each step are
     kept; `processors` are the names of the options of the logits that requests may use; `constraints` is the room that
     each row has for a constraint, in states and classes of tokens, or None. Sizes are rounded up to 2**k or 3 * 2**k. A
-    request gets the same to the last bit whatever else the engine does: the tokens of `model.generate(prompt,
-    strict=engine.strict, ...)`, and its log-probabilities but for rounding. Its weights are those that the model has
-    when it is submitted: after an update of the model, rows finish with those that they began with, and then others
-    begin with the new ones, and nothing is compiled. Close it, or use it in a `with`.
+    request gets the tokens and the log-probabilities, to the last bit, of `model.generate(prompt, strict=engine.strict,
+    ...)`, whatever else the engine does. Its weights are those that the model has when it is submitted: after an update
+    of the model, rows finish with those that they began with, and then others begin with the new ones, and nothing is
+    compiled. Close it, or use it in a `with`.
 
     Raises `JaxgenError` for bad sizes, and for more memory than the device has.
 
