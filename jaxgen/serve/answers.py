@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 from starlette.requests import Request
 
 from jaxgen.engine.handle import Completion, Handle, Tokens
-from jaxgen.serve.fields import Fields, text
+from jaxgen.serve.checks import text
+from jaxgen.serve.fields import Fields
 from jaxgen.serve.follow import finished, follow, held, unless_gone
 from jaxgen.serve.records import Call
 from jaxgen.serve.refusal import Refusal, as_json

@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -14,11 +14,11 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from jaxgen.generation.options.checks import flag, integer
 from jaxgen.serve import tgi
-from jaxgen.serve.chat import chat_completions, template_of
-from jaxgen.serve.completions import completions
-from jaxgen.serve.fields import Fields, body_of, text
+from jaxgen.serve.chat import chat_completions, read_chat, template_of
+from jaxgen.serve.checks import each, flag, integer, text
+from jaxgen.serve.completions import completions, read_completion
+from jaxgen.serve.fields import Fields, body_of
 from jaxgen.serve.follow import ClientGoneError
 from jaxgen.serve.guard import Guard
 from jaxgen.serve.refusal import Refusal, as_json
@@ -33,7 +33,12 @@ _SAFE = {
     "referrer-policy": "no-referrer",
 }
 
-Answering = Callable[[Request, Service, Any], Awaitable[Any]]
+
+class Posted(NamedTuple):
+    """A route that takes a body: what reads its fields, and what answers."""
+
+    read: Callable[[Fields, Service], Any]
+    answer: Callable[[Request, Service, Any], Awaitable[Any]]
 
 
 def application(service: Service, *, key: str | None = None, local: bool = True, closing_seconds: float = 30.0) -> Any:
@@ -57,7 +62,7 @@ def application(service: Service, *, key: str | None = None, local: bool = True,
 
     routes = [
         *(Route(path, _get(service, what)) for path, what in _GETS.items()),
-        *(Route(path, _post(service, what), methods=["POST"]) for path, what in _POSTS.items()),
+        *(Route(path, _post(service, what), methods=["POST"]) for path, what in POSTS.items()),
         Route("/metrics", metrics),
         Route("/v1/records/{id}", functools.partial(_record, service)),
     ]
@@ -74,13 +79,14 @@ def _prepare(service: Service) -> None:
         service.failure(error)
 
 
-def _post(service: Service, what: Answering) -> Callable[[Request], Awaitable[Any]]:
+def _post(service: Service, what: Posted) -> Callable[[Request], Awaitable[Any]]:
     async def endpoint(request: Request) -> Any:
         limits = service.limits
         try:
             if service.engine.closed:
                 raise Refusal("the server is closing, or its engine has failed", status=503, code="closing")
-            return await what(request, service, await body_of(request, limits.body, limits.body_seconds))
+            body = await body_of(request, limits.body, limits.body_seconds)
+            return await what.answer(request, service, what.read(Fields(body), service))
         except ClientGoneError:
             return Response(status_code=499)  # nobody reads it
         except Exception as error:
@@ -128,19 +134,32 @@ def _ready(service: Service) -> Response:
     return as_json({"status": service.state}, 503, retry_after="1")
 
 
-async def _tokenize(request: Request, service: Service, body: Any) -> Response:
-    """vLLM's interface: the ids of a `prompt`, or of a chat's `messages`."""
-    fields = Fields(body)
-    fields.take("model", text)
-    prompt = fields.take("prompt", text)
-    if prompt is not None:
-        special = fields.take("add_special_tokens", flag, True)
-        fields.take("return_token_strs", flag)
-        work = functools.partial(service.encoded, "prompt", prompt, add_special_tokens=special)
-    else:
-        messages, options = template_of(fields)
-        work = functools.partial(service.encoded, "messages", messages, **options)
+def _read_tokenize(fields: Fields, service: Service) -> Callable[[], list[int]]:
+    ways = {"prompt": functools.partial(_of_text, service), "messages": functools.partial(_of_chat, service)}
+    return fields.either(ways)
+
+
+def _of_text(service: Service, fields: Fields) -> Callable[[], list[int]]:
+    _shown_with(fields)
+    prompt, special = fields.need("prompt", text), fields.take("add_special_tokens", flag, True)
     fields.end()
+    return lambda: service.encoded("prompt", prompt, add_special_tokens=special)
+
+
+def _of_chat(service: Service, fields: Fields) -> Callable[[], list[int]]:
+    _shown_with(fields)
+    messages, options = template_of(fields)
+    fields.end()
+    return lambda: service.encoded("messages", messages, **options)
+
+
+def _shown_with(fields: Fields) -> None:
+    fields.take("model", text)
+    fields.take("return_token_strs", flag)
+
+
+async def _tokenize(request: Request, service: Service, work: Callable[[], list[int]]) -> Response:
+    """vLLM's interface: the ids of a `prompt`, or of a chat's `messages`."""
     ids = await service.prompts(work)
     texts = [service.texts.text_of(token) for token in ids]
     return as_json(
@@ -148,22 +167,18 @@ async def _tokenize(request: Request, service: Service, body: Any) -> Response:
     )
 
 
-async def _detokenize(request: Request, service: Service, body: Any) -> Response:
-    """vLLM's interface: the text of `tokens`."""
-    fields = Fields(body)
+def _read_detokenize(fields: Fields, service: Service) -> list[int]:
     fields.take("model", text)
-    ids = fields.need("tokens", lambda name, value: _ids(name, value, service.model.config.vocab_size))
+    ids, size = fields.need("tokens", each(integer(0))), service.model.config.vocab_size
     fields.end()
-    return as_json({"prompt": await service.prompts(service.tokenizer.decode, ids)})
-
-
-def _ids(name: str, value: Any, size: int) -> list[int]:
-    if not isinstance(value, list):
-        raise Refusal(f"{name} must be a list of token ids", param=name)
-    ids = [integer(0)(f"{name}[{place}]", token) for place, token in enumerate(value)]
     if ids and max(ids) >= size:
-        raise Refusal(f"{name}: {max(ids)} is no id of the {size} tokens", param=name)
+        raise Refusal(f"tokens: {max(ids)} is no id of the {size} tokens", param="tokens")
     return ids
+
+
+async def _detokenize(request: Request, service: Service, ids: list[int]) -> Response:
+    """vLLM's interface: the text of `tokens`."""
+    return as_json({"prompt": await service.prompts(service.tokenizer.decode, ids)})
 
 
 _GETS: dict[str, Callable[[Service], Response]] = {
@@ -173,11 +188,11 @@ _GETS: dict[str, Callable[[Service], Response]] = {
     "/v1/models": _models,
     "/info": tgi.info,
 }
-_POSTS: dict[str, Answering] = {
-    "/v1/chat/completions": chat_completions,
-    "/v1/completions": completions,
-    "/tokenize": _tokenize,
-    "/detokenize": _detokenize,
-    "/generate": tgi.generate,
-    "/generate_stream": tgi.generate_stream,
+POSTS: dict[str, Posted] = {
+    "/v1/chat/completions": Posted(read_chat, chat_completions),
+    "/v1/completions": Posted(read_completion, completions),
+    "/tokenize": Posted(_read_tokenize, _tokenize),
+    "/detokenize": Posted(_read_detokenize, _detokenize),
+    "/generate": Posted(tgi.read_inputs, tgi.generate),
+    "/generate_stream": Posted(tgi.read_inputs, tgi.generate_stream),
 }

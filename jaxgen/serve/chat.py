@@ -7,13 +7,13 @@ from starlette.requests import Request
 
 from jaxgen.engine.handle import Completion, Tokens
 from jaxgen.errors import shown
-from jaxgen.generation.options.checks import flag, integer
 from jaxgen.serve.answers import FINISH, Asked, model_of
-from jaxgen.serve.fields import Fields, bad, listed, mapping, only, text
+from jaxgen.serve.checks import Check, each, flag, integer, mapping, one_of, only, text, unchanged
+from jaxgen.serve.fields import Fields, inside
 from jaxgen.serve.refusal import Refusal
 from jaxgen.serve.sampling import IGNORED, arguments_of, sampling_of, seed_of, stream_of
 from jaxgen.serve.service import Prompt, Service, fresh_seed
-from jaxgen.serve.shapes import shape_of
+from jaxgen.serve.shapes import Wanted, shape_of
 from jaxgen.serve.token_texts import TokenTexts
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -62,9 +62,23 @@ class ChatForm:
         return None if self.best is None else {"content": self.texts.chat(tokens, self.best), "refusal": None}
 
 
-async def chat_completions(request: Request, service: Service, body: Any) -> Any:
-    """Answer a chat. Raises `Refusal`."""
-    fields = Fields(body)
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """What a request for a chat says."""
+
+    messages: list[dict[str, Any]]
+    template: dict[str, Any]
+    options: dict[str, Any]
+    new: tuple[str, int | None]
+    samples: int
+    seed: int | None
+    stream: tuple[bool, bool, bool]
+    best: int | None
+    shape: Wanted
+
+
+def read_chat(fields: Fields, service: Service) -> Chat:
+    """Read a request for a chat. Raises `Refusal`."""
     model_of(fields, service)
     messages, template = template_of(fields)
     options = sampling_of(fields, service.model.stored_generation_config, service.model.config.vocab_size)
@@ -76,14 +90,19 @@ async def chat_completions(request: Request, service: Service, body: Any) -> Any
     fields.take("modalities", only(["text"]))
     shape = shape_of(fields)
     fields.end(IGNORED)
-    options |= await service.shapes.option(shape, options)
-    seed = fresh_seed() if seed is None else seed
-    ids = await service.prompts(lambda: service.encoded("messages", messages, **template))
-    options |= {"seed": seed, "top_logprobs": best or None}
-    submit = lambda: service.submit("messages", [Prompt(ids, "")], (*new, None), samples, **options)  # noqa: E731
-    calls = await service.prompts(submit)
-    form = ChatForm(service.texts, best)
-    asked = Asked(service, calls, form, len(ids), seed, stream, "chat.completion.chunk")
+    return Chat(messages, template, options, new, samples, seed, stream, best, shape)
+
+
+async def chat_completions(request: Request, service: Service, chat: Chat) -> Any:
+    """Answer a chat. Raises `Refusal`."""
+    options = chat.options | await service.shapes.option(chat.shape, chat.options)
+    seed = fresh_seed() if chat.seed is None else chat.seed
+    ids = await service.prompts(lambda: service.encoded("messages", chat.messages, **chat.template))
+    options |= {"seed": seed, "top_logprobs": chat.best or None}
+    new, prompts = (*chat.new, None), [Prompt(ids, "")]
+    calls = await service.prompts(lambda: service.submit("messages", prompts, new, chat.samples, **options))
+    form = ChatForm(service.texts, chat.best)
+    asked = Asked(service, calls, form, len(ids), seed, chat.stream, "chat.completion.chunk")
     return await asked.answer(request)
 
 
@@ -119,8 +138,8 @@ def _logprobs(fields: Fields, service: Service) -> int | None:
 
 def template_of(fields: Fields) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The messages, and what the template is told beside them."""
-    messages = fields.need("messages", _messages)
-    tools = fields.take("tools", _tools)
+    messages = fields.need("messages", each(inside(_message), least=1))
+    tools = fields.take("tools", each(unchanged(inside(_tool)))) or None
     why = "the model decides whether it calls a tool"
     choice = fields.take("tool_choice", only("auto", "none", why=why))
     fields.take("parallel_tool_calls", flag)
@@ -137,55 +156,51 @@ def template_of(fields: Fields) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return messages, {**told, "continue_final_message": goes_on, "add_generation_prompt": prompts, "tools": tools}
 
 
-def _tools(name: str, value: Any) -> list[Any] | None:
-    tools = listed(name, value)
-    for place, tool in enumerate(tools):
-        function = Fields(tool, f"{name}[{place}]").need("function", mapping)
-        Fields(function, f"{name}[{place}].function").need("name", text)
-    return tools or None
+def _tool(fields: Fields) -> None:
+    fields.need("function", inside(lambda function: function.need("name", text)))
 
 
-def _messages(name: str, value: Any) -> list[dict[str, Any]]:
-    if not listed(name, value):
-        raise Refusal(f"{name}: an empty list is no chat", param=name)
-    return [_message(f"{name}[{place}]", message) for place, message in enumerate(value)]
-
-
-def _message(name: str, message: Any) -> dict[str, Any]:
+def _message(fields: Fields) -> dict[str, Any]:
     """A message as templates know them."""
-    fields = Fields(message, name)
-    role = fields.need("role", text)
-    if role not in _ROLES:
-        bad(f"{name}.role", role, f"one of {', '.join(_ROLES)}")
-    calls = fields.take("tool_calls", listed)
+    role = fields.need("role", one_of(*_ROLES))
+    calls = fields.take("tool_calls", each(_CALL))
     said: dict[str, Any] = {"role": "system" if role == "developer" else role}
-    said["content"] = fields.take("content", _content, "" if calls else None)
-    if said["content"] is None:
-        raise Refusal(f"{name}.content is missing", param=f"{name}.content", code="missing_field")
+    said["content"] = fields.take("content", _CONTENT, "" if calls else None)
     if calls:
-        said["tool_calls"] = [_call(f"{name}.tool_calls[{place}]", call) for place, call in enumerate(calls)]
+        said["tool_calls"] = calls
     for other in ("name", "tool_call_id", "reasoning_content"):
         if (value := fields.take(other, text)) is not None:
             said[other] = value
-    fields.end({"refusal", "annotations", "audio", "function_call"})
+    fields.end(("refusal", "annotations", "audio", "function_call"))
+    if said["content"] is None:
+        fields.missing("content")
     return said
+
+
+def _part(fields: Fields) -> str:
+    """What a part of a message says; OpenAI has others than texts."""
+    if (kind := fields.take("type", text, "text")) not in ("text", "input_text"):
+        where = fields.where.rpartition("[")[0]
+        raise Refusal(f"{fields.full('type')}={shown(kind)}: this model reads texts only", param=where)
+    return fields.need("text", text)
+
+
+_PARTS = each(inside(_part))
 
 
 def _content(name: str, value: Any) -> str:
     """A text, or OpenAI's list of parts, all of which must be texts."""
-    if not isinstance(value, list):
-        return text(name, value)
-    parts = []
-    for place, part in enumerate(value):
-        fields = Fields(part, f"{name}[{place}]")
-        if (kind := fields.take("type", text, "text")) not in ("text", "input_text"):
-            raise Refusal(f"{name}[{place}].type={shown(kind)}: this model reads texts only", param=name)
-        parts.append(fields.need("text", text))
-    return "".join(parts)
+    return "".join(_PARTS(name, value)) if isinstance(value, list) else text(name, value)
 
 
 def _call(name: str, call: Any) -> dict[str, Any]:
-    function = dict(Fields(call, name).need("function", mapping))
+    """A call of a tool, with its arguments as an object."""
+    function = {**_CALLED(name, call)}
     if "arguments" in function:
         function["arguments"] = arguments_of(f"{name}.function.arguments", function["arguments"])
     return {**call, "function": function}
+
+
+_CONTENT = Check(_content, lambda: {"anyOf": [text.says(), _PARTS.says()]})
+_CALLED = inside(lambda fields: fields.need("function", mapping))
+_CALL = Check(_call, _CALLED.says)

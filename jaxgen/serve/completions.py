@@ -8,14 +8,14 @@ import numpy as np
 from starlette.requests import Request
 
 from jaxgen.engine.handle import Completion, Tokens
-from jaxgen.generation.options.checks import flag, integer
 from jaxgen.serve.answers import FINISH, Asked, model_of
 from jaxgen.serve.chat import check_best, check_samples
-from jaxgen.serve.fields import Fields, bad, only
+from jaxgen.serve.checks import bad, check, flag, integer, only
+from jaxgen.serve.fields import Fields
 from jaxgen.serve.refusal import Refusal, as_json
 from jaxgen.serve.sampling import IGNORED, sampling_of, seed_of, stream_of
 from jaxgen.serve.service import Prompt, Service, fresh_seed
-from jaxgen.serve.shapes import shape_of
+from jaxgen.serve.shapes import Wanted, shape_of
 from jaxgen.serve.token_texts import TokenTexts
 
 DEFAULT_NEW_TOKENS = 16  # as at OpenAI
@@ -87,17 +87,35 @@ class CompletionForm:
         return {name: prompt[name] + new[name] for name in prompt}
 
 
-async def completions(request: Request, service: Service, body: Any) -> Any:
-    """Continue texts. Raises `Refusal`."""
-    fields = Fields(body)
+@dataclasses.dataclass(frozen=True)
+class Completing:
+    """What a request for a completion says."""
+
+    prompts: list[Any]
+    special: dict[str, bool]
+    options: dict[str, Any]
+    echo: bool
+    new: int | None
+    samples: int
+    seed: int | None
+    stream: tuple[bool, bool, bool]
+    best: int | None
+    shape: Wanted
+
+
+def read_completion(fields: Fields, service: Service) -> Completing:
+    """Read a request for a completion. Raises `Refusal`."""
     model_of(fields, service)
-    given = fields.need("prompt", _prompts)
+    prompts = fields.need("prompt", _prompts) or []
     options = sampling_of(fields, service.model.stored_generation_config, service.model.config.vocab_size)
     echo = fields.take("echo", flag, False)
-    new = fields.take("max_tokens", integer(0 if echo else 1))
+    new = fields.take("max_tokens", integer(0))
+    if new == 0 and not echo:
+        raise Refusal("max_tokens=0: only with echo=true, which asks for the prompt", param="max_tokens")
     samples = fields.take("n", integer(1), 1)
     check_samples(samples, service)
-    fields.take("best_of", only(1, samples))
+    if fields.take("best_of", integer(1), samples) not in (1, samples):
+        raise Refusal(f"best_of: not in this server; only 1 or n={samples} is", param="best_of")
     fields.take("suffix", only("", why="this model does not fill in"))
     best = fields.take("logprobs", integer(0))
     check_best("logprobs", best or 0, service)
@@ -105,23 +123,30 @@ async def completions(request: Request, service: Service, body: Any) -> Any:
     special = {"add_special_tokens": fields.take("add_special_tokens", flag, True)}
     shape = shape_of(fields)
     fields.end(IGNORED)
-    if len(given) * samples > service.limits.sequences:
+    if len(prompts) * samples > service.limits.sequences:
         most = service.limits.sequences
-        raise Refusal(f"prompt: {len(given)} prompts times n={samples}; at most {most}", param="prompt")
-    seed = fresh_seed() if seed is None else seed
-    prompts = await service.prompts(lambda: [_prompt(service, each, special, echo) for each in given])
-    scores = await service.scored(prompts) if echo and best is not None else None
-    form = CompletionForm(service.texts, best, samples, prompts if echo else None, scores)
+        raise Refusal(f"prompt: {len(prompts)} prompts times n={samples}; at most {most}", param="prompt")
+    if new == 0 and stream[0]:
+        raise Refusal("max_tokens=0: there is nothing to stream", param="stream")
+    return Completing(prompts, special, options, echo, new, samples, seed, stream, best, shape)
+
+
+async def completions(request: Request, service: Service, asked: Completing) -> Any:
+    """Continue texts. Raises `Refusal`."""
+    seed = fresh_seed() if asked.seed is None else asked.seed
+    prompts = await service.prompts(
+        lambda: [_prompt(service, each, asked.special, asked.echo) for each in asked.prompts]
+    )
+    scores = await service.scored(prompts) if asked.echo and asked.best is not None else None
+    form = CompletionForm(service.texts, asked.best, asked.samples, prompts if asked.echo else None, scores)
     count = sum(len(prompt.ids) for prompt in prompts)
-    if new == 0:
-        if stream[0]:
-            raise Refusal("max_tokens=0: there is nothing to stream", param="stream")
-        return _echoed(service, form, count, len(prompts) * samples)
-    options |= await service.shapes.option(shape, options)
-    options |= {"seed": seed, "top_logprobs": best or None}
-    most = ("max_tokens", new, DEFAULT_NEW_TOKENS)
-    calls = await service.prompts(lambda: service.submit("prompt", prompts, most, samples, **options))
-    return await Asked(service, calls, form, count, seed, stream, "text_completion").answer(request)
+    if asked.new == 0:
+        return _echoed(service, form, count, len(prompts) * asked.samples)
+    options = asked.options | await service.shapes.option(asked.shape, asked.options)
+    options |= {"seed": seed, "top_logprobs": asked.best or None}
+    most = ("max_tokens", asked.new, DEFAULT_NEW_TOKENS)
+    calls = await service.prompts(lambda: service.submit("prompt", prompts, most, asked.samples, **options))
+    return await Asked(service, calls, form, count, seed, asked.stream, "text_completion").answer(request)
 
 
 def _echoed(service: Service, form: CompletionForm, count: int, choices: int) -> Any:
@@ -131,6 +156,11 @@ def _echoed(service: Service, form: CompletionForm, count: int, choices: int) ->
     return as_json(asked.body([form.whole(place, nothing) for place in range(choices)], 0))
 
 
+_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_LISTS = {"type": "array", "items": {"anyOf": [{"type": "string"}, _IDS]}, "minItems": 1}
+
+
+@check(anyOf=[{"type": "string"}, _IDS, _LISTS])
 def _prompts(name: str, value: Any) -> list[Any]:
     """OpenAI's four forms, as a list: a text, texts, ids, lists of ids."""
     if isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_id, value))):

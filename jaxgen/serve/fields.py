@@ -3,15 +3,16 @@
 import asyncio
 import difflib
 import json
-from collections.abc import Callable, Container
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from jaxgen.errors import JaxgenError, shown
+from jaxgen.serve.checks import Check, Schema
 from jaxgen.serve.refusal import Refusal
 
-Check = Callable[[str, Any], Any]
+Result = TypeVar("Result")
 
 
 class Fields:
@@ -20,9 +21,13 @@ class Fields:
     def __init__(self, body: Any, where: str = ""):
         if not isinstance(body, dict):
             raise Refusal(f"{where or 'the body'} must be a JSON object", param=where or None)
-        self._where = f"{where}." if where else ""
+        self.where = where
         self._left = {name: value for name, value in body.items() if value is not None}
         self._known: set[str] = set()
+
+    def full(self, name: str) -> str:
+        """A field's name, with those of the objects around it."""
+        return f"{self.where}.{name}" if self.where else name
 
     def take(self, name: str, check: Check, default: Any = None) -> Any:
         """A field's value, checked. Raises `Refusal` that names it."""
@@ -30,63 +35,96 @@ class Fields:
         if name not in self._left:
             return default
         try:
-            return check(f"{self._where}{name}", self._left.pop(name))
+            return check(self.full(name), self._left.pop(name))
         except Refusal:
             raise
         except JaxgenError as error:
-            raise Refusal(str(error), param=f"{self._where}{name}") from error
+            raise Refusal(str(error), param=self.full(name)) from error
 
     def need(self, name: str, check: Check) -> Any:
         """The same of a field that must be there."""
         if (value := self.take(name, check)) is None:
-            raise Refusal(f"{self._where}{name} is missing", param=f"{self._where}{name}", code="missing_field")
+            self.missing(name)
         return value
 
-    def end(self, ignored: Container[str] = ()) -> None:
+    def missing(self, name: str) -> None:
+        """Say that a field must be there. Raises `Refusal`."""
+        raise Refusal(f"{self.full(name)} is missing", param=self.full(name), code="missing_field")
+
+    def one(self, kinds: Mapping[str, Check]) -> tuple[str, Any]:
+        """The one of some fields that is there, and its value. Raises `Refusal` unless it is exactly one."""
+        given = {kind: value for kind, check in kinds.items() if (value := self.take(kind, check)) is not None}
+        if len(given) != 1:
+            said = f"{self.where or 'the body'}: one of {', '.join(kinds)}, and {len(given)} were given"
+            raise Refusal(said, param=self.where or None)
+        return next(iter(given.items()))
+
+    def either(self, ways: "Mapping[str, Callable[[Fields], Result]]") -> Result:
+        """Read in the way of the first of some fields that is there, of which one must be."""
+        for name, read in ways.items():
+            if name in self._left:
+                return read(self)
+        raise Refusal(
+            f"{' or '.join(map(self.full, ways))} is missing", param=self.full(next(iter(ways))), code="missing_field"
+        )
+
+    def end(self, ignored: Iterable[str] = ()) -> None:
         """Refuse what is left, unless it may be ignored."""
         for name in self._left:
             if name not in ignored:
                 near = difflib.get_close_matches(name, self._known, n=1, cutoff=0.8)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                full = f"{self._where}{name}"
+                full = self.full(name)
                 raise Refusal(f"{shown(full)}: no such field here{hint}", param=full[:80], code="unknown_field")
 
 
-def bad(name: str, value: Any, expected: str) -> NoReturn:
-    """Refuse a field's value."""
-    raise Refusal(f"{name}={shown(value)} must be {expected}", param=name)
+class Asked(Fields):
+    """No object, but what is asked for where one is read: its JSON schema. All fields seem to be missing."""
+
+    def __init__(self):
+        super().__init__({})
+        self._schema: Schema = {"type": "object", "properties": {}}
+
+    def take(self, name: str, check: Check, default: Any = None) -> Any:
+        """Note a field that may be there."""
+        self._schema["properties"][name] = {"anyOf": [check.says(), {"type": "null"}]}
+        return default
+
+    def need(self, name: str, check: Check) -> Any:
+        """Note a field that must be there."""
+        self._schema["properties"][name] = check.says()
+        self._schema.setdefault("required", []).append(name)
+
+    def missing(self, name: str) -> None:
+        """A field that must be there where others are not, which a schema does not say."""
+
+    def one(self, kinds: Mapping[str, Check]) -> tuple[str, Any]:
+        """Note all of them."""
+        for kind, check in kinds.items():
+            self.take(kind, check)
+        return "", None
+
+    def either(self, ways: Mapping[str, Callable[[Fields], Any]]) -> Any:
+        """Note all the ways."""
+        self._schema = {"anyOf": [schema_of(read) for read in ways.values()]}
+
+    def end(self, ignored: Iterable[str] = ()) -> None:
+        """Note that nothing else may be there."""
+        ignored = {name: {"description": "Ignored."} for name in sorted(ignored)}
+        self._schema["properties"] |= ignored
+        self._schema["additionalProperties"] = False
 
 
-def text(name: str, value: Any) -> str:
-    """A string."""
-    return value if isinstance(value, str) else bad(name, value, "a string")
+def schema_of(read: Callable[[Fields], Any]) -> Schema:
+    """The JSON schema of the objects that a function reads."""
+    asked = Asked()
+    read(asked)
+    return asked._schema
 
 
-def listed(name: str, value: Any) -> list[Any]:
-    """A list."""
-    return value if isinstance(value, list) else bad(name, value, "a list")
-
-
-def mapping(name: str, value: Any) -> dict[str, Any]:
-    """An object."""
-    return value if isinstance(value, dict) else bad(name, value, "an object")
-
-
-def whole(name: str, value: Any) -> int:
-    """An int of any size."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else bad(name, value, "an int")
-
-
-def only(*values: Any, why: str = "") -> Check:
-    """One of a few values, all of which mean what the server does anyway."""
-
-    def check(name: str, value: Any) -> Any:
-        if not any(type(value) is type(known) and value == known for known in values):
-            said = " or ".join(json.dumps(known) for known in values)
-            raise Refusal(f"{name}={shown(value)}: {why or 'not in this server'}; only {said} is", param=name)
-        return value
-
-    return check
+def inside(read: Callable[[Fields], Any]) -> Check:
+    """An object, which a function reads."""
+    return Check(lambda name, value: read(Fields(value, name)), lambda: schema_of(read))
 
 
 async def body_of(request: Request, most: int, seconds: float) -> Any:

@@ -1,13 +1,12 @@
 """From the fields of a request, as OpenAI and vLLM name them, to the options of `Engine.submit`."""
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from jaxgen.errors import JaxgenError, shown
-from jaxgen.generation.options.checks import flag, integer, number
 from jaxgen.generation.options.config import GenerationConfig
-from jaxgen.serve.fields import Fields, bad, listed, mapping, text, whole
+from jaxgen.serve.checks import Check, bad, each, flag, integer, mapping, number, text, whole
+from jaxgen.serve.fields import Fields, inside
 from jaxgen.serve.refusal import Refusal
 
 # What OpenAI keeps for itself, and what changes no token: these may be there, and are ignored.
@@ -46,10 +45,10 @@ def sampling_of(fields: Fields, stored: GenerationConfig, vocab_size: int) -> di
         "frequency_penalty": fields.take("frequency_penalty", number("[-2, 2]")),
         "presence_penalty": fields.take("presence_penalty", number("[-2, 2]")),
         "min_new_tokens": fields.take("min_tokens", integer(0)),
-        "sequence_bias": _biases(fields.take("logit_bias", mapping, {}), vocab_size),
+        "sequence_bias": fields.take("logit_bias", _biases(vocab_size)),
         "stop_strings": stops_of(fields),
     }
-    ends = fields.take("stop_token_ids", _ids, [])
+    ends = fields.take("stop_token_ids", each(integer(0)), [])
     if fields.take("ignore_eos", flag, False):
         options["eos_token_id"] = None if not ends else tuple(ends)
     elif ends:
@@ -67,16 +66,17 @@ def seed_of(fields: Fields) -> int | None:
 def stream_of(fields: Fields) -> tuple[bool, bool, bool]:
     """Whether the answer is streamed, with its usage at the end, and with it in every event."""
     streams = fields.take("stream", flag, False)
-    options = fields.take("stream_options", mapping)
-    if options is None:
-        return streams, False, False
-    if not streams:
+    usage = fields.take("stream_options", inside(_usage))
+    if usage is not None and not streams:
         raise Refusal("stream_options needs stream=true", param="stream_options")
-    inner = Fields(options, "stream_options")
-    usage = inner.take("include_usage", flag, False)
-    every = inner.take("continuous_usage_stats", flag, False)
-    inner.end({"include_obfuscation"})
-    return streams, usage, every
+    at_end, every = usage or (False, False)
+    return streams, at_end, every
+
+
+def _usage(fields: Fields) -> tuple[bool, bool]:
+    usage, every = (fields.take(name, flag, False) for name in ("include_usage", "continuous_usage_stats"))
+    fields.end(("include_obfuscation",))
+    return usage, every
 
 
 def with_field(error: JaxgenError, new: str) -> JaxgenError:
@@ -104,28 +104,28 @@ def stops_of(fields: Fields) -> list[str] | None:
     return list(dict.fromkeys(stops))
 
 
-def _texts(name: str, value: Any) -> list[str]:
-    given = [value] if isinstance(value, str) else listed(name, value)
-    return [text(f"{name}[{place}]", item) for place, item in enumerate(given)]
+def _text_or_texts(name: str, value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else each(text)(name, value)
 
 
-def _ids(name: str, value: Any) -> list[int]:
-    return [integer(0)(f"{name}[{place}]", token) for place, token in enumerate(listed(name, value))]
+_texts = Check(_text_or_texts, lambda: {"anyOf": [text.says(), each(text).says()]})
 
 
-def _biases(given: Mapping[str, Any], vocab_size: int) -> dict[tuple[int], float] | None:
+def _biases(vocab_size: int) -> Check:
     """OpenAI's biases of single tokens, by their ids as texts."""
-    if len(given) > MOST_BIASES:
-        raise Refusal(f"logit_bias: {len(given)} entries; at most {MOST_BIASES}", param="logit_bias")
-    biases: dict[tuple[int], float] = {}
-    for token, value in given.items():
-        if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < vocab_size):
-            raise Refusal(f"logit_bias: {shown(token)} is no id of the {vocab_size} tokens", param="logit_bias")
-        try:
-            biases[int(token),] = number("[-100, 100]")("logit_bias", value)
-        except JaxgenError as error:
-            raise Refusal(str(error), param="logit_bias") from error
-    return biases or None
+    bias = number("[-100, 100]")
+
+    def test(name: str, value: Any) -> dict[tuple[int], float] | None:
+        given = mapping(name, value)
+        if len(given) > MOST_BIASES:
+            raise Refusal(f"{name}: {len(given)} entries; at most {MOST_BIASES}", param=name)
+        for token in given:
+            if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < vocab_size):
+                raise Refusal(f"{name}: {shown(token)} is no id of the {vocab_size} tokens", param=name)
+        return {(int(token),): bias(name, value) for token, value in given.items()} or None
+
+    says = {"type": "object", "propertyNames": {"pattern": "^[0-9]{1,9}$"}, "maxProperties": MOST_BIASES}
+    return Check(test, lambda: {**says, "additionalProperties": bias.says()})
 
 
 def arguments_of(name: str, value: Any) -> Any:

@@ -9,10 +9,10 @@ import jaxgen
 from jaxgen.constraints.anything import any_object
 from jaxgen.constraints.patterns import Constraint
 from jaxgen.engine.engine import Engine
-from jaxgen.errors import JaxgenError, UnsupportedError, shown
-from jaxgen.generation.options.checks import flag
+from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.generation.options.config import resolve
-from jaxgen.serve.fields import Fields, bad, listed, mapping, only, text
+from jaxgen.serve.checks import Check, each, flag, json_schema, one_of, only, text
+from jaxgen.serve.fields import Fields, inside
 from jaxgen.serve.refusal import Refusal
 
 # The field that asks, and what makes its constraint: schemas may be large, and are read elsewhere.
@@ -68,7 +68,8 @@ class Shapes:
 
 def shape_of(fields: Fields) -> Wanted:
     """What OpenAI's or vLLM's field asks for. Raises `Refusal`."""
-    one, other = _response_format(fields), _structured_outputs(fields)
+    one = fields.take("response_format", inside(_response_format))
+    other = fields.take("structured_outputs", inside(_structured_outputs))
     if one and other:
         raise Refusal("structured_outputs and response_format exclude each other", param="structured_outputs")
     return one or other
@@ -76,43 +77,38 @@ def shape_of(fields: Fields) -> Wanted:
 
 def grammar_of(fields: Fields) -> Wanted:
     """What TGI's `parameters.grammar` asks for. Raises `Refusal`."""
-    given = fields.take("grammar", mapping)
-    if given is None:
-        return None
-    name = "parameters.grammar"
-    inner = Fields(given, name)
-    kind = inner.need("type", _one_of("json", "regex", "json_schema"))
+    return fields.take("grammar", inside(_grammar))
+
+
+def _grammar(fields: Fields) -> Wanted:
+    kind = fields.need("type", one_of("json", "regex", "json_schema"))
+    checks = {"regex": text, "json_schema": inside(_named)}
+    value = fields.need("value", Check(checks.get(kind, json_schema), json_schema.says))
+    fields.end()
     if kind == "json_schema":
-        return _named(inner, "value", f"{name}.value")
-    value = inner.need("value", text if kind == "regex" else _schema)
-    inner.end()
-    return _matching(f"{name}.value", value) if kind == "regex" else _by_schema(f"{name}.value", value)
+        return value
+    name = fields.full("value")
+    return _matching(name, value) if kind == "regex" else _by_schema(name, value)
 
 
 def _response_format(fields: Fields) -> Wanted:
-    given = fields.take("response_format", mapping)
-    if given is None:
-        return None
-    inner = Fields(given, "response_format")
-    kind = inner.need("type", _one_of("text", "json_object", "json_schema"))
+    kind = fields.need("type", one_of("text", "json_object", "json_schema"))
+    named = fields.take("json_schema", inside(_named))
+    fields.end()
     if kind == "json_schema":
-        return _named(inner, "json_schema", "response_format.json_schema")
-    inner.end()
-    return ("response_format.type", any_object) if kind == "json_object" else None
+        return named or fields.missing("json_schema")
+    if named:
+        raise Refusal(
+            f"{fields.full('json_schema')}: only for the type 'json_schema'", param=fields.full("json_schema")
+        )
+    return (fields.full("type"), any_object) if kind == "json_object" else None
 
 
 def _structured_outputs(fields: Fields) -> Wanted:
-    given = fields.take("structured_outputs", mapping)
-    if given is None:
-        return None
-    name = "structured_outputs"
-    inner = Fields(given, name)
-    kinds: dict[str, Any] = {"json": _schema, "regex": text, "choice": listed, "json_object": only(True)}
-    asked = {kind: value for kind, check in kinds.items() if (value := inner.take(kind, check)) is not None}
-    inner.end()
-    if len(asked) != 1:
-        raise Refusal(f"{name}: one of {', '.join(kinds)}, and {len(asked)} were given", param=name)
-    [(kind, value)] = asked.items()
+    kinds = {"json": json_schema, "regex": text, "choice": each(text), "json_object": only(True)}
+    kind, value = fields.one(kinds)
+    fields.end()
+    name = fields.where
     if kind == "json":
         return _by_schema(f"{name}.json", value)
     if kind == "regex":
@@ -120,15 +116,13 @@ def _structured_outputs(fields: Fields) -> Wanted:
     return f"{name}.{kind}", any_object if kind == "json_object" else lambda: jaxgen.choice(value)
 
 
-def _named(fields: Fields, field: str, name: str) -> Wanted:
+def _named(fields: Fields) -> Wanted:
     """A schema with a name, which says nothing here; strict is what is done anyway."""
-    inner = Fields(fields.need(field, mapping), name)
-    fields.end()
     for told, check in {"name": text, "description": text, "strict": flag}.items():
-        inner.take(told, check)
-    schema = inner.need("schema", _schema)
-    inner.end()
-    return _by_schema(f"{name}.schema", schema)
+        fields.take(told, check)
+    schema = fields.need("schema", json_schema)
+    fields.end()
+    return _by_schema(fields.full("schema"), schema)
 
 
 def _by_schema(name: str, schema: Any) -> Wanted:
@@ -143,17 +137,3 @@ def _by_schema(name: str, schema: Any) -> Wanted:
 
 def _matching(name: str, pattern: str) -> Wanted:
     return name, lambda: jaxgen.regex(pattern)
-
-
-def _schema(name: str, value: Any) -> Any:
-    """A schema, or its text."""
-    return value if isinstance(value, dict | str) else bad(name, value, "a JSON schema")
-
-
-def _one_of(*words: str) -> Callable[[str, Any], str]:
-    def check(name: str, value: Any) -> str:
-        if value not in words:
-            raise Refusal(f"{name}={shown(value)}: expected {', '.join(words)}", param=name)
-        return value
-
-    return check

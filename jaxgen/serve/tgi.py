@@ -6,6 +6,7 @@ temperature is given, as there.
 """
 
 import dataclasses
+import functools
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -13,14 +14,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxgen.engine.handle import Completion, Handle, Tokens
-from jaxgen.generation.options.checks import flag, integer, number
 from jaxgen.serve.chat import check_best
-from jaxgen.serve.fields import Fields, mapping, only, text, whole
+from jaxgen.serve.checks import flag, integer, number, only, text, whole
+from jaxgen.serve.fields import Fields, inside
 from jaxgen.serve.follow import finished, follow, held, unless_gone
 from jaxgen.serve.refusal import Refusal, as_json
 from jaxgen.serve.sampling import MOST_STOPS, stops_of
 from jaxgen.serve.service import Prompt, Service, fresh_seed, version
-from jaxgen.serve.shapes import grammar_of
+from jaxgen.serve.shapes import Wanted, grammar_of
 from jaxgen.serve.sse import Events
 from jaxgen.serve.token_texts import LEAST
 
@@ -29,15 +30,36 @@ _DEFAULT_NEW_TOKENS = 100
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
-    prompt: Prompt
+class _Parameters:
     options: dict[str, Any]
+    shape: Wanted
     new: int | None
-    seed: int
+    truncate: int | None
+    seed: int | None
     best: int
     full: bool  # whether the text has the prompt in front
     details: bool
     prefill: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a request says."""
+
+    inputs: str
+    stream: bool
+    parameters: _Parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A request under way."""
+
+    parameters: _Parameters
+    prompt: Prompt
+    seed: int
+    scores: Tokens | None
+    handle: Handle
 
 
 def info(service: Service) -> Response:
@@ -60,51 +82,50 @@ def info(service: Service) -> Response:
     )
 
 
-async def generate(request: Request, service: Service, body: Any) -> Any:
+def read_inputs(fields: Fields, service: Service) -> Inputs:
+    """Read a request, for either route. Raises `Refusal`."""
+    read = functools.partial(_parameters, service=service)
+    inputs, stream = fields.need("inputs", text), fields.take("stream", flag, False)
+    parameters = fields.take("parameters", inside(read))
+    fields.end()
+    return Inputs(inputs, stream, read(Fields({})) if parameters is None else parameters)
+
+
+async def generate(request: Request, service: Service, inputs: Inputs) -> Any:
     """A text, at once; or as events, if it is asked to `stream`."""
-    fields = Fields(body)
-    if fields.take("stream", flag, False):
-        return await _stream(request, service, fields)
-    asked = await _asked(service, fields)
-    scores = (await service.scored([asked.prompt]))[0] if asked.prefill else None
-    [handle] = await _submit(service, asked)
+    if inputs.stream:
+        return await generate_stream(request, service, inputs)
+    asked = await _submitted(service, inputs)
+    parameters, handle = asked.parameters, asked.handle
     with held([handle]):
         await unless_gone(request.receive, finished([handle]))
         done = _completed(service, handle)
-    said: dict[str, Any] = {"generated_text": (asked.prompt.text if asked.full else "") + (done.text or "")}
-    if asked.details:
-        prefill = [] if scores is None else _prefill(service, scores)
-        tokens = _tokens(service, done.tokens)
-        said["details"] = {**_details(done, asked), "prefill": prefill, "tokens": tokens}
-        if asked.best:
-            said["details"]["top_tokens"] = _top_tokens(service, done.tokens, asked.best)
+    said: dict[str, Any] = {"generated_text": _whole_text(asked, done)}
+    if parameters.details:
+        prefill = [] if asked.scores is None else _prefill(service, asked.scores)
+        said["details"] = {**_details(done, asked), "prefill": prefill, "tokens": _tokens(service, done.tokens)}
+        if parameters.best:
+            said["details"]["top_tokens"] = _top_tokens(service, done.tokens, parameters.best)
     return as_json(said)
 
 
-async def generate_stream(request: Request, service: Service, body: Any) -> Any:
+async def generate_stream(request: Request, service: Service, inputs: Inputs) -> Events:
     """A text as events, one per token."""
-    fields = Fields(body)
-    fields.take("stream", flag)
-    return await _stream(request, service, fields)
-
-
-async def _stream(request: Request, service: Service, fields: Fields) -> Events:
-    asked = await _asked(service, fields)
-    if asked.prefill:
+    if inputs.parameters.prefill:
         raise Refusal("decoder_input_details: not in a stream", param="parameters.decoder_input_details")
-    handles = await _submit(service, asked)
+    asked = await _submitted(service, inputs)
 
     def failed(error: Exception) -> dict[str, Any]:
         body = service.failed(error)["error"]
         return {"error": body["message"], "error_type": "generation"}
 
-    return Events(_events(service, asked, handles[0]), handles, failed, service.limits.seconds + 60)
+    return Events(_events(service, asked), [asked.handle], failed, service.limits.seconds + 60)
 
 
-async def _events(service: Service, asked: _Asked, handle: Handle) -> AsyncGenerator[Any, None]:
+async def _events(service: Service, asked: _Asked) -> AsyncGenerator[Any, None]:
     """The last token comes with the whole text, so each is held back until there is another one."""
-    index, last = 0, None
-    async for _, tokens in follow([handle]):
+    index, last, best = 0, None, asked.parameters.best
+    async for _, tokens in follow([asked.handle]):
         for place in range(0 if tokens is None else len(tokens.ids)):
             assert tokens is not None
             if last is not None:
@@ -112,31 +133,24 @@ async def _events(service: Service, asked: _Asked, handle: Handle) -> AsyncGener
             index += 1
             one = tokens[place : place + 1]
             last = {"index": index, "token": _tokens(service, one)[0]}
-            if asked.best:
-                last["top_tokens"] = _top_tokens(service, one, asked.best)[0]
-    done = _completed(service, handle)
+            if best:
+                last["top_tokens"] = _top_tokens(service, one, best)[0]
+    done = _completed(service, asked.handle)
     details = {**_details(done, asked), "input_length": len(asked.prompt.ids)}
-    yield {
-        **(last or {}),
-        "generated_text": (asked.prompt.text if asked.full else "") + (done.text or ""),
-        "details": details,
-    }
+    yield {**(last or {}), "generated_text": _whole_text(asked, done), "details": details}
 
 
-async def _asked(service: Service, fields: Fields) -> _Asked:
-    given = fields.need("inputs", text)
-    p = Fields(fields.take("parameters", mapping, {}), "parameters")
-    fields.end()
+def _parameters(p: Fields, service: Service) -> _Parameters:
     filters = {
         "temperature": p.take("temperature", number("(0, inf)")),
         "top_k": p.take("top_k", integer(1)),
         "top_p": p.take("top_p", number("(0, 1]")),
         "typical_p": p.take("typical_p", number("(0, 1]")),
     }
-    given_filters = {name: value for name, value in filters.items() if value is not None}
-    options: dict[str, Any] = {"do_sample": p.take("do_sample", flag, False) or bool(given_filters)}
+    given = {name: value for name, value in filters.items() if value is not None}
+    options: dict[str, Any] = {"do_sample": p.take("do_sample", flag, False) or bool(given)}
     if options["do_sample"]:
-        options |= {"top_k": 0, **given_filters}
+        options |= {"top_k": 0, **given}
     if (penalty := p.take("repetition_penalty", number("(0, inf)"))) is not None:
         options["repetition_penalty"] = penalty
     if stops := stops_of(p):
@@ -146,24 +160,25 @@ async def _asked(service: Service, fields: Fields) -> _Asked:
     p.take("best_of", only(1))
     seed, new = p.take("seed", whole), p.take("max_new_tokens", integer(1))
     best, truncate = p.take("top_n_tokens", integer(0), 0), p.take("truncate", integer(1))
-    check_best("parameters.top_n_tokens", best, service)
+    check_best(p.full("top_n_tokens"), best, service)
     names = ("return_full_text", "details", "decoder_input_details")
     full, details, prefill = (p.take(name, flag, False) for name in names)
     shape = grammar_of(p)
     p.end()
-    options |= await service.shapes.option(shape, options)
-    ids = await service.prompts(service.encoded, "inputs", given)
-    ids = ids if truncate is None else ids[-truncate:]
     options["top_logprobs"] = best or None
-    seed = fresh_seed() if seed is None else seed
-    return _Asked(Prompt(ids, given), options, new, seed, best, full, details or prefill, prefill)
+    return _Parameters(options, shape, new, truncate, seed, best, full, details or prefill, prefill)
 
 
-async def _submit(service: Service, asked: _Asked) -> list[Handle]:
-    new = ("parameters.max_new_tokens", asked.new, _DEFAULT_NEW_TOKENS)
-    options = {**asked.options, "seed": asked.seed}
-    [call] = await service.prompts(lambda: service.submit("inputs", [asked.prompt], new, 1, **options))
-    return call.handles
+async def _submitted(service: Service, inputs: Inputs) -> _Asked:
+    given = inputs.parameters
+    options = given.options | await service.shapes.option(given.shape, given.options)
+    ids = await service.prompts(service.encoded, "inputs", inputs.inputs)
+    ids = ids if given.truncate is None else ids[-given.truncate :]
+    prompt, seed = Prompt(ids, inputs.inputs), fresh_seed() if given.seed is None else given.seed
+    scores = (await service.scored([prompt]))[0] if given.prefill else None
+    new = ("parameters.max_new_tokens", given.new, _DEFAULT_NEW_TOKENS)
+    [call] = await service.prompts(lambda: service.submit("inputs", [prompt], new, 1, **options, seed=seed))
+    return _Asked(given, prompt, seed, scores, call.handles[0])
 
 
 def _completed(service: Service, handle: Handle) -> Completion:
@@ -176,8 +191,12 @@ def _completed(service: Service, handle: Handle) -> Completion:
 
 def _details(done: Completion, asked: _Asked) -> dict[str, Any]:
     finish = _FINISH.get(done.finish_reason, "length")
-    seed = asked.seed if asked.options["do_sample"] else None
+    seed = asked.seed if asked.parameters.options["do_sample"] else None
     return {"finish_reason": finish, "generated_tokens": len(done.token_ids), "seed": seed}
+
+
+def _whole_text(asked: _Asked, done: Completion) -> str:
+    return (asked.prompt.text if asked.parameters.full else "") + (done.text or "")
 
 
 def _tokens(service: Service, tokens: Tokens) -> list[dict[str, Any]]:
