@@ -174,7 +174,7 @@ class _Translation:
         if not isinstance(properties, Mapping) or not isinstance(required, list):
             raise JaxgenError(f"json_schema: {at}: properties must be an object, and required a list")
         for name in required:
-            if name not in properties:
+            if not isinstance(name, str) or name not in properties:
                 self.refuse(f"{at}/required", name, "it is not among the properties")
         if not properties:
             if not isinstance(others, Mapping) or not others:
@@ -249,10 +249,11 @@ class _Translation:
 
     def counts(self, rest: dict[str, Any], low: str, high: str, at: str) -> tuple[int, int | None]:
         """Two counts taken out of a schema: the least and the most."""
-        least, most = rest.pop(low, 0), rest.pop(high, None)
-        for name, value in ((low, least), (high, most)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        for name in (low, high):
+            value = rest.get(name, 0)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise JaxgenError(f"json_schema: {at}/{name}: {shown(value)} is no count")
+        least, most = rest.pop(low, 0), rest.pop(high, None)
         if most is not None and most < least:
             raise JaxgenError(f"json_schema: {at}: {low}={least} is more than {high}={most}")
         return least, most
@@ -273,9 +274,10 @@ def differ(schemas: Any, root: Schema) -> bool:
     kinds = ["number" if schema.get("type") == "integer" else schema.get("type") for schema in found]
     if all(isinstance(kind, str) for kind in kinds) and len(set(kinds)) == len(kinds):
         return True
-    for name in found[0].get("required", []) if found else ():
+    needed = [_strings(schema.get("required")) for schema in found]
+    for name in needed[0] if needed else ():
         tags = [_mapping(_mapping(schema.get("properties")).get(name)).get("const") for schema in found]
-        required = all(name in schema.get("required", []) and schema.get("type") == "object" for schema in found)
+        required = all(name in names for names in needed) and all(kind == "object" for kind in kinds)
         if required and all(isinstance(tag, str) for tag in tags) and len(set(tags)) == len(tags):
             return True
     return False
@@ -288,6 +290,10 @@ def _followed(schema: Any, root: Schema) -> Schema:
         seen.append(schema["$ref"])
         schema = referred(root, schema["$ref"])
     return _mapping(schema)
+
+
+def _strings(value: Any) -> list[str]:
+    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
 
 
 def _mapping(value: Any) -> Schema:

@@ -21,6 +21,7 @@ from jaxgen.serve.completions import completions, read_completion
 from jaxgen.serve.fields import Fields, body_of
 from jaxgen.serve.follow import ClientGoneError
 from jaxgen.serve.guard import Guard
+from jaxgen.serve.openapi import document
 from jaxgen.serve.refusal import Refusal, as_json
 from jaxgen.serve.service import Service
 
@@ -60,10 +61,15 @@ def application(service: Service, *, key: str | None = None, local: bool = True,
         said = service.metrics.text(service.engine.stats(), guard.connections)
         return PlainTextResponse(said, media_type="text/plain; version=0.0.4")
 
+    async def openapi(_: Request) -> Response:
+        reads = {path: posted.read for path, posted in POSTS.items()}
+        return as_json(document(service, reads, key=key is not None))
+
     routes = [
         *(Route(path, _get(service, what)) for path, what in _GETS.items()),
         *(Route(path, _post(service, what), methods=["POST"]) for path, what in POSTS.items()),
         Route("/metrics", metrics),
+        Route("/openapi.json", openapi),
         Route("/v1/records/{id}", functools.partial(_record, service)),
     ]
     handlers: Any = {HTTPException: functools.partial(_no_route, service)}

@@ -49,6 +49,8 @@ def sampling_of(fields: Fields, stored: GenerationConfig, vocab_size: int) -> di
         "stop_strings": stops_of(fields),
     }
     ends = fields.take("stop_token_ids", each(integer(0)), [])
+    if ends and max(ends) >= vocab_size:
+        raise Refusal(f"stop_token_ids: {max(ends)} is no id of the {vocab_size} tokens", param="stop_token_ids")
     if fields.take("ignore_eos", flag, False):
         options["eos_token_id"] = None if not ends else tuple(ends)
     elif ends:

@@ -1,0 +1,73 @@
+"""Whatever a server is sent, it answers as its OpenAPI document says, and goes on."""
+
+import random
+import time
+
+import pytest
+from starlette.testclient import TestClient
+
+import jaxgen
+from jaxgen import demo
+from jaxgen.serve.app import application
+from jaxgen.serve.service import Limits, Service
+from tests.server_bodies import BODIES, Document, mutated, read
+
+
+@pytest.fixture(scope="module")
+def service():
+    model = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
+    engine = jaxgen.Engine(model, rows=4, slots=64, chunk=16, top_logprobs=5)
+    return Service(engine, "demo", Limits(body=100_000, samples=4, sequences=8))
+
+
+@pytest.fixture(scope="module")
+def client(service):
+    with TestClient(application(service), base_url="http://localhost", raise_server_exceptions=False) as client:
+        while client.get("/ready").status_code != 200:
+            time.sleep(0.05)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def document(client):
+    return Document(client.get("/openapi.json").json())
+
+
+def idle(service):
+    """Whether nothing is left over, after a moment in which it may end."""
+    deadline = time.monotonic() + 30
+    while service.engine.stats()["busy"] or service.engine.stats()["queue"]:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@pytest.mark.parametrize("place", range(len(BODIES)))
+def test_the_document_says_what_is_taken_and_answered(client, document, place):
+    path, body = BODIES[place]
+    answer = client.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    assert document.accepts(path, body) and not document.wrong(path, answer)
+    assert not document.accepts(path, {**body, "temprature": 1})
+    assert client.post(path, json={**body, "temprature": 1}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "seed, count", [(0, 300), *(pytest.param(seed, 1000, marks=pytest.mark.slow) for seed in range(1, 11))]
+)
+def test_bad_bodies_are_refused_as_the_document_says(client, service, document, seed, count):
+    """Each is answered; one that the document does not allow is refused; nothing is left in the engine."""
+    draw, taken = random.Random(seed), 0
+    for turn in range(count):
+        path, data, kind = mutated(draw)
+        answer = client.post(path, content=data, headers={"content-type": kind})
+        wrong = document.wrong(path, answer)
+        assert not wrong, (turn, path, data[:2000], answer.status_code, answer.text[:2000], wrong)
+        if answer.status_code == 200:
+            taken += 1
+            assert document.accepts(path, read(data)), (turn, path, data[:2000])
+    assert taken > count // 20
+    assert idle(service)
+    path, body = BODIES[0]
+    assert client.post(path, json=body).status_code == 200
