@@ -3,7 +3,6 @@
 import concurrent.futures
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -180,35 +179,7 @@ def test_what_is_refused_is_named(client, what):
     assert answer.json()["error"]["param"] == param
 
 
-def test_no_body_breaks_the_server(client, service):
-    """Mutated bodies: each is answered, or refused with OpenAI's body of errors, without paths."""
-    whole = {
-        "messages": CHAT,
-        "max_tokens": 1,
-        "temperature": 1,
-        "n": 1,
-        "stop": ["a"],
-        "logit_bias": {"5": 1},
-        "seed": 1,
-    }
-    whole |= {"stream_options": {"include_usage": True}, "tools": [{"type": "function", "function": {"name": "f"}}]}
-    dice = random.Random(0)
-    for turn in range(150):
-        path = dice.choice(["/v1/chat/completions", "/v1/completions", "/generate", "/tokenize", "/detokenize"])
-        body = {**whole, "prompt": "a"} if turn % 2 else {"inputs": "a", "prompt": "a", "tokens": [1], "messages": CHAT}
-        body = {name: value for name, value in body.items() if dice.random() < 0.6}
-        for _ in range(dice.randint(1, 2)):
-            body[dice.choice([*body, "x"])] = dice.choice(
-                [None, True, 0, 1.5, "", "text", 1 << 80, [], {}, [[]], [{}], {"a": 1}, "\ud800", -1, 1e400]
-            )
-        data = json.dumps(body).encode()
-        data = data[: dice.randint(0, len(data))] if turn % 7 == 0 else data
-        answer = client.post(path, content=data)
-        assert answer.status_code in (200, 400, 404, 413), answer.text
-        if answer.status_code != 200:
-            error = answer.json()["error"]
-            assert error["message"] and {"type", "param", "code"} <= error.keys()
-            assert str(demo.path()) not in answer.text and "Traceback" not in answer.text
+def test_long_and_deep_bodies(client):
     assert client.post("/v1/chat/completions", content=b"x" * 30_000).status_code == 413
     assert client.post("/v1/chat/completions", content=b"[" * 10_000).status_code == 400
 

@@ -296,6 +296,11 @@ REFUSED = {
     "leads back": (schema(ITSELF), WHERE, "grammar"),
     "deep": (schema(DEEP), WHERE, "nested too deeply"),
     "no room": (schema({"enum": ["a long word, longer than 3"]}) | {"max_tokens": 3}, "max_tokens", "room for 3"),
+    "no such end": (
+        {"structured_outputs": {"regex": "a"}, "stop_token_ids": [5000]},
+        "stop_token_ids",
+        "no id of the 640",
+    ),
     "a pattern": ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", ""),
     "two": ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "2 were given"),
     "both": (

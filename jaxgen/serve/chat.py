@@ -201,6 +201,6 @@ def _call(name: str, call: Any) -> dict[str, Any]:
     return {**call, "function": function}
 
 
-_CONTENT = Check(_content, lambda: {"anyOf": [text.says(), _PARTS.says()]})
+_CONTENT = Check(_content, lambda: {"anyOf": [text.says(), _PARTS.says()]}, text.example)
 _CALLED = inside(lambda fields: fields.need("function", mapping))
-_CALL = Check(_call, _CALLED.says)
+_CALL = Check(_call, _CALLED.says, _CALLED.example)

@@ -17,20 +17,22 @@ Test = Callable[[str, Any], Any]
 class Check:
     """Takes a field's name and what was sent, and gives what it means. Raises `JaxgenError`.
 
-    `says` gives the JSON schema; it may let through more than the check, and never less.
+    `says` gives the JSON schema, which may let through more than the check, and never less; `example` a value that
+    the check might give.
     """
 
     test: Test
     says: Callable[[], Schema]
+    example: Callable[[], Any]
 
     def __call__(self, name: str, value: Any) -> Any:
         """The value."""
         return self.test(name, value)
 
 
-def check(**schema: Any) -> Callable[[Test], Check]:
+def check(example: Any, /, **schema: Any) -> Callable[[Test], Check]:
     """What makes a function a check, with the schema that is given in words of JSON schema."""
-    return lambda test: Check(test, lambda: schema)
+    return lambda test: Check(test, lambda: schema, lambda: example)
 
 
 def bad(name: str, value: Any, expected: str) -> NoReturn:
@@ -38,36 +40,37 @@ def bad(name: str, value: Any, expected: str) -> NoReturn:
     raise Refusal(f"{name}={shown(value)} must be {expected}", param=name)
 
 
-@check(type="string")
+@check("", type="string")
 def text(name: str, value: Any) -> str:
     """A string."""
     return value if isinstance(value, str) else bad(name, value, "a string")
 
 
-@check(type="object")
+@check({}, type="object")
 def mapping(name: str, value: Any) -> dict[str, Any]:
     """An object."""
     return value if isinstance(value, dict) else bad(name, value, "an object")
 
 
-@check(type="integer")
+@check(0, type="integer")
 def whole(name: str, value: Any) -> int:
     """An int of any size."""
     return value if isinstance(value, int) and not isinstance(value, bool) else bad(name, value, "an int")
 
 
-@check(type=["object", "string"], description="A JSON schema, or its text.")
+@check({}, type=["object", "string"], description="A JSON schema, or its text.")
 def json_schema(name: str, value: Any) -> Any:
     """A schema, or its text."""
     return value if isinstance(value, dict | str) else bad(name, value, "a JSON schema")
 
 
-flag = Check(options.flag, lambda: {"type": "boolean"})
+flag = Check(options.flag, lambda: {"type": "boolean"}, lambda: False)
 
 
 def integer(minimum: int) -> Check:
     """An int of 32 bits, of at least `minimum`."""
-    return Check(options.integer(minimum), lambda: {"type": "integer", "minimum": minimum, "maximum": (1 << 31) - 1})
+    schema = {"type": "integer", "minimum": minimum, "maximum": (1 << 31) - 1}
+    return Check(options.integer(minimum), lambda: schema, lambda: minimum)
 
 
 def number(interval: str) -> Check:
@@ -80,7 +83,7 @@ def number(interval: str) -> Check:
             bounds["maximum" if interval[-1] == "]" else "exclusiveMaximum"] = high
         return {"type": "number", **bounds}
 
-    return Check(options.number(interval), says)
+    return Check(options.number(interval), says, lambda: float(interval[1:-1].rsplit(",", maxsplit=1)[-1]))
 
 
 def each(item: Check, least: int = 0) -> Check:
@@ -93,7 +96,10 @@ def each(item: Check, least: int = 0) -> Check:
             raise Refusal(f"{name}: an empty list", param=name)
         return [item(f"{name}[{place}]", one) for place, one in enumerate(value)]
 
-    return Check(test, lambda: {"type": "array", "items": item.says(), **({"minItems": least} if least else {})})
+    def says() -> Schema:
+        return {"type": "array", "items": item.says(), **({"minItems": least} if least else {})}
+
+    return Check(test, says, lambda: [item.example()] * least)
 
 
 def unchanged(inner: Check) -> Check:
@@ -103,7 +109,7 @@ def unchanged(inner: Check) -> Check:
         inner(name, value)
         return value
 
-    return Check(test, inner.says)
+    return Check(test, inner.says, inner.example)
 
 
 def only(*values: Any, why: str = "") -> Check:
@@ -115,7 +121,7 @@ def only(*values: Any, why: str = "") -> Check:
             raise Refusal(f"{name}={shown(value)}: {why or 'not in this server'}; only {said} is", param=name)
         return value
 
-    return Check(test, lambda: {"enum": [*values]})
+    return Check(test, lambda: {"enum": [*values]}, lambda: values[0])
 
 
 def one_of(*words: str) -> Check:
@@ -126,4 +132,4 @@ def one_of(*words: str) -> Check:
             raise Refusal(f"{name}={shown(value)}: expected {', '.join(words)}", param=name)
         return value
 
-    return Check(test, lambda: {"enum": [*words]})
+    return Check(test, lambda: {"enum": [*words]}, lambda: words[0])

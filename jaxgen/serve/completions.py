@@ -106,7 +106,7 @@ class Completing:
 def read_completion(fields: Fields, service: Service) -> Completing:
     """Read a request for a completion. Raises `Refusal`."""
     model_of(fields, service)
-    prompts = fields.need("prompt", _prompts) or []
+    prompts = fields.need("prompt", _prompts)
     options = sampling_of(fields, service.model.stored_generation_config, service.model.config.vocab_size)
     echo = fields.take("echo", flag, False)
     new = fields.take("max_tokens", integer(0))
@@ -160,7 +160,7 @@ _IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
 _LISTS = {"type": "array", "items": {"anyOf": [{"type": "string"}, _IDS]}, "minItems": 1}
 
 
-@check(anyOf=[{"type": "string"}, _IDS, _LISTS])
+@check([], anyOf=[{"type": "string"}, _IDS, _LISTS])
 def _prompts(name: str, value: Any) -> list[Any]:
     """OpenAI's four forms, as a list: a text, texts, ids, lists of ids."""
     if isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_id, value))):

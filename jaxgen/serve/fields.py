@@ -79,7 +79,7 @@ class Fields:
 
 
 class Asked(Fields):
-    """No object, but what is asked for where one is read: its JSON schema. All fields seem to be missing."""
+    """No object, but what is asked for where one is read: its JSON schema. Fields that may be missing are."""
 
     def __init__(self):
         super().__init__({})
@@ -91,9 +91,10 @@ class Asked(Fields):
         return default
 
     def need(self, name: str, check: Check) -> Any:
-        """Note a field that must be there."""
+        """Note a field that must be there, and give an example."""
         self._schema["properties"][name] = check.says()
         self._schema.setdefault("required", []).append(name)
+        return check.example()
 
     def missing(self, name: str) -> None:
         """A field that must be there where others are not, which a schema does not say."""
@@ -104,15 +105,16 @@ class Asked(Fields):
             self.take(kind, check)
         return "", None
 
-    def either(self, ways: Mapping[str, Callable[[Fields], Any]]) -> Any:
-        """Note all the ways."""
+    def either(self, ways: Mapping[str, Callable[[Fields], Result]]) -> Result:
+        """Note all the ways, and go the first."""
         self._schema = {"anyOf": [schema_of(read) for read in ways.values()]}
+        return next(iter(ways.values()))(Asked())
 
     def end(self, ignored: Iterable[str] = ()) -> None:
-        """Note that nothing else may be there."""
+        """Note that nothing else may be there, unless it is null."""
         ignored = {name: {"description": "Ignored."} for name in sorted(ignored)}
         self._schema["properties"] |= ignored
-        self._schema["additionalProperties"] = False
+        self._schema["additionalProperties"] = {"type": "null"}
 
 
 def schema_of(read: Callable[[Fields], Any]) -> Schema:
@@ -124,7 +126,7 @@ def schema_of(read: Callable[[Fields], Any]) -> Schema:
 
 def inside(read: Callable[[Fields], Any]) -> Check:
     """An object, which a function reads."""
-    return Check(lambda name, value: read(Fields(value, name)), lambda: schema_of(read))
+    return Check(lambda name, value: read(Fields(value, name)), lambda: schema_of(read), lambda: read(Asked()))
 
 
 async def body_of(request: Request, most: int, seconds: float) -> Any:

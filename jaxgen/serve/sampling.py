@@ -110,7 +110,7 @@ def _text_or_texts(name: str, value: Any) -> list[str]:
     return [value] if isinstance(value, str) else each(text)(name, value)
 
 
-_texts = Check(_text_or_texts, lambda: {"anyOf": [text.says(), each(text).says()]})
+_texts = Check(_text_or_texts, lambda: {"anyOf": [text.says(), each(text).says()]}, list)
 
 
 def _biases(vocab_size: int) -> Check:
@@ -127,7 +127,7 @@ def _biases(vocab_size: int) -> Check:
         return {(int(token),): bias(name, value) for token, value in given.items()} or None
 
     says = {"type": "object", "propertyNames": {"pattern": "^[0-9]{1,9}$"}, "maxProperties": MOST_BIASES}
-    return Check(test, lambda: {**says, "additionalProperties": bias.says()})
+    return Check(test, lambda: {**says, "additionalProperties": bias.says()}, dict)
 
 
 def arguments_of(name: str, value: Any) -> Any:

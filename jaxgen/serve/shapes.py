@@ -83,7 +83,7 @@ def grammar_of(fields: Fields) -> Wanted:
 def _grammar(fields: Fields) -> Wanted:
     kind = fields.need("type", one_of("json", "regex", "json_schema"))
     checks = {"regex": text, "json_schema": inside(_named)}
-    value = fields.need("value", Check(checks.get(kind, json_schema), json_schema.says))
+    value = fields.need("value", Check(checks.get(kind, json_schema), json_schema.says, json_schema.example))
     fields.end()
     if kind == "json_schema":
         return value
