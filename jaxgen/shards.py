@@ -7,9 +7,14 @@ Outside of a mesh nothing is divided, and all of this is the identity. `jaxgen.p
 import contextlib
 import contextvars
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+from flax import nnx
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
+
+from jaxgen.errors import JaxgenError
 
 Axes = tuple[str, ...]  # of a mesh
 _current: contextvars.ContextVar[Mapping[str, Axes]] = contextvars.ContextVar("shards", default={})  # noqa: B039
@@ -61,3 +66,28 @@ def taken(x: Array) -> Array:
         return x
     size = len(x) // parts("rows")
     return jax.lax.dynamic_slice_in_dim(x, part("rows") * size, size)
+
+
+def check_axes(model: Any) -> None:
+    """Raise `JaxgenError` for a model divided over axes whose every use JAX wants spelt out (`AxisType.Explicit`).
+
+    Also for one on a mesh of its own inside of `jax.set_mesh` with such axes.
+    """
+    around = jax.sharding.get_abstract_mesh()
+    if model.layout is not None and AxisType.Explicit in around.axis_types:
+        raise JaxgenError(
+            f"a model with a device_map inside of a mesh of explicit axes ({_named(around)}): call it outside of "
+            "jax.set_mesh, or make that mesh with axis_types=(jax.sharding.AxisType.Auto,) for each axis"
+        )
+    for path, array in jax.tree.leaves_with_path(nnx.state(model)):
+        sharding = jax.typeof(array).sharding
+        if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
+            raise JaxgenError(
+                f"{jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')} is divided over a "
+                f"mesh of explicit axes ({_named(sharding.mesh)}); make the mesh with "
+                "axis_types=(jax.sharding.AxisType.Auto,) for each axis, or load the model with device_map=mesh"
+            )
+
+
+def _named(mesh: Any) -> str:
+    return ", ".join(f"{name!r}: {size}" for name, size in mesh.shape.items())

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxgen
+from jaxgen.errors import JaxgenError
 from tests.engines import prompt_of, tiny
 from tests.helpers import counted, padded
 
@@ -95,3 +96,37 @@ def test_strict_scores_equal_what_was_drawn_to_the_last_bit(mesh: Mesh):
     scores = jaxgen.score_tokens(model, *rows, strict=strict, **options)
     assert scores.logprobs.tobytes() == out.logprobs.tobytes()
     assert scores.model_logprobs.tobytes() == out.model_logprobs.tobytes()
+
+
+# A mesh whose axes JAX wants to be told of at every use.
+
+
+def explicit() -> Mesh:
+    return Mesh(np.array(jax.devices()), ("fsdp",), axis_types=(AxisType.Explicit,))
+
+
+def test_explicit_axes_are_refused_by_name():
+    model = tiny()
+    graph, params = nnx.split(model)
+    params = divided(params, explicit())
+    nnx.update(model, params)
+    calls: list[Any] = [
+        lambda: model.generate(IDS, MASK, generation_config=GREEDY),
+        lambda: model(IDS, MASK),
+        lambda: jax.jit(lambda params: jaxgen.generate(nnx.merge(graph, params), IDS, MASK, None, GREEDY))(params),
+    ]
+    for call in calls:
+        with pytest.raises(JaxgenError, match=r"weight is divided over a mesh of explicit axes \('fsdp': 8\).*Auto"):
+            call()
+
+
+def test_a_model_with_a_mesh_is_not_called_inside_of_explicit_axes():
+    own = Mesh(np.array(jax.devices()[:2]), ("model",), axis_types=(AxisType.Explicit,))
+    model: Any = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), dtype="float32", device_map=own)
+    wanted = model.generate(IDS, MASK, max_new_tokens=2)  # whose own mesh may be of any kind
+    inside = jax.jit(lambda: jaxgen.generate(model, IDS, MASK, None, GREEDY))
+    with jax.set_mesh(explicit()):
+        for call in (lambda: model.generate(IDS, MASK, max_new_tokens=2), inside):
+            with pytest.raises(JaxgenError, match=r"device_map inside of a mesh of explicit axes \('fsdp': 8\)"):
+                call()
+    np.testing.assert_array_equal(model.generate(IDS, MASK, max_new_tokens=2), wanted)

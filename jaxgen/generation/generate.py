@@ -40,6 +40,7 @@ from jaxgen.generation.prompts.layout import generated
 from jaxgen.generation.results.output import GenerateOutput, collect
 from jaxgen.generation.results.score import TextScore, score, transition_scores
 from jaxgen.lowering import check_process, own_rules
+from jaxgen.shards import check_axes
 
 if TYPE_CHECKING:
     from jaxgen.engine.outputs import GenerationOutput
@@ -341,6 +342,8 @@ def generate(
     given, unknown = Extras.take(extras)
     if unknown:
         raise JaxgenError(f"{next(iter(unknown))!r} is no argument of jaxgen.generate; options belong in config=")
+    if hasattr(model, "layout"):
+        check_axes(model)
     request = prepare(model, input_ids, attention_mask, effective, key, None, row_ids, given, inside_jit=True)
     search, layout, traced = request.search, request.layout, jax.tree.map(jnp.asarray, request.traced)
     state = search.prefill(model, request.prompts, request.key, traced, layout)

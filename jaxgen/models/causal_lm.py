@@ -30,7 +30,7 @@ from jaxgen.models.gguf import Gguf
 from jaxgen.models.layers import Linear
 from jaxgen.residual import add_and_norm
 from jaxgen.rounding import rounded
-from jaxgen.shards import joined
+from jaxgen.shards import check_axes, joined
 
 if TYPE_CHECKING:
     from jaxgen.parallel.layout import Layout
@@ -92,6 +92,7 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
 
     def as_traced(self) -> Any:
         """What the compiled loop is given while it is traced: on a mesh, what each device computes of this model."""
+        check_axes(self)
         if self.layout is None:
             return self
         from jaxgen.parallel.on_mesh import OnMesh
@@ -144,6 +145,7 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
         attention_mask: "Int[Array | np.ndarray, 'B T'] | Bool[Array | np.ndarray, 'B T'] | None" = None,
     ) -> Float[Array, "B T D"]:
         """The hidden states from which `logits` computes those that `__call__` returns."""
+        check_axes(self)
         return self._prompt(*_read_mask(input_ids, attention_mask))[0]
 
     def activations(
