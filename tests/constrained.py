@@ -1,5 +1,6 @@
 """What tests of constraints share: a model so small that all it could say can be listed, and the list."""
 
+import random
 from typing import Any
 
 import jax.numpy as jnp
@@ -70,3 +71,48 @@ def all_of(model: MistralForCausalLM, texts: list[str], prompt: list[int]) -> di
     ids = np.array([[*prompt, *row, *[0] * (width - len(prompt) - len(row))] for row in rows])
     logits = real_logits(model, ids, np.ones_like(ids))
     return {row: logits[i][len(prompt) - 1 :][: len(row)] for i, row in enumerate(rows)}
+
+
+def random_pattern(rng: random.Random, depth: int = 2) -> str:
+    """A pattern that means the same to Python and to Rust."""
+    if depth == 0:
+        return rng.choice(
+            [*"aehopst", "st", "op", "é", " ", r"\.", "[a-f]", "[^a]", "[^e-té]", ".", "日本", "[0-9]", "Q:"]
+        )
+    kind = rng.randrange(6)
+    if kind < 2:
+        return "".join(random_pattern(rng, depth - 1) for _ in range(rng.randint(1, 4)))
+    if kind < 4:
+        return f"(?:{'|'.join(random_pattern(rng, depth - 1) for _ in range(rng.randint(1, 3)))})"
+    count = rng.choice(["*", "+", "?", "{2}", "{1,3}", "{2,}", "*?"])
+    return f"(?:{random_pattern(rng, depth - 1)}){count}"
+
+
+def random_schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
+    simple: list[dict[str, Any]] = [
+        {"type": "integer"}, {"type": "null"}, {"type": "boolean"}, {"type": "number"}, {"type": "string"},
+        {"type": "string", "minLength": rng.randint(0, 2), "maxLength": rng.randint(2, 5)},
+        {"type": "string", "format": rng.choice(["date", "time", "date-time", "uuid"])},
+        {"type": "string", "pattern": rng.choice(["^[A-Z]{2}\\d$", "^(ab|c)+$", "^[\\d.-]+$", "x?y"])},
+        {"enum": rng.sample(["a", 'q"\\', "é", 3, None, True, 1.5, {"k": [1]}], 3)}, {"const": "x.y+"},
+        {"type": ["integer", "null"], "minimum": rng.randint(-20, 20), "title": "t"},
+        {"type": "integer", "minimum": rng.randint(-50, 0), "exclusiveMaximum": rng.randint(1, 2000)},
+        {"type": "number", "minimum": 0}, {"$ref": "#/$defs/word"},
+    ]  # fmt: skip
+    kind = rng.randrange(6) if depth else 9
+    if kind == 0:
+        least = rng.randint(0, 2)
+        return {"type": "array", "items": random_schema(rng, depth - 1), "minItems": least, "maxItems": least + 2}
+    if kind == 1:
+        parts = [random_schema(rng, depth - 1) for _ in range(2)]
+        return {"type": "array", "prefixItems": parts, "minItems": 2, "maxItems": 2}
+    if kind in (2, 3):
+        names = rng.sample(["name", "age", 'a "b"', "é", "x.y", "n"], rng.randint(1, 4))
+        properties = {name: random_schema(rng, depth - 1) for name in names}
+        required = [name for name in names if rng.random() < 0.5]
+        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    if kind == 4:
+        return {"anyOf": [random_schema(rng, depth - 1), random_schema(rng, depth - 1)]}
+    if kind == 5:
+        return {"type": "object", "additionalProperties": random_schema(rng, 0)}
+    return rng.choice(simple)

@@ -24,7 +24,9 @@ from jaxgen.constraints.patterns import Constraint, escaped
 from jaxgen.generation.choosing.constrained import FREE, Automata
 from jaxgen.generation.processors.regular import Asked
 from jaxgen.records import check
-from tests.constrained import BOTH, EOS, PROMPT, THREE, all_of, streamed_and_piped, texts_of, tiny_model
+from tests.constrained import (
+    BOTH, EOS, PROMPT, THREE, all_of, random_pattern, random_schema, streamed_and_piped, texts_of, tiny_model,
+)  # fmt: skip
 from tests.helpers import counted, processed, real_logits, rows_of
 from tests.tokenizers import SPECIAL, TOKENIZERS, VOCAB, alone, byte_level, characters
 
@@ -71,21 +73,6 @@ def walks(name: str, constraint: Constraint, budget: int, rng: np.random.Generat
         running &= token != eos
     assert whole.all()
     return texts
-
-
-def random_pattern(rng: random.Random, depth: int = 2) -> str:
-    """A pattern that means the same to Python and to Rust."""
-    if depth == 0:
-        return rng.choice(
-            [*"aehopst", "st", "op", "é", " ", r"\.", "[a-f]", "[^a]", "[^e-té]", ".", "日本", "[0-9]", "Q:"]
-        )
-    kind = rng.randrange(6)
-    if kind < 2:
-        return "".join(random_pattern(rng, depth - 1) for _ in range(rng.randint(1, 4)))
-    if kind < 4:
-        return f"(?:{'|'.join(random_pattern(rng, depth - 1) for _ in range(rng.randint(1, 3)))})"
-    count = rng.choice(["*", "+", "?", "{2}", "{1,3}", "{2,}", "*?"])
-    return f"(?:{random_pattern(rng, depth - 1)}){count}"
 
 
 def check_patterns(name: str, seed: int, count: int) -> None:
@@ -161,36 +148,6 @@ def test_the_end_comes_in_time_and_no_sooner_than_it_must():
 
 
 # JSON schemas, with jsonschema as the judge.
-
-
-def random_schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
-    simple: list[dict[str, Any]] = [
-        {"type": "integer"}, {"type": "null"}, {"type": "boolean"}, {"type": "number"}, {"type": "string"},
-        {"type": "string", "minLength": rng.randint(0, 2), "maxLength": rng.randint(2, 5)},
-        {"type": "string", "format": rng.choice(["date", "time", "date-time", "uuid"])},
-        {"type": "string", "pattern": rng.choice(["^[A-Z]{2}\\d$", "^(ab|c)+$", "^[\\d.-]+$", "x?y"])},
-        {"enum": rng.sample(["a", 'q"\\', "é", 3, None, True, 1.5, {"k": [1]}], 3)}, {"const": "x.y+"},
-        {"type": ["integer", "null"], "minimum": rng.randint(-20, 20), "title": "t"},
-        {"type": "integer", "minimum": rng.randint(-50, 0), "exclusiveMaximum": rng.randint(1, 2000)},
-        {"type": "number", "minimum": 0}, {"$ref": "#/$defs/word"},
-    ]  # fmt: skip
-    kind = rng.randrange(6) if depth else 9
-    if kind == 0:
-        least = rng.randint(0, 2)
-        return {"type": "array", "items": random_schema(rng, depth - 1), "minItems": least, "maxItems": least + 2}
-    if kind == 1:
-        parts = [random_schema(rng, depth - 1) for _ in range(2)]
-        return {"type": "array", "prefixItems": parts, "minItems": 2, "maxItems": 2}
-    if kind in (2, 3):
-        names = rng.sample(["name", "age", 'a "b"', "é", "x.y", "n"], rng.randint(1, 4))
-        properties = {name: random_schema(rng, depth - 1) for name in names}
-        required = [name for name in names if rng.random() < 0.5]
-        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-    if kind == 4:
-        return {"anyOf": [random_schema(rng, depth - 1), random_schema(rng, depth - 1)]}
-    if kind == 5:
-        return {"type": "object", "additionalProperties": random_schema(rng, 0)}
-    return rng.choice(simple)
 
 
 def regular(schema: Any) -> Constraint:
