@@ -25,7 +25,16 @@ from jaxgen.generation.choosing.constrained import FREE, Automata
 from jaxgen.generation.processors.regular import Asked
 from jaxgen.records import check
 from tests.constrained import (
-    BOTH, EOS, PROMPT, THREE, all_of, random_pattern, random_schema, streamed_and_piped, texts_of, tiny_model,
+    BOTH,
+    EOS,
+    PROMPT,
+    THREE,
+    all_of,
+    random_pattern,
+    random_schema,
+    streamed_and_piped,
+    texts_of,
+    tiny_model,
 )  # fmt: skip
 from tests.helpers import counted, processed, real_logits, rows_of
 from tests.tokenizers import SPECIAL, TOKENIZERS, VOCAB, alone, byte_level, characters

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jsonschema
-import numpy as np
 import pytest
 import regex  # which transformers brings; it knows the beginnings of texts that match, and Unicode's classes by name
 from flax import nnx
@@ -95,10 +94,19 @@ def texts_of(rng: random.Random, name: str, model: Any, cases: list[Case], seed:
     while True:
         try:
             out = model.generate(
-                [[5, 9]] * ROWS, constraint=[constraint for constraint, _ in cases], tokenizer=tokenizer, eos_token_id=eos,
-                pad_token_id=0, do_sample=True, top_k=0, temperature=rng.choice([1.0, 3.0, 50.0]), max_new_tokens=NEW,
-                seed=seed, return_dict_in_generate=True, **stops,
-            )  # fmt: skip
+                [[5, 9]] * ROWS,
+                constraint=[constraint for constraint, _ in cases],
+                tokenizer=tokenizer,
+                eos_token_id=eos,
+                pad_token_id=0,
+                do_sample=True,
+                top_k=0,
+                temperature=rng.choice([1.0, 3.0, 50.0]),
+                max_new_tokens=NEW,
+                seed=seed,
+                return_dict_in_generate=True,
+                **stops,
+            )
             break
         except JaxgenError as error:
             found = re.search(r"shortest text of row (\d+)", str(error))
@@ -130,7 +138,7 @@ def check(seed: int, batches: int) -> None:
 
 
 def test_texts_match_what_they_were_asked():
-    check(0, 6)
+    check(0, 4)
 
 
 @pytest.mark.slow
