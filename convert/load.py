@@ -154,8 +154,7 @@ def load(
     layout = Layout.of(place, config) if isinstance(place, Mesh) else None
     device = place.devices.flat[0] if isinstance(place, Mesh) else place
     dtype = auto_dtype(device, config.overflows_float16) if dtype is None else dtype
-    path = checkpoint.directory / "generation_config.json"
-    generation = GenerationConfig.from_stored(read_json(path), path) if is_there(path) else None
+    generation = _stored_generation(checkpoint)
     check_tensors(checkpoint, config, stored_as, lora)
     low_cpu_memory = quantization is not None and quantization.low_cpu_memory
     if quantization is not None and requantize and _has_four_bits(config, stored_as):
@@ -175,6 +174,17 @@ def load(
         model.generation_config = generation
     model.name_or_path = str(checkpoint.directory)
     return model
+
+
+def open_configs(directory: Path) -> tuple[DecoderConfig, GenerationConfig]:
+    """What a checkpoint says of its model and of how to generate, without its weights."""
+    config, checkpoint, _ = open_checkpoint(directory)
+    return config, _stored_generation(checkpoint) or GenerationConfig.from_model_config(config)
+
+
+def _stored_generation(checkpoint: Checkpoint) -> GenerationConfig | None:
+    path = checkpoint.directory / "generation_config.json"
+    return GenerationConfig.from_stored(read_json(path), path) if is_there(path) else None
 
 
 def open_checkpoint(place: Path) -> tuple[DecoderConfig, Checkpoint, Format | None]:

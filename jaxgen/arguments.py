@@ -70,11 +70,29 @@ def parser() -> Parser:
         "--memory", type=float, metavar="GB", help="of each of --devices (default: what a GPU here has)"
     )
 
+    _add_batch(commands)
     _add_convert(commands)
     _add_eval(commands)
     _add_bench(commands)
     _add_serve(commands)
     return parser
+
+
+def _add_batch(commands: Any) -> None:
+    batch = commands.add_parser(
+        "batch",
+        help="continue many prompts of a file",
+        description="Continue the rows of a file, in parts of a directory. Started again after whatever stopped it, it "
+        "goes on with what is missing. Exit 1 says that some rows are in errors.jsonl.",
+    )
+    batch.add_argument(
+        "input", metavar="FILE", type=Path, help=".jsonl or .csv: prompt or messages, and perhaps id and options"
+    )
+    batch.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new directory, or that of this run")
+    batch.add_argument("--logprobs", action="store_true", help="write the log-probability of each token too")
+    batch.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows at a time (default: 32)")
+    batch.add_argument("--part-rows", type=int, default=1000, metavar="N", help="rows of a part (default: 1000)")
+    _add_generating(batch)
 
 
 def _add_bench(commands: Any) -> None:

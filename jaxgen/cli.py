@@ -1,4 +1,4 @@
-"""The command line: `jaxgen generate`, `chat`, `replay`, `inspect`, `convert`, `eval`, `bench` and `serve`."""
+"""The command line: `jaxgen generate`, `batch`, `chat`, `replay`, `inspect`, `convert`, `eval`, `bench` and `serve`."""
 
 import _thread
 import argparse
@@ -38,7 +38,7 @@ def command() -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns 0, 1 if a replay differs, 2 for errors (a line on stderr), 130 for Ctrl-C."""
+    """Run a command; returns 0, 1 for other tokens or bad rows, 2 for errors (a line on stderr), 130 for Ctrl-C."""
     options = parser().parse_args(arguments)
     # Only what jaxgen says belongs on the terminal; transformers would remark that torch is not installed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -310,6 +310,17 @@ def _stream(model: Any, tokenizer: Any, prompts: list[str], settings: dict[str, 
         sys.stdout.write("\n")
 
 
+def _batch(options: argparse.Namespace) -> int:
+    from jaxgen.batch.command import run
+
+    settings = settings_of(options)
+    directory = _locate(options)
+    _keep_compiled(options)
+    said, bad = run(options, directory, settings)
+    sys.stdout.write(f"{said}\n")
+    return 1 if bad else 0
+
+
 def _chat(options: argparse.Namespace) -> None:
     from jaxgen.text.chat import Session, converse, lines_of
 
@@ -414,6 +425,7 @@ def _size(count: int) -> str:
 
 _COMMANDS = {
     "generate": _generate,
+    "batch": _batch,
     "chat": _chat,
     "replay": _replay,
     "inspect": _inspect,

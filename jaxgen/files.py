@@ -84,14 +84,19 @@ def read_json(path: Path, *, limit: int = MOST_JSON, any_names: bool = False) ->
 
 
 def write_text(path: Path, text: str, what: str) -> None:
+    """Write a file in UTF-8; as `write_bytes`."""
+    write_bytes(path, text.encode(), what)
+
+
+def write_bytes(path: Path, data: bytes, what: str) -> None:
     """Write a file, which appears complete or not at all. Raises `JaxgenError`, which names it, if it cannot be."""
     path = Path(os.path.realpath(path))  # a link stays one
     if os.path.lexists(path) and not os.path.isfile(path):
         raise JaxgenError(f"{path}: {what} was not written: it is there, and no plain file")
     aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

@@ -1,0 +1,73 @@
+"""`jaxgen batch`: the rows of a file, through a model, into a directory."""
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxgen.batch.generator import Generator, Result
+from jaxgen.batch.plan import Planner
+from jaxgen.batch.rows import read
+from jaxgen.batch.run import Outcome, Part, Run, digest, digest_of_model
+from jaxgen.errors import JaxgenError
+from jaxgen.generation.options.checks import integer
+from jaxgen.text.tokenizer import load_tokenizer
+
+# Options that decide nothing of what is written.
+_ELSEWHERE = ("command", "input", "output", "no_compile_cache", "model", "revision")
+
+
+def run(options: argparse.Namespace, directory: Path, settings: Mapping[str, Any]) -> tuple[str, int]:
+    """Do what is left of a run; what there is at the end, in a line, and how many rows are bad.
+
+    `directory` is the model's, `settings` are options of `generate`. Raises `JaxgenError` for options and files that
+    cannot be used, and for a disk that is full: what is finished stays.
+    """
+    from jaxgen.convert.load import open_configs
+
+    integer(1)("--batch-size", options.batch_size)
+    rows, bad = read(options.input)
+    tokenizer = load_tokenizer(directory)
+    every: dict[str, Any] = {"seed": options.seed or 0, **settings}
+    planner = Planner(tokenizer, *open_configs(directory), every)
+    filled = Run(options.output, _made_from(options, directory), ".jsonl", integer(1)("--part-rows", options.part_rows))
+    with filled.held():
+        left = filled.plan(planner, rows, bad)
+        if left:
+            loading = {"dtype": options.dtype, "load_in_4bit": options.load_in_4bit}
+            own = {"batch_size": options.batch_size, "logprobs": options.logprobs}
+            with contextlib.closing(Generator(directory, tokenizer, **own, **loading, **every)) as generator:
+                _show(filled, left, generator.run(task for part in left for task in part.tasks))
+    return _said(filled), len(filled.bad)
+
+
+def _made_from(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """What decides the output, as JSON."""
+    given = {k: v for k, v in vars(options).items() if k not in _ELSEWHERE}
+    given = {k: digest(v) if isinstance(v, Path) else v for k, v in given.items()}
+    try:
+        return {"input": digest(options.input), "model": digest_of_model(directory), **given, "seed": options.seed or 0}
+    except OSError as error:
+        raise JaxgenError(f"{error.filename}: it cannot be read: {error.strerror or error}") from error
+
+
+def _show(filled: Run, left: list[Part], outcomes: Iterator[Outcome]) -> None:
+    """Write the parts that are left, with a bar where there is a terminal: rows, tokens per second, the time left."""
+    from tqdm.auto import tqdm
+
+    total, todo = (sum(len(part.tasks) for part in parts) for parts in (filled.parts, left))
+    with tqdm(total=total, initial=total - todo, unit="row", disable=None) as bar:
+        tokens = 0
+        for result in filled.collect(left, outcomes):
+            tokens += len(result.token_ids) if isinstance(result, Result) else 0
+            seconds = bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"{tokens / max(seconds, 1e-3):.0f} tokens/s", refresh=False)
+            bar.update()
+
+
+def _said(filled: Run) -> str:
+    planned = sum(len(part.tasks) for part in filled.parts)
+    lost = {task.row.line for part in filled.parts for task in part.tasks} & filled.bad.keys()
+    said = f"{filled.directory}: {planned - len(lost)} rows, {len(filled.parts)} parts"
+    return f"{said}; bad rows, which errors.jsonl names: {len(filled.bad)}" if filled.bad else said

@@ -1,0 +1,135 @@
+"""A row of the input: a prompt or a chat, the id that its randomness comes from, and options of its own."""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxgen.errors import JaxgenError, shown
+from jaxgen.files import open_regular
+from jaxgen.generation.options.table import ARGUMENTS, OPTIONS
+from jaxgen.text.inputs import Messages, checked_text
+
+_OWN = {*OPTIONS, *ARGUMENTS, "seed"}  # what would be an option if it stood in `options`
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What is to be continued. Its key comes from the seed and from `str(id)`."""
+
+    line: int  # in the input, from 1
+    id: int | str
+    prompt: str | Messages
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """A row that nothing is generated for, and why."""
+
+    line: int
+    id: Any
+    reason: str
+
+
+def row_of(line: int, fields: Mapping[str, Any], place: int | None = None) -> Row:
+    """The row that a line says. Without an `id` its `place` is the id. Raises `JaxgenError` for what is no row.
+
+    `prompt` is a text, or `messages` a chat; `options` are options of `generate` for this row. Other fields are the
+    user's own, unless they have the name of an option, which would be ignored there.
+
+    >>> row_of(1, {"prompt": "1, 2, 3", "options": {"max_new_tokens": 5}, "source": "counting"}, place=0)
+    Row(line=1, id=0, prompt='1, 2, 3', options={'max_new_tokens': 5})
+    """
+    if misplaced := sorted(_OWN & fields.keys()):
+        raise JaxgenError(f"{misplaced[0]} stands beside the prompt; options of a row stand in its field 'options'")
+    text, chat = fields.get("prompt"), fields.get("messages")
+    if (text is None) == (chat is None):
+        raise JaxgenError("a row has a prompt or messages" + (", and not both" if text is not None else ""))
+    if text is not None and not isinstance(text, str):
+        raise JaxgenError(f"prompt={shown(text)} is no text")
+    if chat is not None and not isinstance(chat, list):
+        raise JaxgenError(f"messages={shown(chat)} is no list of messages")
+    prompt = checked_text(text if chat is None else chat)
+    if not prompt:
+        raise JaxgenError("the prompt is empty")
+    options = fields.get("options")
+    if options is not None and not isinstance(options, Mapping):
+        raise JaxgenError(f"options={shown(options)} is no mapping of names to values")
+    own = place if (given := fields.get("id")) is None else given
+    if not isinstance(own, int | str) or isinstance(own, bool):
+        raise JaxgenError(
+            f"id={shown(own)} must be an int or a text" + ("" if own is not None else "; every row has one")
+        )
+    return Row(line, checked_text(own) if isinstance(own, str) else own, prompt, dict(options or {}))
+
+
+def read(path: Path) -> tuple[list[Row], list[Bad]]:
+    """The rows of a .jsonl, .csv or .parquet file, and what is none. Raises `JaxgenError` for a file that is none.
+
+    Where not all ids are ints, all are texts. An id that comes again is bad.
+    """
+    kind = _KINDS.get(path.suffix)
+    if kind is None:
+        raise JaxgenError(f"{path!s:.200}: the name must end with {', '.join(_KINDS)}, which says what it holds")
+    rows: list[Row] = []
+    bad: list[Bad] = []
+    try:
+        for place, (line, fields) in enumerate(kind(path)):
+            try:
+                if isinstance(fields, str):
+                    raise JaxgenError(fields)
+                if fields is not None:
+                    rows.append(row_of(line, fields, place))
+            except JaxgenError as error:
+                given = fields.get("id") if isinstance(fields, dict) else None
+                bad.append(Bad(line, given if isinstance(given, int | str) else None, str(error)))
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise JaxgenError(f"{path!s:.200}: it cannot be read: {error}") from error
+    if not all(isinstance(row.id, int) for row in rows):
+        rows = [dataclasses.replace(row, id=str(row.id)) for row in rows]
+    known: dict[int | str, Row] = {}
+    for row in rows:
+        if (first := known.setdefault(row.id, row)) is not row:
+            bad.append(Bad(row.line, row.id, f"line {first.line} has the same id"))
+    return [*known.values()], bad
+
+
+# What a line holds: fields, or why it has none, or None for a blank one.
+Lines = Iterator[tuple[int, dict[str, Any] | str | None]]
+
+
+def _jsonl(path: Path) -> Lines:
+    with open_regular(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                yield number, None
+                continue
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield number, f"it is no JSON: {error}"
+            else:
+                yield number, fields if isinstance(fields, dict) else "it is no JSON object"
+
+
+def _csv(path: Path) -> Lines:
+    with open_regular(path) as binary, open(binary.fileno(), encoding="utf-8-sig", newline="", closefd=False) as file:
+        reader = csv.DictReader(file, strict=True)
+        for cells in reader:
+            if None in cells or None in cells.values():
+                yield reader.line_num, f"it has not the {len(reader.fieldnames or ())} cells of the first line"
+                continue
+            # An empty cell says nothing; but a row with neither a prompt nor messages has an empty prompt.
+            fields: dict[str, Any] = {name: cell for name, cell in cells.items() if cell}
+            try:
+                fields |= {name: json.loads(fields[name]) for name in ("messages", "options") if name in fields}
+            except (ValueError, RecursionError) as error:
+                yield reader.line_num, f"messages and options are JSON: {error}"
+                continue
+            yield reader.line_num, fields if "messages" in fields else {"prompt": cells.get("prompt"), **fields}
+
+
+_KINDS: dict[str, Callable[[Path], Lines]] = {".jsonl": _jsonl, ".csv": _csv}
