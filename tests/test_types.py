@@ -17,6 +17,7 @@ from jaxgen.errors import JaxgenError
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.options.table import ARGUMENTS, OPTIONS
 from jaxgen.generation.options.typed import (
+    BatchArguments,
     CallArguments,
     GenerateOptions,
     PipelineArguments,
@@ -52,6 +53,7 @@ def test_every_option_has_a_type():
         (CallArguments, {"return_dict_in_generate"}),
         (StreamArguments, {"tokenizer"}),
         (PipelineArguments, {"tokenizer"}),
+        (BatchArguments, {"tokenizer", "return_dict_in_generate"}),
         (WarmupOptions, {"max_new_tokens"}),
     ],
 )

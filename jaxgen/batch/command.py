@@ -30,7 +30,8 @@ def run(options: argparse.Namespace, directory: Path, settings: Mapping[str, Any
     rows, bad = read(options.input)
     tokenizer = load_tokenizer(directory)
     every: dict[str, Any] = {"seed": options.seed or 0, **settings}
-    planner = Planner(tokenizer, *open_configs(directory), every)
+    config, stored = open_configs(directory)
+    planner = Planner(tokenizer, config, stored, every)
     filled = Run(options.output, _made_from(options, directory), ".jsonl", integer(1)("--part-rows", options.part_rows))
     with filled.held():
         left = filled.plan(planner, rows, bad)

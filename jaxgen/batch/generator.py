@@ -16,7 +16,7 @@ from jaxgen.engine.engine import Engine
 from jaxgen.engine.handle import Handle
 from jaxgen.errors import EngineClosedError, JaxgenError
 from jaxgen.generation.options.checks import integer
-from jaxgen.generation.options.typed import GenerateOptions
+from jaxgen.generation.options.typed import BatchArguments
 from jaxgen.text.tokenizer import tokenizer_for
 
 _AHEAD = 3  # times the rows of an engine are submitted, so that none of its rows waits for us
@@ -47,7 +47,7 @@ class Generator:
     >>> model, tokenizer = getfixture("demo")
     >>> generator = Generator(model, tokenizer, batch_size=2, max_new_tokens=4)
     >>> generator({"id": ["a", "b"], "prompt": ["1, 2, 3", ""]})["completion"].tolist()
-    [', 4', None]
+    [', 4,', None]
     >>> generator.close()
     """
 
@@ -62,7 +62,7 @@ class Generator:
         dtype: str = "auto",
         load_in_4bit: bool = False,
         revision: str | None = None,
-        **options: Unpack[GenerateOptions],
+        **options: Unpack[BatchArguments],
     ):
         if isinstance(model, str | os.PathLike):
             from jaxgen.convert.load import AutoModelForCausalLM

@@ -63,7 +63,9 @@ def row_of(line: int, fields: Mapping[str, Any], place: int | None = None) -> Ro
         raise JaxgenError(
             f"id={shown(own)} must be an int or a text" + ("" if own is not None else "; every row has one")
         )
-    return Row(line, checked_text(own) if isinstance(own, str) else own, prompt, dict(options or {}))
+    if isinstance(own, str):
+        checked_text(own)
+    return Row(line, own, prompt, dict(options or {}))
 
 
 def read(path: Path) -> tuple[list[Row], list[Bad]]:

@@ -195,6 +195,10 @@ class StreamArguments(SharedOptions, MaxNewTokens, ReturnDict, total=False):
     include_stop_str_in_output: bool
 
 
+class BatchArguments(SharedOptions, MaxNewTokens, total=False):
+    """What `jaxgen.batch.Generator` takes by name, besides what it writes out."""
+
+
 class PipelineArguments(SharedOptions, MaxNewTokens, ReturnDict, total=False):
     """What a `TextGenerationPipeline` takes by name: its own options, and those of `generate`."""
 
