@@ -86,9 +86,13 @@ def _add_batch(commands: Any) -> None:
         "goes on with what is missing. Exit 1 says that some rows are in errors.jsonl.",
     )
     batch.add_argument(
-        "input", metavar="FILE", type=Path, help=".jsonl or .csv: prompt or messages, and perhaps id and options"
+        "input",
+        metavar="FILE",
+        type=Path,
+        help=".jsonl, .csv or .parquet: prompt or messages, and perhaps id and options",
     )
     batch.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new directory, or that of this run")
+    batch.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="of the parts (default: jsonl)")
     batch.add_argument("--logprobs", action="store_true", help="write the log-probability of each token too")
     batch.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows at a time (default: 32)")
     batch.add_argument("--part-rows", type=int, default=1000, metavar="N", help="rows of a part (default: 1000)")

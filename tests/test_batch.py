@@ -235,6 +235,23 @@ def test_csv_says_the_same(tmp_path: Path):
     assert (bad[0].reason, len(empty)) == (empty[0].reason, 1)
 
 
+def test_parquet_says_the_same(whole: Path, tmp_path: Path):
+    pa = pytest.importorskip("pyarrow", reason="an extra")
+    pytest.importorskip("pyarrow.parquet", reason="an extra")
+    # In a struct all rows have all fields: those that are null say nothing.
+    columns = {name: [row.get(name) for row in ROWS[:-1]] for name in ("id", "prompt", "messages", "options")}
+    pa.parquet.write_table(pa.table(columns), tmp_path / "in.parquet")
+    assert read(tmp_path / "in.parquet") == read(write(tmp_path / "in.jsonl", ROWS[:-1]))
+    options = ["--part-rows", "2", "--logprobs", "--format", "parquet"]
+    assert batch(tmp_path / "in.parquet", tmp_path / "out", *options) == 0
+    written = sorted((tmp_path / "out").glob("part-*.parquet"))
+    found = [row for path in written for row in pa.parquet.read_table(path).to_pylist()]
+    assert len(written) == 3 and {row["id"]: row for row in found} == rows_in(whole / "out")
+    (tmp_path / "no.parquet").write_bytes(b"nothing of the kind")
+    with pytest.raises(JaxgenError, match="it cannot be read"):
+        read(tmp_path / "no.parquet")
+
+
 def test_ids_are_ints_only_if_all_are(tmp_path: Path):
     rows = [{"prompt": "a"}, {"prompt": "b", "id": 7}]
     assert [row.id for row in read(write(tmp_path / "in.jsonl", rows))[0]] == [0, 7]

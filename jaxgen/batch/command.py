@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxgen.batch.generator import Generator, Result
 from jaxgen.batch.plan import Planner
-from jaxgen.batch.rows import read
+from jaxgen.batch.rows import pyarrow, read
 from jaxgen.batch.run import Outcome, Part, Run, digest, digest_of_model
 from jaxgen.errors import JaxgenError
 from jaxgen.generation.options.checks import integer
@@ -27,12 +27,15 @@ def run(options: argparse.Namespace, directory: Path, settings: Mapping[str, Any
     from jaxgen.convert.load import open_configs
 
     integer(1)("--batch-size", options.batch_size)
+    if options.format == "parquet":
+        pyarrow()
     rows, bad = read(options.input)
     tokenizer = load_tokenizer(directory)
     every: dict[str, Any] = {"seed": options.seed or 0, **settings}
     config, stored = open_configs(directory)
     planner = Planner(tokenizer, config, stored, every)
-    filled = Run(options.output, _made_from(options, directory), ".jsonl", integer(1)("--part-rows", options.part_rows))
+    part_rows = integer(1)("--part-rows", options.part_rows)
+    filled = Run(options.output, _made_from(options, directory), f".{options.format}", part_rows)
     with filled.held():
         left = filled.plan(planner, rows, bad)
         if left:

@@ -134,4 +134,34 @@ def _csv(path: Path) -> Lines:
             yield reader.line_num, fields if "messages" in fields else {"prompt": cells.get("prompt"), **fields}
 
 
-_KINDS: dict[str, Callable[[Path], Lines]] = {".jsonl": _jsonl, ".csv": _csv}
+def _parquet(path: Path) -> Lines:
+    arrow = pyarrow()
+    number = 0
+    try:
+        with open_regular(path) as binary, arrow.parquet.ParquetFile(binary) as file:
+            for batch in file.iter_batches():
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield number, _without_nulls(fields)
+    except arrow.ArrowException as error:
+        raise JaxgenError(f"{path!s:.200}: it cannot be read: {error!s:.500}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """What a row says: in a column of structs each has all names, and null where it has none."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def pyarrow() -> Any:
+    """pyarrow, with its module for Parquet. Raises `JaxgenError` where it is not."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise JaxgenError('Parquet needs pyarrow: pip install -e ".[batch]", which brings it') from error
+    return pyarrow
+
+
+_KINDS: dict[str, Callable[[Path], Lines]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

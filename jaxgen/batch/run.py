@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxgen.batch.generator import Result
 from jaxgen.batch.plan import Planner, Task
-from jaxgen.batch.rows import Bad, Row
+from jaxgen.batch.rows import Bad, Row, pyarrow
 from jaxgen.errors import JaxgenError, shown
 from jaxgen.files import read_bytes, read_json, write_bytes
 
@@ -142,7 +142,25 @@ def jsonl(rows: Iterable[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")
 
 
-_WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {".jsonl": jsonl}
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    """A table, whose columns are those of the rows; of no rows all columns there may be."""
+    arrow = pyarrow()
+    number = all(isinstance(row["id"], int) for row in rows)
+    types = {
+        "id": arrow.int64() if number else arrow.string(),
+        "completion": arrow.string(),
+        "token_ids": arrow.list_(arrow.int32()),
+        "finish_reason": arrow.string(),
+        "logprobs": arrow.list_(arrow.float32()),
+    }
+    names = [name for name in types if not rows or name in rows[0]]
+    table = arrow.table({name: arrow.array([row[name] for row in rows], types[name]) for name in names})
+    sink = arrow.BufferOutputStream()
+    arrow.parquet.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+_WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {".jsonl": jsonl, ".parquet": parquet}
 
 
 @contextlib.contextmanager
