@@ -95,6 +95,8 @@ def _add_batch(commands: Any) -> None:
     batch.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="of the parts (default: jsonl)")
     batch.add_argument("--logprobs", action="store_true", help="write the log-probability of each token too")
     batch.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows at a time (default: 32)")
+    batch.add_argument("--engine", choices=("local", "ray"), default="local", help="where it runs (default: local)")
+    batch.add_argument("--workers", type=int, default=1, metavar="N", help="on Ray: models at a time (default: 1)")
     batch.add_argument("--part-rows", type=int, default=1000, metavar="N", help="rows of a part (default: 1000)")
     _add_generating(batch)
 

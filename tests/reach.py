@@ -18,6 +18,7 @@ ELSEWHERE = {"jaxgen.__main__", "jaxgen.convert.wheel", "jaxgen.constraints.auto
 ELSEWHERE |= {"jaxgen.text.template_process"}
 # What needs a library that the default tests do without: tests/oracle runs it.
 ELSEWHERE |= {"jaxgen.integrations.harness", "jaxgen.integrations.lm_eval", "jaxgen.integrations.tunix"}
+ELSEWHERE |= {"jaxgen.batch.on_ray"}  # as tests/replicas does
 
 reached: set[str] = set()  # modules, in this process
 

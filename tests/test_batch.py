@@ -1,6 +1,7 @@
 """`jaxgen batch`: what becomes of every row, and that nothing else decides it than the row, the seed and the model."""
 
 import errno
+import importlib.util
 import json
 import os
 import random
@@ -189,13 +190,17 @@ def test_bad_rows_are_told_and_the_others_done(tmp_path: Path, capsys):
     assert rows_in(tmp_path / "out").keys() == {"first"}
 
 
-def test_what_is_wrong_with_all_rows_ends_the_run(whole: Path, tmp_path: Path, capsys):
+def test_what_is_wrong_with_all_rows_ends_the_run(whole: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == "ray" else find(name, *of))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
     for output, more, said in [
         ("out", ["--num-beams", "2"], "num_beams=2: not in this engine; use model.generate"),
         ("out", ["--batch-size", "0"], "--batch-size=0 must be an int of at least 1"),
         ("out", ["--set", "strict=true"], "strict: not in an engine"),
+        ("out", ["--engine", "ray", "--workers", "0"], "--workers=0 must be an int of at least 1"),
+        ("out", ["--engine", "ray"], '--engine ray needs ray: pip install -e ".[ray]"'),
         ("mine", [], "mine is not empty, and holds no run"),
     ]:
         assert batch(whole / "in.jsonl", tmp_path / output, *more) == 2

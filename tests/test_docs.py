@@ -32,6 +32,7 @@ NEEDS = {
 }  # pages that need more than jaxgen
 # Modules that cannot be imported without a library that is an extra.
 WITH = {
+    "jaxgen.batch.on_ray": "ray",
     "jaxgen.integrations.harness": "lm_eval",
     "jaxgen.integrations.lm_eval": "lm_eval",
     "jaxgen.integrations.tunix": "tunix",

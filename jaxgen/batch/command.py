@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from jaxgen.generation.options.checks import integer
 from jaxgen.text.tokenizer import load_tokenizer
 
 # Options that decide nothing of what is written.
-_ELSEWHERE = ("command", "input", "output", "no_compile_cache", "model", "revision")
+_ELSEWHERE = ("command", "input", "output", "no_compile_cache", "model", "revision", "engine", "workers")
 
 
 def run(options: argparse.Namespace, directory: Path, settings: Mapping[str, Any]) -> tuple[str, int]:
@@ -26,9 +27,7 @@ def run(options: argparse.Namespace, directory: Path, settings: Mapping[str, Any
     """
     from jaxgen.convert.load import open_configs
 
-    integer(1)("--batch-size", options.batch_size)
-    if options.format == "parquet":
-        pyarrow()
+    _check(options)
     rows, bad = read(options.input)
     tokenizer = load_tokenizer(directory)
     every: dict[str, Any] = {"seed": options.seed or 0, **settings}
@@ -39,11 +38,35 @@ def run(options: argparse.Namespace, directory: Path, settings: Mapping[str, Any
     with filled.held():
         left = filled.plan(planner, rows, bad)
         if left:
-            loading = {"dtype": options.dtype, "load_in_4bit": options.load_in_4bit}
-            own = {"batch_size": options.batch_size, "logprobs": options.logprobs}
-            with contextlib.closing(Generator(directory, tokenizer, **own, **loading, **every)) as generator:
-                _show(filled, left, generator.run(task for part in left for task in part.tasks))
+            own = {name: getattr(options, name) for name in ("batch_size", "logprobs", "dtype", "load_in_4bit")}
+            with _outcomes(options, left, {"model": directory, **own, **every}) as outcomes:
+                _show(filled, left, outcomes)
     return _said(filled), len(filled.bad)
+
+
+@contextlib.contextmanager
+def _outcomes(options: argparse.Namespace, left: list[Part], given: dict[str, Any]) -> Iterator[Iterator[Outcome]]:
+    """What becomes of the rows that are left, here or on Ray."""
+    if options.engine == "ray":
+        from jaxgen.batch import on_ray
+
+        yield on_ray.outcomes(left, options.workers, not options.no_compile_cache, given)
+    else:
+        with contextlib.closing(Generator(**given)) as generator:
+            yield generator.run(task for part in left for task in part.tasks)
+
+
+def _check(options: argparse.Namespace) -> None:
+    integer(1)("--batch-size", options.batch_size)
+    integer(1)("--workers", options.workers)
+    if options.format == "parquet":
+        pyarrow()
+    if options.engine == "ray":
+        if importlib.util.find_spec("ray") is None:
+            raise JaxgenError('--engine ray needs ray: pip install -e ".[ray]", which brings it')
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # the workers' devices are theirs
 
 
 def _made_from(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
