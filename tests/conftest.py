@@ -31,6 +31,10 @@ if not importlib.util.find_spec("selenium"):
 if not importlib.util.find_spec("ray"):
     collect_ignore_glob.append("replicas/*")
 
+# And what reads OpenAPI documents.
+if not importlib.util.find_spec("schemathesis"):
+    collect_ignore_glob.append("fuzz/*")
+
 pytest.register_assert_rewrite("tests.helpers", "tests.oracle.beams")
 
 # XLA:CPU maps some memory for every function it compiles, and crashes when Linux gives no more: 65530 maps by default.

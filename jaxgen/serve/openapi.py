@@ -75,8 +75,10 @@ def _asked(read: Read, service: Service) -> Schema:
 def _post(path: str, post: _Post, key: bool) -> dict[str, Any]:
     answers = _content("application/json", ref(post.answer)) if post.answer else {}
     if post.events:
-        says = f"Server-sent events, whose data are {post.events}; after an error it is the last one."
-        answers |= _content("text/event-stream", {"type": "string", "description": says})
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": ref(post.events)}
+        says = "Server-sent events; after an error it is the last one. OpenAI's routes end with the data [DONE]."
+        event = {"type": "object", "description": says, "properties": {"data": data}, "required": ["data"]}
+        answers |= _content("text/event-stream", event)
     operation = _operation(path, post.says, answers, key, 400, 404, 408, 413, 500, 503)
     return {"requestBody": {"required": True, "content": _content("application/json", ref(post.asked))}} | operation
 

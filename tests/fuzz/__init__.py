@@ -1,0 +1,1 @@
+"""What schemathesis makes of the server's OpenAPI document; needs the extra `fuzz`."""
