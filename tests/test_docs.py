@@ -171,6 +171,7 @@ FIGURES = (
     "rollouts",
     "families",
     "engine",
+    "mesh",
 )
 
 
@@ -181,7 +182,7 @@ def hook(monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module("generated")
 
 
-@pytest.mark.parametrize("name", ["fields", "levels", "rollouts", "throughput", "docstrings"])
+@pytest.mark.parametrize("name", ["fields", "levels", "meshes", "rollouts", "throughput", "docstrings"])
 def test_the_hooks_examples(hook, name: str):
     if name == "docstrings":
         pytest.importorskip("griffe")

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads this file by its 
 
 from fields import fields  # noqa: E402
 from levels import reproducibility  # noqa: E402
+from meshes import meshes  # noqa: E402
 from pictures import plots, result  # noqa: E402
 from rollouts import rollouts  # noqa: E402
 from throughput import engine, families  # noqa: E402
@@ -395,4 +396,5 @@ PARTS: dict[str, Callable[[], str]] = {
     "rollouts": lambda: rollouts(read("rollouts")),
     "families": lambda: families(read("families")),
     "engine": lambda: engine(read("engine")),
+    "mesh": lambda: meshes(read("mesh")),
 }
