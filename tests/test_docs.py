@@ -172,6 +172,7 @@ FIGURES = (
     "families",
     "engine",
     "mesh",
+    "batch",
 )
 
 

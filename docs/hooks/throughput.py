@@ -56,6 +56,39 @@ def engine(results: Any) -> str:
     return f"## Continuous batching\n\n{prose}\n\n{table}\n\n{_source(command, results['machine'])}"
 
 
+def batch(results: Any) -> str:
+    """Rows per second of offline batches, a line per model and way; nothing where it was not run.
+
+    >>> batch(None)
+    ''
+    >>> run = {"rows_per_second": 9.4, "first_run": {"seconds": 12.3, "compilations": 4}}
+    >>> way = {**run, "prompt_padding": 0.25, "idle_steps": 0.5}
+    >>> results = {"machine": {"jax": "1.2"}, "batch_size": 16, "models": {"demo": {"rows": 20, "a loop": way}}}
+    >>> batch(results).splitlines()[6]
+    '| demo, 20 rows | a loop | 9.4 | 25% | 50% | 4 | 12 s |'
+    """
+    if results is None:
+        return ""
+    lines = [
+        f"| {name}, {found['rows']:,} rows | {way} | {one['rows_per_second']:.1f} | {one['prompt_padding']:.0%} "
+        f"| {one['idle_steps']:.0%} | {one['first_run']['compilations']} | {one['first_run']['seconds']:.0f} s |"
+        for name, found in results["models"].items()
+        for way, one in found.items()
+        if way != "rows"
+    ]
+    prose = (
+        f"Ragged rows, {results['batch_size']} at a time, greedy, float32: prompts of 4 to 96 tokens, new tokens of "
+        "each row from a geometric distribution of mean 16, at most 64. A loop takes the rows as they come and decodes "
+        "until the longest of a batch has ended. Rows per second are those of a second run; what the first one "
+        "compiled, and how long it took; the share of the prompt positions read that are padding, and of the decode "
+        "steps of rows whose token nobody asked for."
+    )
+    head = ["| | | rows/s | padding | idle steps | compiled | first run |", "|---|---|---:|---:|---:|---:|---:|"]
+    command = "python benchmarks/batch.py --rows-125m 0 --json benchmarks/results/batch.json"
+    said = _source(command, results["machine"]).replace(XEON, f"{XEON}, a busy machine")
+    return f"## Offline batches\n\n{prose}\n\n" + "\n".join([*head, *lines]) + f"\n\n{said}"
+
+
 def _source(command: str, machine: dict[str, Any]) -> str:
     known = ("jax", "torch", "transformers")
     versions = ", ".join(f"{name} {machine[name]}" for name in known if name in machine)
