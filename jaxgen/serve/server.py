@@ -1,7 +1,11 @@
 """A server as a process: an engine behind a port, until a signal ends it."""
 
 import dataclasses
+import functools
 import logging
+import math
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +69,10 @@ def serve(model: Any, tokenizer: Any, settings: Settings, limits: Limits, **size
             access_log=False,
             server_header=False,
             timeout_keep_alive=30,
-            timeout_graceful_shutdown=max(1, round(settings.closing_seconds)),
+            timeout_graceful_shutdown=math.ceil(settings.closing_seconds) + 5,  # when the engine has ended them all
             limit_concurrency=2 * limits.connections + 16,  # beyond what the application answers with 429
         )
-        server = _Server(config)
+        server = _Server(config, functools.partial(engine.close, settings.closing_seconds))
         try:
             server.run()
         except SystemExit as error:  # it has said why
@@ -76,7 +80,17 @@ def serve(model: Any, tokenizer: Any, settings: Settings, limits: Limits, **size
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens."""
+    """Says where it listens; at a signal it does what `closing` says, and ends well."""
+
+    def __init__(self, config: uvicorn.Config, closing: Callable[[], None]):
+        super().__init__(config)
+        self._closing = closing
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """As there, but it does not die of the signal when all is done."""
+        super().handle_exit(sig, frame)
+        self._captured_signals.clear()
+        threading.Thread(target=self._closing, name="jaxgen closing", daemon=True).start()
 
     async def startup(self, sockets: Any = None) -> None:
         """As there."""
