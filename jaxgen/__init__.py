@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxgen import demo as demo
+    from jaxgen import distributed as distributed
     from jaxgen import plot as plot
     from jaxgen.causal_output import CausalLMOutput as CausalLMOutput
     from jaxgen.constraints.grammars import Grammar as Grammar
@@ -152,7 +153,7 @@ _HOME = {
     "score_tokens": "jaxgen.generation.results.score_tokens",
     "set_seed": "jaxgen.generation.choosing.seed",
 }
-_MODULES = ("demo", "plot")
+_MODULES = ("demo", "distributed", "plot")
 _OF_TRANSFORMERS = ("AsyncTextIteratorStreamer", "TextIteratorStreamer", "TextStreamer")  # as they are
 _PUBLIC = [*_HOME, *_MODULES]
 globals()["__all__"] = _PUBLIC  # type checkers, which want a list written out, have the imports above

@@ -132,7 +132,7 @@ def test_every_page_is_in_the_navigation():
 def test_every_public_name_is_in_the_reference():
     shown = re.findall(r"^::: (\S+)$", "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md")), re.M)
     names = {name.removeprefix("jaxgen.").removeprefix("convert.load.") for name in shown}
-    assert set(jaxgen.__all__) - {"demo", "plot"} <= names
+    assert set(jaxgen.__all__) - {"demo", "distributed", "plot"} <= names
     assert "demo.path" in names
 
 
