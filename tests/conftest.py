@@ -28,14 +28,17 @@ if not importlib.util.find_spec("jax_plugins"):
 if not importlib.util.find_spec("selenium"):
     collect_ignore_glob.append("browser/*")
 
+# Several replicas, and real clients of `jaxgen serve`.
 if not importlib.util.find_spec("ray"):
     collect_ignore_glob.append("replicas/*")
+if not importlib.util.find_spec("openai"):
+    collect_ignore_glob.append("clients/*")
 
 # And what reads OpenAPI documents.
 if not importlib.util.find_spec("schemathesis"):
     collect_ignore_glob.append("fuzz/*")
 
-pytest.register_assert_rewrite("tests.helpers", "tests.oracle.beams")
+pytest.register_assert_rewrite("tests.helpers", "tests.lm_eval_tasks", "tests.oracle.beams")
 
 # XLA:CPU maps some memory for every function it compiles, and crashes when Linux gives no more: 65530 maps by default.
 _MOST_MAPS = 30_000

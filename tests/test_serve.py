@@ -2,10 +2,6 @@
 
 import concurrent.futures
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -21,6 +17,7 @@ from jaxgen.serve.app import application
 from jaxgen.serve.server import checked_limits, name_of
 from jaxgen.serve.service import Limits, Service
 from jaxgen.text.inputs import encode
+from tests.serving import serving, wait_until_ready
 
 CHAT = [{"role": "user", "content": "How many helicopters can a human eat in one sitting?"}]
 TEXT = "1, 2, 3"
@@ -232,28 +229,9 @@ def test_room_for_constraints_is_chosen_at_the_command_line(monkeypatch: pytest.
 
 def test_a_server_as_a_process():
     """A seed in a crowd, clients that go away, and an end by SIGTERM."""
-    command = [
-        sys.executable,
-        "-m",
-        "jaxgen",
-        "serve",
-        "--port",
-        "0",
-        "--rows",
-        "2",
-        "--slots",
-        "512",
-        "--dtype",
-        "float32",
-    ]
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"JAXGEN_API_KEY": "k"}
-    ) as process:
-        assert process.stderr is not None
-        url = process.stderr.readline().split()[1]
+    with serving("--rows", "2", "--slots", "512", JAXGEN_API_KEY="k") as url:
+        wait_until_ready(url)
         with httpx.Client(base_url=url, headers={"authorization": "Bearer k"}, timeout=60) as client:
-            while client.get("/ready").status_code != 200:
-                time.sleep(0.1)
             long = {"prompt": TEXT, "max_tokens": 480, "ignore_eos": True, "stream": True}
             for _ in range(2):
                 with client.stream("POST", "/v1/completions", json=long) as answer:

@@ -11,6 +11,7 @@ from tokenizers import processors
 import jaxgen
 from jaxgen import JaxgenError, Strict
 from jaxgen.cli import main
+from tests.lm_eval_tasks import datasets_in, responses, same, write_tasks
 from tests.pages import DOCS, run_blocks
 from tests.reference.cases import CASES
 from tests.reference.weights import write_checkpoint
@@ -18,10 +19,8 @@ from tests.tokenizers import VOCAB, byte_fallback
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 import jaxgen.integrations.lm_eval as ours
 from jaxgen.integrations.lm_eval import JaxgenLM
@@ -31,74 +30,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the libraries that lm-eval brings along
 ]
 
-CHOICES = [
-    {"question": "A list of colors: red, blue", "choices": [", green", ", yellow", " and", ","], "answer": 0},
-    {"question": "1, 2, 3, ", "choices": ["4, 5", "5, 6", "3", "é"], "answer": 0},
-    {"question": "Portugal is a country in southwestern", "choices": [" Europe", " Asia"], "answer": 0},
-    {"question": "I am a cat.", "choices": [" " + "word " * 5, " 日本"], "answer": 1},
-]
-TEXTS = [{"text": "Portugal is a country."}, {"text": ", ".join(map(str, range(1, 91)))}, {"text": "é"}]
-QUESTIONS = [
-    {"question": "1, 2, 3", "answer": ""},
-    {"question": "20, 21", "answer": ""},
-    {"question": "A list of colors: red, blue", "answer": ""},
-    {"question": "I am a cat.\n", "answer": ""},
-    {"question": "8, 9, 10, 11, 1", "answer": ""},  # its end is the beginning of a stop
-]
-TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
-    "choices": (
-        CHOICES,
-        {
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{question}}",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": "answer",
-            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-        },
-    ),
-    "rolling": (
-        TEXTS,
-        {
-            "output_type": "loglikelihood_rolling",
-            "doc_to_text": "",
-            "doc_to_target": "{{text}}",
-            "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-        },
-    ),
-    "until": (
-        QUESTIONS,
-        {
-            "output_type": "generate_until",
-            "doc_to_text": "{{question}}",
-            "doc_to_target": "{{answer}}",
-            "generation_kwargs": {"until": ["\n", "8, ", "12", " pur"], "max_gen_toks": 24},
-            "metric_list": [{"metric": "bypass"}],
-        },
-    ),
-}
-
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the tasks as lm-eval reads them, and their data beside them."""
-    directory = tmp_path_factory.mktemp("tasks")
-    for name, (data, config) in TASKS.items():
-        file = directory / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(line) + "\n" for line in data))
-        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}, "test_split": "test"}
-        (directory / f"{name}.yaml").write_text(json.dumps({"task": name, **source, **config}))
-    return directory
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory: pytest.TempPathFactory):
-    """Data sets are prepared in a directory that goes away."""
-    import datasets
-
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
+    with datasets_in(tmp_path_factory.mktemp("datasets")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -118,37 +59,8 @@ def pair(path: Path, **options: Any) -> tuple[JaxgenLM, HFLM]:
     return JaxgenLM(str(path), **both), HFLM(str(path), **both)
 
 
-def responses(lm: Any, tasks: Path, **options: Any) -> dict[str, list[Any]]:
-    """What a model says to every request of every task."""
-    found = simple_evaluate(
-        lm,
-        tasks=list(TASKS),
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        bootstrap_iters=0,
-        **options,
-    )
-    assert found is not None
-    return {task: [sample["resps"] for sample in found["samples"][task]] for task in TASKS}
-
-
 def requests(kind: str, *arguments: Any) -> list[Instance]:
     return [Instance(kind, {}, args, index, ("task", index, 1)) for index, args in enumerate(arguments)]
-
-
-def same(mine: Any, theirs: Any) -> None:
-    """Numbers to 1e-4, or to the last bit of float32, in which `hf` sums; all else as it is."""
-    if isinstance(theirs, dict):
-        assert mine.keys() == theirs.keys()
-        for name in theirs:
-            same(mine[name], theirs[name])
-    elif isinstance(theirs, float):
-        assert mine == pytest.approx(theirs, abs=1e-4, rel=1.2e-7)
-    elif isinstance(theirs, list | tuple):
-        assert len(mine) == len(theirs)
-        for one, other in zip(mine, theirs, strict=True):
-            same(one, other)
-    else:
-        assert mine == theirs
 
 
 @pytest.mark.parametrize("options", [{}, {"apply_chat_template": True, "system_instruction": "Be short."}])
