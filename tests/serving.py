@@ -14,7 +14,7 @@ import httpx2 as httpx
 
 @contextlib.contextmanager
 def serving(*arguments: str, **environment: str) -> Iterator[str]:
-    """The address of a server of the demo in float32, at a free port, which compiles yet; SIGTERM ends it at the end."""
+    """The address of a server of the demo in float32, at a free port, which compiles yet. SIGTERM ends it."""
     command = [sys.executable, "-m", "jaxgen", "serve", "--port", "0", "--dtype", "float32", *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment) as process:
         assert process.stderr is not None

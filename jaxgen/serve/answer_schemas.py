@@ -125,20 +125,16 @@ SCHEMAS: dict[str, Schema] = {
     "GenerateError": _object(error=TEXT, error_type=TEXT),
     "Tokens": _object(tokens=_list(COUNT), count=COUNT, max_model_len=COUNT, token_strs=_list(TEXT)),
     "Text": _object(prompt=TEXT),
-    "Models": _object(
-        object={"const": "list"},
-        data=_list(
-            _object(
-                id=TEXT,
-                object={"const": "model"},
-                created=COUNT,
-                owned_by=TEXT,
-                max_model_len=COUNT,
-                max_top_logprobs=COUNT,
-                system_fingerprint=TEXT,
-                fingerprint_of={"type": "object", "description": "What `system_fingerprint` is a hash of."},
-            )
-        ),
+    "Models": _object(object={"const": "list"}, data=_list(ref("Model"))),
+    "Model": _object(
+        id=TEXT,
+        object={"const": "model"},
+        created=COUNT,
+        owned_by=TEXT,
+        max_model_len=COUNT,
+        max_top_logprobs=COUNT,
+        system_fingerprint=TEXT,
+        fingerprint_of={"type": "object", "description": "What `system_fingerprint` is a hash of."},
     ),
     "Info": _object(
         **dict.fromkeys(("model_id", "model_dtype", "model_device_type", "router", "version"), TEXT),

@@ -146,7 +146,13 @@ class Asked:
 
 def model_of(fields: Fields, service: Service) -> None:
     """Check the model's name, which may be missing: there is one. Raises `Refusal`."""
-    if (name := fields.take("model", text)) not in (None, service.name):
+    if (name := fields.take("model", text)) is not None:
+        check_name(name, service)
+
+
+def check_name(name: str, service: Service) -> None:
+    """Raise `Refusal` for a model that is not here."""
+    if name != service.name:
         raise Refusal(
             f"the model {name[:100]!r} is not here; {service.name!r} is",
             param="model",

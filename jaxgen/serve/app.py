@@ -15,6 +15,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from jaxgen.serve import tgi
+from jaxgen.serve.answers import check_name
 from jaxgen.serve.chat import chat_completions, read_chat, template_of
 from jaxgen.serve.checks import each, flag, integer, text
 from jaxgen.serve.completions import completions, read_completion
@@ -70,6 +71,7 @@ def application(service: Service, *, key: str | None = None, local: bool = True,
         *(Route(path, _post(service, what), methods=["POST"]) for path, what in POSTS.items()),
         Route("/metrics", metrics),
         Route("/openapi.json", openapi),
+        Route("/v1/models/{id:path}", functools.partial(_model, service)),
         Route("/v1/records/{id}", functools.partial(_record, service)),
     ]
     handlers: Any = {HTTPException: functools.partial(_no_route, service)}
@@ -127,11 +129,22 @@ async def _no_route(service: Service, request: Request, error: HTTPException) ->
 
 
 def _models(service: Service) -> Response:
+    return as_json({"object": "list", "data": [_entry(service)]})
+
+
+async def _model(service: Service, request: Request) -> Response:
+    try:
+        check_name(request.path_params["id"], service)
+    except Refusal as refusal:
+        return as_json(service.failed(refusal), refusal.status)
+    return as_json(_entry(service))
+
+
+def _entry(service: Service) -> dict[str, Any]:
     entry = {"id": service.name, "object": "model", "created": service.created, "owned_by": "jaxgen"}
     shape = service.engine.strict
     known = {"max_model_len": shape.tokens, "max_top_logprobs": service.engine.top_logprobs}
-    known |= {"system_fingerprint": service.fingerprint, "fingerprint_of": service.facts}
-    return as_json({"object": "list", "data": [entry | known]})
+    return entry | known | {"system_fingerprint": service.fingerprint, "fingerprint_of": service.facts}
 
 
 def _ready(service: Service) -> Response:

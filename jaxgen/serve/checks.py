@@ -117,7 +117,7 @@ def only(*values: Any, why: str = "") -> Check:
 
     def test(name: str, value: Any) -> Any:
         if not any(type(value) is type(known) and value == known for known in values):
-            said = " or ".join(json.dumps(known) for known in values)
+            said = " or ".join(dict.fromkeys(json.dumps(known) for known in values))
             raise Refusal(f"{name}={shown(value)}: {why or 'not in this server'}; only {said} is", param=name)
         return value
 

@@ -33,6 +33,7 @@ _GETS = {
     "/health": ("Alive.", "State"),
     "/ready": ("Compiled, and taking requests; 503 if not.", "State"),
     "/v1/models": ("The model, and what its fingerprint stands for.", "Models"),
+    "/v1/models/{id}": ("The model of that name.", "Model"),
     "/info": ("The limits, as TGI says them.", "Info"),
     "/v1/records/{id}": ("The record of an answer, by its id.", "Record"),
 }

@@ -11,7 +11,10 @@ from jaxgen.serve.refusal import Refusal
 
 # What OpenAI keeps for itself, and what changes no token: these may be there, and are ignored.
 IGNORED = frozenset(
-    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+    (
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+        *("prompt_cache_retention", "prediction"),
+    )
 )
 MOST_STOPS, LONGEST_STOP, MOST_BIASES = 16, 500, 512
 # Fields whose value decides which option has to say what is wrong with it.

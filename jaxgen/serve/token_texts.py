@@ -66,11 +66,15 @@ class TokenTexts:
 
 
 def _top(tokens: Tokens, best: int) -> list[list[tuple[int, float]]]:
-    """The most likely tokens of each step, with their log-probabilities."""
+    """The most likely tokens of each step, with their log-probabilities; the chosen one has one only, its own."""
     if not best or tokens.top_ids is None or tokens.top_logprobs is None:
         return [[] for _ in tokens.ids]
-    rows = zip(tokens.top_ids.tolist(), tokens.top_logprobs.tolist(), strict=True)
-    return [list(zip(ids, values, strict=True))[:best] for ids, values in rows]
+    tables = tokens.ids, tokens.model_logprobs, tokens.top_ids, tokens.top_logprobs
+    rows = zip(*(table.tolist() for table in tables), strict=True)
+    return [
+        [(token, own if token == chosen else value) for token, value in zip(ids[:best], values[:best], strict=True)]
+        for chosen, own, ids, values in rows
+    ]
 
 
 def _all_bytes(tokenizer: Any) -> dict[int, bytes]:
