@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.clients.conftest import Expected
+from tests.lm_eval_tasks import datasets_in
 from tests.pages import ADDRESS, DOCS, README, run_blocks
 
 pytestmark = pytest.mark.slow
@@ -27,12 +28,10 @@ HELICOPTERS = "How many helicopters can a human eat in one sitting?"
 def test_the_pages_show_what_happens(
     url: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    import datasets
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     page = DOCS / "howto" / f"{name}.md"
-    assert run_blocks(page, capsys, url) == page.read_text().count("```python") >= 2
+    with datasets_in(tmp_path):
+        assert run_blocks(page, capsys, url) == page.read_text().count("```python") >= 2
 
 
 def streamed(text: str) -> list[dict[str, Any]]:
