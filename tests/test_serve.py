@@ -69,6 +69,9 @@ def test_a_chat_is_what_generate_gives(client, service, seed):
     assert choice["message"]["content"] == service.tokenizer.decode(tokens, skip_special_tokens=True)
     entries = choice["logprobs"]["content"]
     assert [entry["logprob"] for entry in entries] == out.model_logprobs[0, : len(tokens)].tolist()
+    for entry in entries:
+        same = [other["logprob"] for other in entry["top_logprobs"] if other["token"] == entry["token"]]
+        assert same in ([], [entry["logprob"]])
     assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == service.tokenizer.decode(tokens)
     assert answer["usage"] == {
         "prompt_tokens": len(ids),
@@ -125,7 +128,8 @@ def test_options_reach_the_engine(client, service):
     comma = ids_of(service, ",")[-1]
     assert "," not in text(logit_bias={str(comma): -100})["text"]
     assert text(max_tokens=2)["finish_reason"] == "length"
-    assert text(user="me", metadata={}, frequency_penalty=0.0, best_of=1)["text"] == text()["text"]
+    ignored = {"user": "me", "metadata": {}, "prediction": {"type": "content", "content": "4"}}
+    assert text(**ignored, frequency_penalty=0.0, best_of=1)["text"] == text()["text"]
     assert text(prompt=ids_of(service, TEXT))["text"] == text()["text"]
 
 
@@ -141,7 +145,10 @@ def test_tgi(client, service):
 
 
 def test_the_other_routes(client):
-    assert client.get("/v1/models").json()["data"][0]["id"] == "demo"
+    [model] = client.get("/v1/models").json()["data"]
+    assert model["id"] == "demo" and client.get("/v1/models/demo").json() == model
+    unknown = client.get("/v1/models/mistralai/Mistral-7B-v0.1")
+    assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
     ids = client.post("/tokenize", json={"prompt": TEXT}).json()["tokens"]
     assert client.post("/detokenize", json={"tokens": ids[1:]}).json() == {"prompt": TEXT}
     assert client.post("/tokenize", json={"messages": CHAT}).json()["count"] > 10
