@@ -49,7 +49,7 @@ def idle(service):
 
 def test_every_route_is_in_the_document(service, client):
     said = client.get("/openapi.json").json()["paths"]
-    routes = {route.path: route.methods - {"HEAD"} for route in application(service)._app.routes}
+    routes = {route.path.replace(":path", ""): route.methods - {"HEAD"} for route in application(service)._app.routes}
     del routes["/openapi.json"]
     assert {path: {method.upper() for method in methods} for path, methods in said.items()} == routes
 

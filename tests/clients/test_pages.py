@@ -31,7 +31,7 @@ def test_the_pages_show_what_happens(
     monkeypatch.chdir(tmp_path)
     page = DOCS / "howto" / f"{name}.md"
     with datasets_in(tmp_path):
-        assert run_blocks(page, capsys, url) == page.read_text().count("```python") >= 2
+        assert run_blocks(page, capsys, url) == page.read_text().count("```python\n") >= 2
 
 
 def streamed(text: str) -> list[dict[str, Any]]:
