@@ -1,5 +1,7 @@
 """Rollouts through an engine: samples that read their prompt once, exact scores, and weights that are trained."""
 
+import dataclasses
+import operator
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +14,8 @@ from flax import nnx
 
 import jaxgen
 from jaxgen import JaxgenError
+from jaxgen.models.layers import QuantizedWeight
+from jaxgen.quant.adapted import Adapted
 from tests.engines import HEADS, KINDS, SIZES, prompt_of, tiny
 from tests.helpers import counted, padded, some_slow
 from tests.tokenizers import characters
@@ -157,3 +161,77 @@ def test_rows_end_with_the_weights_that_they_began_with():
         own = whole[0, 9:].tolist()
         assert own != wanted
         assert [handle.result(60).token_ids for handle in after] == [own] * 3
+
+
+# A trainer's LoRA: a correction beside four bits in the blocks, flax's module around the head.
+
+LINEAR = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+
+
+def blocks(model: Any) -> list[Any]:
+    """The linear layers of all blocks."""
+    return [operator.attrgetter(name)(layer) for layer in model.model.layers for name in LINEAR]
+
+
+def with_lora() -> Any:
+    model: Any = tiny(load_in_4bit=True)
+    for layer in blocks(model):
+        rows, width = layer.weight[...].shape
+        factors = jax.device_put((np.ones((2, width), "f"), np.ones((rows, 2), "f")), jax.devices()[0])
+        layer.weight = QuantizedWeight(Adapted(layer.weight[...], *factors))
+    model.lm_head = nnx.LoRA(32, 2, 97, base_module=model.lm_head, rngs=nnx.Rngs(0))
+    nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
+    return model
+
+
+def updated(state: Any, rng: np.random.Generator) -> Any:
+    """Other factors in the same places; the bases are the same arrays."""
+
+    def new(x: Any) -> Any:
+        return jax.device_put(rng.normal(0, 0.3, x.shape).astype("f"), jax.devices()[0])
+
+    def one(path: Any, x: Any) -> Any:
+        if isinstance(x, Adapted):
+            return dataclasses.replace(x, down=new(x.down), up=new(x.up))
+        return new(x) if "lora" in str(path) else x
+
+    return jax.tree_util.tree_map_with_path(one, state, is_leaf=lambda x: isinstance(x, Adapted))
+
+
+def merge(model: Any, dense: Any) -> None:
+    """Give a model of plain weights what the other one means: W + B A, by numpy."""
+    for layer, plain in zip(blocks(model), blocks(dense), strict=True):
+        weight = layer.weight[...]
+        down, up, base = (np.asarray(x, np.float64) for x in (weight.down, weight.up, weight.base.dequantize()))
+        plain.weight[...] = jnp.asarray(base + up @ down, jnp.float32)
+    head = model.lm_head
+    base, a, b = (np.asarray(x[...], np.float64) for x in (head.base_module.weight, head.lora_a, head.lora_b))
+    dense.lm_head.weight[...] = jnp.asarray(base + (a @ b).T, jnp.float32)
+
+
+@pytest.mark.parametrize("updates", some_slow([3, 100], lambda updates: updates > 3))
+def test_a_lora_that_is_trained_compiles_nothing_and_is_what_the_merged_weights_are(updates: int):
+    """In `generate`, an engine and scores; the last is also to the last bit what the engine said."""
+    model, dense, rng = with_lora(), tiny(), np.random.default_rng(0)
+    prompts: Any = [prompt_of(9, 0), prompt_of(9, 4)]
+    options: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": None}
+    seen = set()
+    with jaxgen.Engine(model, rows=2, slots=16, chunk=8, processors=(), constraints=None) as engine:
+        for update in range(1 + updates):
+            nnx.update(model, updated(nnx.state(model), rng))
+            with counted() as compilations:
+                out: Any = model.generate(prompts, return_dict_in_generate=True, **options)
+                outputs = [*engine.generate_batch(prompts, **options).values()]
+                rows = out.sequences, out.prompt_lengths, out.attention_mask
+                scores = jaxgen.score_tokens(model, *rows, **options)
+                assert exactly(model, outputs, engine.strict, **options) == 0
+            assert update < 1 or not compilations
+
+            merge(model, dense)
+            wanted: Any = dense.generate(prompts, return_dict_in_generate=True, **options)
+            np.testing.assert_array_equal(out.sequences, wanted.sequences)
+            assert [output.generated_tokens for output in outputs] == wanted.sequences[:, 9:].tolist()
+            for found in (out, scores):
+                np.testing.assert_allclose(found.model_logprobs, wanted.model_logprobs, atol=2e-4)
+            seen.add(out.sequences.tobytes())
+    assert len(seen) > updates // 2  # what was updated decides the tokens
