@@ -325,6 +325,8 @@ def test_anchors_around_a_pattern_are_there_anyway():
     dollar = byte_automaton(r"a\$")
     assert dollar.final[dollar.step[dollar.step[dollar.start, ord("a")], ord("$")]]
     assert re.fullmatch(escaped("a.b-c&#~"), "a.b-c&#~")
+    wide = byte_automaton(r"\x{30001}\u{41}")  # no counts
+    assert len(wide.step) == len("\U00030001A".encode()) + 2
 
 
 def test_a_schema_on_the_command_line_is_a_file(tmp_path: Path):
@@ -521,11 +523,13 @@ def test_log_probabilities_of_the_model_are_before_the_mask(model):
         ([jaxgen.regex("a"), "b"], {}, r"constraint\[1\]='b' is none"),
         (jaxgen.regex("a"), {"tokenizer": None}, "constraint needs tokenizer="),
         (jaxgen.regex("a{9}"), {"max_new_tokens": 4}, "shortest text of row 0 takes 5 tokens, and there is room for 4"),
+        (jaxgen.choice([""]), {"eos_token_id": None}, "only the empty text matches, and there is no end token"),
         (jaxgen.regex("ю+"), {}, "the tokens of this model cannot spell any text"),
         (jaxgen.regex("a("), {}, r"has a \( without its \)"),
     ],
 )  # fmt: skip
 def test_refused_before_anything_is_compiled(model, constraint: Any, options: dict[str, Any], message: str):
+    Automata.of(jaxgen.regex("a"), characters(), 2, model.config.vocab_size, (EOS,))  # which lies on the device
     with counted() as compilations, pytest.raises(JaxgenError, match=message):
         model.generate(PROMPT, constraint=constraint, **{**BOTH, **options})
     assert compilations == []

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxgen
-from jaxgen import GenerationConfig, JaxgenError, Strict, UnsupportedError
+from jaxgen import GenerationConfig, JaxgenError, NonFiniteLogitsError, Strict, UnsupportedError
 from tests.constrained import EOS, PROMPT, all_of, tiny_model
 from tests.helpers import counted, padded, real_logits, some_slow
 from tests.tokenizers import characters
@@ -171,6 +171,33 @@ def test_behind_the_end_nothing_can_come(model: Any, constraint: Any, strict: An
     )
     assert np.isfinite(found.logprobs[0, :2]).all() and np.isneginf(found.logprobs[0, 2:]).all()
     assert np.isfinite(found.model_logprobs).all()
+
+
+@pytest.mark.parametrize("strict", [None, STRICT], ids=["fast", "strict"])
+def test_a_grammar_reads_given_tokens_as_a_pattern_of_the_same_texts_does(model: Any, strict: Any):
+    """The prompt is none of it; an end token that says something must not come sooner; one that says nothing may."""
+    vocabulary = characters().get_vocab()
+    a, t = vocabulary["a"], vocabulary["t"]
+    row = [1, t, a, t, a, EOS, a, EOS]  # a prompt of three
+    options: dict[str, Any] = {**OPTIONS, "tokenizer": characters(), "strict": strict, "eos_token_id": [EOS, t]}
+    pattern, grammar = (
+        jaxgen.score_tokens(model, [row], 3, constraint=constraint, **options).logprobs[0]
+        for constraint in (jaxgen.regex("(to?)?a+"), jaxgen.grammar('start: ("t" "o"?)? "a"+'))
+    )
+    np.testing.assert_allclose(grammar, pattern, atol=1e-5)
+    assert np.isneginf(grammar).tolist() == [True, False, False, False, False]
+
+
+def test_what_is_no_number_is_named(model: Any):
+    """Also where only what the options make of the logits is none."""
+    vocabulary = characters().get_vocab()
+    rows = [[*PROMPT[0], vocabulary["a"], vocabulary["t"]]]
+    broken = [lambda tokens, lengths, logits: jnp.where((lengths == 4)[:, None], jnp.nan, logits)]
+    for constraint in (REGULAR, GRAMMAR, None):
+        options: dict[str, Any] = {**OPTIONS, "constraint": constraint, "tokenizer": characters()}
+        for strict in (None, STRICT):
+            with pytest.raises(NonFiniteLogitsError, match="not finite in row 0 at step 1"):
+                jaxgen.score_tokens(model, rows, 3, strict=strict, logits_processor=broken, **options)
 
 
 def test_what_is_refused(model: Any):

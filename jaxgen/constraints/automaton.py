@@ -26,6 +26,7 @@ _LESS = (
 )
 _IN_FRONT = re.compile(r"\A(\(\?[a-zA-Z]+\))?\^")
 _PROGRAM = Program(Path(__file__).with_name("automaton_process.py"))
+_ESCAPE = re.compile(r"\\(?:[xuUpP]\{[^}]*\}|.?)", re.DOTALL)  # what is in braces here is no count
 _COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
 
@@ -93,8 +94,8 @@ def _places(pattern: str) -> tuple[int, list[int]]:
         letter = pattern[place]
         if letter == "^" or pattern.startswith("\\A", place):
             begins.append(place)
-        if letter == "\\":
-            place, last = place + 2, 1
+        if found := _ESCAPE.match(pattern, place):
+            place, last = found.end(), 1
             sizes[-1] += 1
         elif letter == "[":
             place, last = _end_of_class(pattern, place), 1

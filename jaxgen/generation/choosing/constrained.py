@@ -270,8 +270,10 @@ def _built(
         raise JaxgenError(f"{name} tells {len(distinct)} classes of tokens apart, more than {MOST_CLASSES}")
     by_token = np.where(number >= 0, place[number + 1], _FORBIDDEN).astype(np.int16)
     table = distinct[order].T.astype(np.int32)
-    whole = over_bytes.final[kept]
-    return Automaton(by_token, table, distance[kept].astype(np.int32), whole & (table == NO_WAY).all(axis=1))
+    ends = over_bytes.final[kept] & (table == NO_WAY).all(axis=1)
+    if ends[0]:
+        raise JaxgenError(f"{name}: only the empty text matches, and there is no end token to say so; set eos_token_id")
+    return Automaton(by_token, table, distance[kept].astype(np.int32), ends)
 
 
 def _reachable(columns: Int[np.ndarray, "C S"], start: int) -> Bool[np.ndarray, " S"]:
