@@ -3,16 +3,16 @@
     python benchmarks/serve.py [--models demo 125M] [--requests 1000] [--at-a-time 32] [--json FILE]
 
 Needs the extra `test`. A server in a process of its own, float32, 32 rows of 128 slots; the demo, or random weights of
-the 125M shape with a tokenizer that has a word for each id. So many clients ask for one streamed completion after the
-other: prompts of 4 to 63 ids, each asked twice, new tokens from a geometric distribution (mean 12, at most 64), greedy and
-without an end, sampled, or filtered and penalised with log-probabilities, each with a seed of its own.
+the 125M shape with a tokenizer that has a word for each id. Each client asks for one streamed completion after the
+other: prompts of 4 to 63 ids, each asked twice, new tokens from a geometric distribution (mean 12, at most 64); greedy
+and without an end, sampled, or filtered and penalised with log-probabilities; each with a seed of its own.
 
 An answer is lost that is not whole: another status than 200, an error among the events, no end, or more than 5 minutes.
 When all are there and the server is gone, `generate(strict=)` is asked for the same in batches of one shape, and an
 answer is wrong whose text, number of tokens or reason to end differs, or a log-probability by more than 1e-5. Memory is
-what the server has resident, looked at after each answer; it remembers 10,000 tokens of answers, which it has before the
-middle. "Per token" is the time from the first to the last token of an answer by the tokens between; they come a few at a
-time. A model that was measured before stays in FILE.
+what the server has resident, looked at after each answer; it remembers 2,000 tokens of answers, which it has before
+the middle. "Per token" is the time from the first tokens of an answer to the last, by the tokens between; they come a
+few at a time. A model that was measured before stays in FILE.
 """
 
 import argparse
@@ -46,7 +46,7 @@ import jaxgen
 from jaxgen import demo
 from jaxgen.text.tokenizer import continuation, load_tokenizer
 
-ROWS, SLOTS, RECORDS, SECONDS = 32, 128, 10_000, 300.0
+ROWS, SLOTS, RECORDS, SECONDS = 32, 128, 2_000, 300.0
 # What a client sends, and what `generate` calls it.
 KINDS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
     ({"temperature": 0, "ignore_eos": True}, {"do_sample": False, "eos_token_id": None}),

@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import threading
 import time
+from pathlib import Path
 
 import httpx2 as httpx
 import numpy as np
@@ -232,6 +233,18 @@ def test_room_for_constraints_is_chosen_at_the_command_line(monkeypatch: pytest.
         with pytest.raises(SystemExit):
             cli.main(["serve", f"--constraints={wrong}"])
         assert "STATES,CLASSES" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_under_load_no_answer_is_lost_or_wrong(tmp_path: Path):
+    """`benchmarks/serve.py` with fewer requests: every answer is what `generate` gives, and memory does not grow."""
+    file = tmp_path / "serve.json"
+    command = [sys.executable, "benchmarks/serve.py", "--models", "demo", "--requests", "200", "--json", str(file)]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, timeout=600)
+    found = json.loads(file.read_text(encoding="utf-8"))["models"]["demo"]
+    assert (found["lost"], found["wrong"]) == (0, 0)
+    assert found["requests"] == 200 and found["tokens"] > 1000 and found["compared_logprobs"] > 200
+    assert found["memory_mb"]["second_half"] < found["memory_mb"]["first_half"] + 20
 
 
 def test_a_server_as_a_process():
