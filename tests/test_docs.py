@@ -173,6 +173,7 @@ FIGURES = (
     "engine",
     "mesh",
     "batch",
+    "serve",
 )
 
 

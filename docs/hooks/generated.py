@@ -24,7 +24,7 @@ from levels import reproducibility  # noqa: E402
 from meshes import meshes  # noqa: E402
 from pictures import plots, result  # noqa: E402
 from rollouts import rollouts  # noqa: E402
-from throughput import batch, engine, families  # noqa: E402
+from throughput import batch, engine, families, serve  # noqa: E402
 
 # The files of results do not all say what they were measured on.
 EPYC, XEON, NO_GPU = "2 cores of an AMD EPYC", "2 cores of an Intel Xeon", "a machine without a GPU"
@@ -398,4 +398,5 @@ PARTS: dict[str, Callable[[], str]] = {
     "engine": lambda: engine(read("engine")),
     "mesh": lambda: meshes(read("mesh")),
     "batch": lambda: batch(read("batch")),
+    "serve": lambda: serve(read("serve")),
 }

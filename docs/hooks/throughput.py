@@ -1,4 +1,4 @@
-"""What `benchmarks/families.py` and `benchmarks/engine.py` found, as tables."""
+"""What `benchmarks/families.py`, `engine.py` and `serve.py` found, as tables."""
 
 from typing import Any
 
@@ -89,7 +89,42 @@ def batch(results: Any) -> str:
     return f"## Offline batches\n\n{prose}\n\n" + "\n".join([*head, *lines]) + f"\n\n{said}"
 
 
+def serve(results: Any) -> str:
+    """A line per model that was served; nothing where it was not run.
+
+    >>> times = {"first_token_s": {"p50": 0.61, "p95": 1.2}, "per_token_s": {"p50": 0.021, "p95": 0.3}}
+    >>> memory = {"ready": 600.4, "first_half": 650.0, "second_half": 650.4, "end": 650.4}
+    >>> asked = {"requests": 1000, "at_a_time": 32, "lost": 0, "wrong": 1, "tokens_per_second": 98.7}
+    >>> results = {"machine": {}, "models": {"demo": {**asked, **times, "memory_mb": memory}}}
+    >>> serve(results).splitlines()[6]
+    '| demo | 1,000 | 0 | 1 | 99 | 0.6, 1.2 | 21, 300 | 650, 650 |'
+    """
+    if results is None:
+        return ""
+    lines = []
+    for name, found in results["models"].items():
+        first, token, memory = found["first_token_s"], found["per_token_s"], found["memory_mb"]
+        lines.append(
+            f"| {name} | {found['requests']:,} | {found['lost']} | {found['wrong']} | {found['tokens_per_second']:.0f} "
+            f"| {first['p50']:.1f}, {first['p95']:.1f} | {1000 * token['p50']:.0f}, {1000 * token['p95']:.0f} "
+            f"| {memory['first_half']:.0f}, {memory['second_half']:.0f} |"
+        )
+    together = max(found["at_a_time"] for found in results["models"].values())
+    prose = (
+        f"`jaxgen serve` in float32 with 32 rows, and {together} clients, each with one streamed request after the "
+        "other: prompts of 4 to 63 tokens, at most 12 new ones on average, greedy, sampled and penalised. An answer is "
+        "*lost* that is not whole, and *wrong* if its text, length or end is not that of `generate(strict=)` with the "
+        "same seed, or a log-probability is off by more than 1e-5. Times are the median and what 95% stay below. Memory "
+        "is the most that the server had in the first half of the requests, and in the second. Clients and server "
+        "share the machine."
+    )
+    header = "| | requests | lost | wrong | tokens/s | first token, s | per token, ms | memory, MB |"
+    table = "\n".join([header, "|---|" + "---:|" * 7, *lines])
+    command = "python benchmarks/serve.py --json benchmarks/results/serve.json"
+    return f"## Serving\n\n{prose}\n\n{table}\n\n{_source(command, results['machine'])}"
+
+
 def _source(command: str, machine: dict[str, Any]) -> str:
-    known = ("jax", "torch", "transformers")
+    known = ("jax", "torch", "transformers", "starlette", "uvicorn")
     versions = ", ".join(f"{name} {machine[name]}" for name in known if name in machine)
     return f"`{command}` on {XEON}; {versions}.\n{{ .source }}\n"
