@@ -114,7 +114,7 @@ def serve(results: Any) -> str:
         f"`jaxgen serve` in float32 with 32 rows, and {together} clients, each with one streamed request after the "
         "other: prompts of 4 to 63 tokens, at most 12 new ones on average, greedy, sampled and penalised. An answer is "
         "*lost* that is not whole, and *wrong* if its text, length or end is not that of `generate(strict=)` with the "
-        "same seed, or a log-probability is off by more than 1e-5. Times are the median and what 95% stay below. Memory "
+        "same seed, or a log-probability is off by more than 1e-5. Times: the median, and what 95% stay below. Memory "
         "is the most that the server had in the first half of the requests, and in the second. Clients and server "
         "share the machine."
     )
