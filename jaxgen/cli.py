@@ -121,11 +121,13 @@ def _import_jax() -> None:
 @contextlib.contextmanager
 def _every_interrupt_counts() -> Iterator[None]:
     """Ctrl-C also where Python drops its exception: in callbacks of the garbage collector, which importing JAX adds."""
-    before = sys.unraisablehook
+    before, ended = sys.unraisablehook, threading.Event()
 
     def interrupt_again() -> None:
-        time.sleep(0.05)  # until the callback has returned
-        _thread.interrupt_main()
+        pause = 0.05  # until the callback has returned; a later one may drop this interrupt too
+        while not ended.wait(pause):
+            _thread.interrupt_main()
+            pause = 2.0
 
     def hook(dropped: Any) -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):
@@ -137,6 +139,7 @@ def _every_interrupt_counts() -> Iterator[None]:
     try:
         yield
     finally:
+        ended.set()
         sys.unraisablehook = before
 
 

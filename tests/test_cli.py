@@ -260,6 +260,7 @@ def test_an_interrupt_that_python_drops_ends_the_command(capsys, monkeypatch):
             time.sleep(0.01)
 
     monkeypatch.setitem(cli._COMMANDS, "inspect", work)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # another test has left none of its own
     assert cli.main(["inspect", "x"]) == 130
     assert capsys.readouterr() == ("", "")
 
