@@ -94,6 +94,7 @@ BAD_OPTIONS = {
     "a number as key": ({"key": 7}, "seed="),
     "many keys": ({"key": jax.random.split(jax.random.key(0), 3)}, "seed or key holds 3, input_ids 2 rows"),
     "seed a float": ({"seed": 1.5}, "seed=1.5 must be an int"),
+    "seed in lists": ({"seed": [[[5], 1]]}, r"seed\[0\]=\[\[5\], 1\] must be an int"),
     "too few row ids": ({"row_ids": [1]}, "2 rows, got 1"),
     "row id a float": ({"row_ids": [1, 2.5]}, r"row_ids\[1\]=2.5 must be an int or a string"),
     "a string as row ids": ({"row_ids": "ab"}, "row_ids must hold"),

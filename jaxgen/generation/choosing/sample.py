@@ -49,7 +49,8 @@ def random_key(key: object, seed: Any) -> tuple[Key[Array, "*rows"], int | tuple
         return _checked_key(key), None
     if seed is None:
         seed = FreshSeed(next_seed())
-    several = isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str) and np.ndim(seed) == 1
+    sequence = isinstance(seed, Sequence) and not isinstance(seed, str)
+    several = sequence or (isinstance(seed, np.ndarray) and seed.ndim == 1)
     seeds: list[Any] = list(seed) if several else [seed]
     for row, value in enumerate(seeds):
         if not isinstance(value, int | np.integer) or isinstance(value, bool):
