@@ -18,6 +18,7 @@ from jaxgen import JaxgenError, demo
 from jaxgen.batch import Generator, command
 from jaxgen.batch.rows import read, row_of
 from jaxgen.cli import main
+from jaxgen.engine.engine import Engine
 from jaxgen.generation.prompts.layout import bucket
 from tests.engines import tiny
 from tests.helpers import counted
@@ -173,6 +174,8 @@ BAD = {
     '{"prompt": "a", "options": {"topk": 5}}': "did you mean 'top_k'?",
     '{"prompt": "a", "options": {"num_beams": 5}}': "num_beams=5: not in this engine",
     '{"prompt": "a", "options": {"seed": [1, 2]}}': "seed: a row has one",
+    '{"prompt": "a", "options": {"seed": [[[5], 1]]}}': "seed[0]=[[5], 1] must be an int",
+    '{"prompt": "a", "options": {"top_logprobs": 2}}': "top_logprobs=2 is more than the 0",
     '{"prompt": "a", "options": {"num_return_sequences": 2}}': "a row has one completion",
     '{"prompt": "a", "options": {"max_new_tokens": 100000}}': "exceed the model's context",
     json.dumps({"prompt": "1, " * 5000}): "leaves no room for more",
@@ -403,6 +406,17 @@ sys.exit(main(sys.argv[1:]))
         assert parts(tmp_path / str(point)).items() < parts(whole_run).items()
         assert main(command) == 1
         assert shown(tmp_path / str(point)) == shown(whole_run)
+
+
+def test_rows_that_only_an_engine_refuses_are_bad_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    def refuse(self: Engine, ids: Any, **options: Any) -> None:
+        raise JaxgenError(f"not {options['row_id']}")
+
+    generator = Generator(tiny(), lambda text: {"input_ids": [5]}, batch_size=1)
+    monkeypatch.setattr(Engine, "submit", refuse)
+    monkeypatch.setattr(generator, "_engine_of", lambda slots: Engine.__new__(Engine))
+    found = generator({"id": [*range(8)], "prompt": ["a"] * 8})  # more than are submitted at a time
+    assert found["error"].tolist() == [f"not {number}" for number in range(8)]
 
 
 def test_an_engine_that_ends_is_no_bad_row(monkeypatch: pytest.MonkeyPatch):

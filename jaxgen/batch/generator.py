@@ -131,16 +131,22 @@ class Generator:
                 ended.put(handle)
 
         while True:
-            for task in itertools.islice(tasks, _AHEAD * self._rows - len(running)):
+            taken = [*itertools.islice(tasks, _AHEAD * self._rows - len(running))]
+            for task in taken:
                 options = {**self._options, **task.options, "row_id": str(task.row.id)}
-                handle = engine.submit(task.ids, **options)
-                running[handle] = task
-                handle.listen(functools.partial(look, handle))
-            if not running:
+                try:
+                    handle = engine.submit(task.ids, **options)
+                except EngineClosedError:
+                    raise
+                except JaxgenError as error:  # which no plan sees: of a row, and not of the run
+                    yield task, error
+                else:
+                    running[handle] = task
+                    handle.listen(functools.partial(look, handle))
+            if not taken and not running:
                 return
-            handle = ended.get()
-            if (task := running.pop(handle, None)) is not None:  # else it ended while we began to listen
-                yield task, self._told(handle)
+            if running and (task := running.pop(handle := ended.get(), None)) is not None:
+                yield task, self._told(handle)  # else it ended while we began to listen
 
     def _told(self, handle: Handle) -> Result | JaxgenError:
         try:
