@@ -177,6 +177,7 @@ BAD = {
     '{"prompt": "a", "options": {"seed": [[[5], 1]]}}': "seed[0]=[[5], 1] must be an int",
     '{"prompt": "a", "options": {"top_logprobs": 2}}': "top_logprobs=2 is more than the 0",
     '{"prompt": "a", "options": {"num_return_sequences": 2}}': "a row has one completion",
+    '{"prompt": "a", "options": {"max_time": 9}}': "max_time: what a row gets would depend on the others",
     '{"prompt": "a", "options": {"max_new_tokens": 100000}}': "exceed the model's context",
     json.dumps({"prompt": "1, " * 5000}): "leaves no room for more",
 }
@@ -200,6 +201,7 @@ def test_what_is_wrong_with_all_rows_ends_the_run(whole: Path, tmp_path: Path, c
     (tmp_path / "mine" / "file").touch()
     for output, more, said in [
         ("out", ["--num-beams", "2"], "num_beams=2: not in this engine; use model.generate"),
+        ("out", ["--set", "max_time=9"], "max_time: what a row gets would depend on the others"),
         ("out", ["--batch-size", "0"], "--batch-size=0 must be an int of at least 1"),
         ("out", ["--set", "strict=true"], "strict: not in an engine"),
         ("out", ["--engine", "ray", "--workers", "0"], "--workers=0 must be an int of at least 1"),

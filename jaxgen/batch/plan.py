@@ -65,5 +65,7 @@ class Planner:
         config = resolve({"return_dict_in_generate": True, **fields}, None, self._stored)
         if config.sequences_per_prompt > 1:
             raise JaxgenError("num_return_sequences: a row has one completion; write it several times, with an id each")
+        if config.max_time is not None:
+            raise JaxgenError("max_time: what a row gets would depend on the others, and on the machine")
         self._checks.check(config, extras)
         return config
