@@ -410,6 +410,17 @@ sys.exit(main(sys.argv[1:]))
         assert shown(tmp_path / str(point)) == shown(whole_run)
 
 
+def test_an_option_that_is_null_is_not_given(monkeypatch: pytest.MonkeyPatch):
+    """A seed of None would be another one each time; structs of a dataset have null for what other rows have."""
+    assert row_of(1, {"id": 1, "prompt": "a", "options": {"seed": None, "top_k": 5}}).options == {"top_k": 5}
+    monkeypatch.setattr(
+        Generator, "run", lambda self, tasks: ((task, JaxgenError(f"{task.options}")) for task in tasks)
+    )
+    generator = Generator(tiny(), lambda text: {"input_ids": [5]})
+    options = [{"seed": None, "eos_token_id": np.array([3, 4])}]
+    assert generator({"id": [1], "prompt": ["a"], "options": options})["error"].tolist() == ["{'eos_token_id': [3, 4]}"]
+
+
 def test_rows_that_only_an_engine_refuses_are_bad_one_by_one(monkeypatch: pytest.MonkeyPatch):
     def refuse(self: Engine, ids: Any, **options: Any) -> None:
         raise JaxgenError(f"not {options['row_id']}")

@@ -160,9 +160,11 @@ class Generator:
 
 
 def _plain(value: Any) -> Any:
-    """Python's own values for numpy's, which is what columns are made of."""
+    """Python's own values for numpy's, which is what columns are made of; and of structs what is not null."""
     if isinstance(value, np.ndarray | np.generic):
         return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items() if item is not None}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 

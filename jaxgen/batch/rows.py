@@ -65,7 +65,7 @@ def row_of(line: int, fields: Mapping[str, Any], place: int | None = None) -> Ro
         )
     if isinstance(own, str):
         checked_text(own)
-    return Row(line, own, prompt, dict(options or {}))
+    return Row(line, own, prompt, _without_nulls(dict(options or {})))
 
 
 def read(path: Path) -> tuple[list[Row], list[Bad]]:
@@ -148,7 +148,7 @@ def _parquet(path: Path) -> Lines:
 
 
 def _without_nulls(value: Any) -> Any:
-    """What a row says: in a column of structs each has all names, and null where it has none."""
+    """What a row says: null is nothing, as in a column of structs, where each has all names."""
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
