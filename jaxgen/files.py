@@ -47,7 +47,7 @@ def read_bytes(path: Path, limit: int = MOST_JSON) -> bytes:
     return b"".join(read_chunks(path, limit))
 
 
-def parse_json(data: bytes) -> tuple[Any, list[str]]:
+def parse_json(data: bytes | str) -> tuple[Any, list[str]]:
     """What JSON says, and the names that it gives twice. Raises `ValueError` or `RecursionError` if it is none."""
     repeated: list[str] = []
 

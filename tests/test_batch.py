@@ -160,6 +160,7 @@ def test_a_full_disk_loses_nothing(whole: Path, tmp_path: Path, monkeypatch: pyt
 BAD = {
     "nonsense": "it is no JSON: Expecting value",
     "[1]": "it is no JSON object",
+    '{"prompt": "a", "options": {"top_k": 5, "top_k": 6}}': "it is no JSON: 'top_k' is given twice",
     "{}": "a row has a prompt or messages",
     '{"prompt": "a", "messages": []}': "and not both",
     '{"prompt": ""}': "the prompt is empty",

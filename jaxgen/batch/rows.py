@@ -2,13 +2,12 @@
 
 import csv
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxgen.errors import JaxgenError, shown
-from jaxgen.files import open_regular
+from jaxgen.files import open_regular, parse_json
 from jaxgen.generation.options.table import ARGUMENTS, OPTIONS
 from jaxgen.text.inputs import Messages, checked_text
 
@@ -110,7 +109,7 @@ def _jsonl(path: Path) -> Lines:
                 yield number, None
                 continue
             try:
-                fields = json.loads(line)
+                fields = _json(line)
             except (ValueError, RecursionError) as error:
                 yield number, f"it is no JSON: {error}"
             else:
@@ -127,11 +126,19 @@ def _csv(path: Path) -> Lines:
             # An empty cell says nothing; but a row with neither a prompt nor messages has an empty prompt.
             fields: dict[str, Any] = {name: cell for name, cell in cells.items() if cell}
             try:
-                fields |= {name: json.loads(fields[name]) for name in ("messages", "options") if name in fields}
+                fields |= {name: _json(fields[name]) for name in ("messages", "options") if name in fields}
             except (ValueError, RecursionError) as error:
                 yield reader.line_num, f"messages and options are JSON: {error}"
                 continue
             yield reader.line_num, fields if "messages" in fields else {"prompt": cells.get("prompt"), **fields}
+
+
+def _json(data: bytes | str) -> Any:
+    """What JSON says. Raises `ValueError` or `RecursionError` if it is none, or gives a name twice."""
+    value, repeated = parse_json(data)
+    if repeated:
+        raise ValueError(f"{repeated[0]!r:.80} is given twice")
+    return value
 
 
 def _parquet(path: Path) -> Lines:
