@@ -16,7 +16,10 @@ import pytest
 import jaxgen
 from jaxgen import JaxgenError, demo
 from jaxgen.batch import Generator, command
+from jaxgen.batch.generator import Result
+from jaxgen.batch.plan import Task
 from jaxgen.batch.rows import read, row_of
+from jaxgen.batch.run import Part, Run
 from jaxgen.cli import main
 from jaxgen.engine.engine import Engine
 from jaxgen.generation.prompts.layout import bucket
@@ -261,6 +264,19 @@ def test_parquet_says_the_same(whole: Path, tmp_path: Path):
     (tmp_path / "no.parquet").write_bytes(b"nothing of the kind")
     with pytest.raises(JaxgenError, match="it cannot be read"):
         read(tmp_path / "no.parquet")
+
+
+def test_parts_in_parquet_have_ids_of_one_type(tmp_path: Path):
+    pa = pytest.importorskip("pyarrow", reason="an extra")
+    pytest.importorskip("pyarrow.parquet", reason="an extra")
+    for ids, kind in {("a", "b"): pa.string(), (2**63 - 1, 5): pa.int64(), (2**63, 5): pa.string()}.items():
+        rows, _ = read(write(tmp_path / "in.jsonl", [{"id": name, "prompt": "a"} for name in ids]))
+        first, second = (Task(row, np.array([5]), 64) for row in rows)
+        run = Run(tmp_path, {}, ".parquet", 1)
+        parts = [Part(tmp_path / f"part-{number}", [task]) for number, task in enumerate((first, second))]
+        # Of the second part no row is done.
+        list(run.collect(parts, [(first, Result("b", [6], "eos")), (second, JaxgenError("not finite"))]))
+        assert [pa.parquet.read_schema(part.path).field("id").type for part in parts] == [kind] * 2
 
 
 def test_ids_are_ints_only_if_all_are(tmp_path: Path):

@@ -70,7 +70,7 @@ def row_of(line: int, fields: Mapping[str, Any], place: int | None = None) -> Ro
 def read(path: Path) -> tuple[list[Row], list[Bad]]:
     """The rows of a .jsonl, .csv or .parquet file, and what is none. Raises `JaxgenError` for a file that is none.
 
-    Where not all ids are ints, all are texts. An id that comes again is bad.
+    Where not all ids are ints of 64 bits, all are texts. An id that comes again is bad.
     """
     kind = _KINDS.get(path.suffix)
     if kind is None:
@@ -89,7 +89,7 @@ def read(path: Path) -> tuple[list[Row], list[Bad]]:
                 bad.append(Bad(line, given if isinstance(given, int | str) else None, str(error)))
     except (OSError, UnicodeError, csv.Error) as error:
         raise JaxgenError(f"{path!s:.200}: it cannot be read: {error}") from error
-    if not all(isinstance(row.id, int) for row in rows):
+    if not all(isinstance(row.id, int) and -(2**63) <= row.id < 2**63 for row in rows):
         rows = [dataclasses.replace(row, id=str(row.id)) for row in rows]
     known: dict[int | str, Row] = {}
     for row in rows:

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,8 @@ class Run:
         if failed:  # first: of what a part lacks, the reason is known
             self.bad |= failed
             self._write_errors()
-        self._write(part.path, _WRITERS[self._suffix](rows))
+        ints = all(isinstance(task.row.id, int) for task in part.tasks)
+        self._write(part.path, parquet(rows, ints) if self._suffix == ".parquet" else jsonl(rows))
 
     def _known_errors(self) -> dict[int, Bad]:
         path = self.directory / "errors.jsonl"
@@ -142,12 +143,11 @@ def jsonl(rows: Iterable[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")
 
 
-def parquet(rows: list[dict[str, Any]]) -> bytes:
-    """A table, whose columns are those of the rows; of no rows all columns there may be."""
+def parquet(rows: list[dict[str, Any]], ints: bool) -> bytes:
+    """A table, whose columns are those of the rows; of no rows all columns there may be. `ints`: what the ids are."""
     arrow = pyarrow()
-    number = all(isinstance(row["id"], int) for row in rows)
     types = {
-        "id": arrow.int64() if number else arrow.string(),
+        "id": arrow.int64() if ints else arrow.string(),
         "completion": arrow.string(),
         "token_ids": arrow.list_(arrow.int32()),
         "finish_reason": arrow.string(),
@@ -158,9 +158,6 @@ def parquet(rows: list[dict[str, Any]]) -> bytes:
     sink = arrow.BufferOutputStream()
     arrow.parquet.write_table(table, sink)
     return sink.getvalue().to_pybytes()
-
-
-_WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {".jsonl": jsonl, ".parquet": parquet}
 
 
 @contextlib.contextmanager
