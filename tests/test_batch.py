@@ -1,10 +1,12 @@
 """`jaxgen batch`: what becomes of every row, and that nothing else decides it than the row, the seed and the model."""
 
 import errno
+import hashlib
 import importlib.util
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from jaxgen.batch import Generator, command
 from jaxgen.batch.generator import Result
 from jaxgen.batch.plan import Task
 from jaxgen.batch.rows import read, row_of
-from jaxgen.batch.run import Part, Run
+from jaxgen.batch.run import Part, Run, digest_of_model
 from jaxgen.cli import main
 from jaxgen.engine.engine import Engine
 from jaxgen.generation.prompts.layout import bucket
@@ -138,6 +140,21 @@ def test_a_run_goes_on_where_it_was(whole: Path, monkeypatch: pytest.MonkeyPatch
     assert batch(write(whole / "less.jsonl", ROWS[:-1]), whole / "out", *again) == 2
     assert "holds the output of another run: its input was" in capsys.readouterr().err
     assert shown(whole / "out") == before
+
+
+def test_other_weights_of_the_same_size_are_another_model(tmp_path: Path):
+    shutil.copytree(demo.path(), tmp_path / "copy")
+    as_it_was = digest_of_model(demo.path())
+    assert digest_of_model(tmp_path / "copy") == as_it_was
+    [weights] = (tmp_path / "copy").glob("*.safetensors")
+    data = weights.read_bytes()
+    blob = tmp_path / hashlib.sha256(data).hexdigest()
+    weights.rename(blob)
+    weights.symlink_to(blob)  # as the hub's cache has it
+    assert digest_of_model(tmp_path / "copy") == as_it_was
+    weights.unlink()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert digest_of_model(tmp_path / "copy") != as_it_was
 
 
 def test_a_full_disk_loses_nothing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

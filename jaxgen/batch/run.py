@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jaxgen.errors import JaxgenError, shown
 from jaxgen.files import read_bytes, read_json, write_bytes
 
 _MOST_ERRORS = 1 << 40  # bytes of a file that we wrote
+_DECIDE = {".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt"}  # suffixes of what is read of a checkpoint
 
 Outcome = tuple[Task, Result | JaxgenError]
 
@@ -181,7 +183,13 @@ def digest(path: Path) -> str:
 
 
 def digest_of_model(place: Path) -> str:
-    """What tells a checkpoint from others: its files' names and sizes, and the bytes of those that are JSON."""
+    """What tells a checkpoint from others: its files' names, the bytes of those that decide, and the others' sizes."""
     files = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
-    told = [(path.name, path.stat().st_size, digest(path) if path.suffix == ".json" else "") for path in files]
+    told = [(path.name, _contents(path) if path.suffix in _DECIDE else path.stat().st_size) for path in files]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _contents(path: Path) -> str:
+    # Weights of gigabytes need not be read in the hub's cache, whose links lead to files named after their sha256.
+    target = path.resolve().name
+    return target if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", target) else digest(path)
