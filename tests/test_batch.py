@@ -231,6 +231,10 @@ def test_what_is_wrong_with_all_rows_ends_the_run(whole: Path, tmp_path: Path, c
     ]:
         assert batch(whole / "in.jsonl", tmp_path / output, *more) == 2
         assert said in capsys.readouterr().err
+    # Where nothing was done yet, the directory is free for something else.
+    assert batch(whole / "in.jsonl", tmp_path / "new", "--dtype", "nonsense") == 2
+    assert "dtype='nonsense'" in capsys.readouterr().err
+    assert batch(write(tmp_path / "none.jsonl", []), tmp_path / "new") == 0
     (tmp_path / "in.txt").touch()
     for source, said in [("in.txt", "the name must end with .jsonl, .csv"), ("no.jsonl", "cannot be read")]:
         assert batch(tmp_path / source, tmp_path / "out") == 2

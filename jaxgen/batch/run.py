@@ -65,9 +65,10 @@ class Run:
 
     def _check(self) -> None:
         note = self.directory / "run.json"
-        if not note.exists():
-            if any(path.name != ".lock" and ".tmp-" not in path.name for path in self.directory.iterdir()):
-                raise JaxgenError(f"{self.directory} is not empty, and holds no run; choose a new --output")
+        others = (path for path in self.directory.iterdir() if path.name != ".lock" and ".tmp-" not in path.name)
+        if not note.exists() and any(others):
+            raise JaxgenError(f"{self.directory} is not empty, and holds no run; choose a new --output")
+        if not any(self.directory.glob("part-*")):  # a run that has done nothing yet is not to stand in the way
             self._write(note, json.dumps(self._made_from, indent=1).encode())
         before, now = read_json(note), json.loads(json.dumps(self._made_from))
         for name in sorted({*before, *now}):
