@@ -33,6 +33,10 @@ def describe(
     """
     if devices is not None and not 1 <= devices <= _MOST_DEVICES:
         raise JaxgenError(f"--devices {devices} must be from 1 to {_MOST_DEVICES}")
+    if memory is not None and devices is None:
+        raise JaxgenError("--memory is that of each of --devices: say how many")
+    if memory is not None and not 0 < memory < math.inf:
+        raise JaxgenError(f"--memory {memory / 1e9:g} must be a number of gigabytes, above 0")
     device = as_device("auto")
     chosen = auto_dtype(device) if dtype == "auto" else as_dtype(dtype)
     place = locate(name_or_path)

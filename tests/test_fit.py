@@ -93,6 +93,11 @@ def test_inspect_says_what_fits_where(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "rows fit" not in capsys.readouterr().out  # of which simulated devices have none of their own
     assert cli.main(["inspect", str(place), "--devices", "0"]) == 2
     assert "--devices 0 must be from 1 to" in capsys.readouterr().err
+    for memory in ("nan", "inf", "-1", "0"):
+        assert cli.main(["inspect", str(place), "--devices", "2", "--memory", memory]) == 2
+        assert f"--memory {memory} must be a number of gigabytes" in capsys.readouterr().err
+    assert cli.main(["inspect", str(place), "--memory", "80"]) == 2
+    assert "--memory is that of each of --devices" in capsys.readouterr().err
 
 
 # What "auto" takes.
