@@ -228,6 +228,7 @@ def test_what_is_wrong_with_all_rows_ends_the_run(whole: Path, tmp_path: Path, c
         ("out", ["--engine", "ray", "--workers", "0"], "--workers=0 must be an int of at least 1"),
         ("out", ["--engine", "ray"], '--engine ray needs ray: pip install -e ".[ray]"'),
         ("mine", [], "mine is not empty, and holds no run"),
+        ("mine/file", [], "file: it cannot be made: File exists"),
     ]:
         assert batch(whole / "in.jsonl", tmp_path / output, *more) == 2
         assert said in capsys.readouterr().err

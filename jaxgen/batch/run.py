@@ -55,6 +55,9 @@ class Run:
         """For this process, until it ends."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise JaxgenError(f"--output {self.directory}: it cannot be made: {error.strerror or error}") from error
+        try:
             with _locked(self.directory / ".lock"):
                 self._check()
                 for aside in self.directory.glob(".*.tmp-*"):  # of a process that was killed
