@@ -1,5 +1,7 @@
 """One program on several machines: every process calls `initialize` first, and then makes the same calls."""
 
+import re
+
 import jax
 
 from jaxgen.errors import JaxgenError
@@ -15,8 +17,8 @@ def initialize(
     Call it before anything else that uses JAX. Under SLURM and Open MPI, and on TPUs, JAX finds all three arguments
     itself; elsewhere they are the host and port of process 0, how many processes there are, and which one this is,
     from 0 on. Every process then runs the same program, and has whole results; the one whose `jax.process_index()` is 0
-    prints. Where a process dies, the others end with an error. Raises `JaxgenError` where JAX was used already, where
-    an argument is missing, and where the others do not come. Source: `jax.distributed.initialize`.
+    prints. Where a process dies, or does not come within five minutes, JAX ends the others with an error. Raises
+    `JaxgenError` where JAX was used already, and for arguments that are none. Source: `jax.distributed.initialize`.
     """
     given = (coordinator_address, num_processes, process_id)
     if None in given and any(argument is not None for argument in given):
@@ -24,6 +26,8 @@ def initialize(
             f"distributed.initialize: coordinator_address={coordinator_address!r}, num_processes={num_processes!r}, "
             f"process_id={process_id!r}: give all three, or none where SLURM or Open MPI says them"
         )
+    if coordinator_address is not None and not re.fullmatch(r".+:[0-9]+", coordinator_address):
+        raise JaxgenError(f"distributed.initialize: coordinator_address={coordinator_address!r} is not 'host:port'")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for CPUs; others have their own
     try:
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=_SILENCE)

@@ -53,6 +53,8 @@ def run(count: int, dies: bool) -> list[tuple[int, str, str]]:
 def test_what_is_no_job_is_said():
     with pytest.raises(JaxgenError, match=r"num_processes=2, process_id=None: give all three, or none"):
         jaxgen.distributed.initialize("127.0.0.1:1", 2)
+    with pytest.raises(JaxgenError, match=r"coordinator_address='10\.0\.0\.1' is not 'host:port'"):
+        jaxgen.distributed.initialize("10.0.0.1", 2, 0)
     jax.devices()  # JAX is in use
     with pytest.raises(JaxgenError, match="must be called before any JAX"):
         jaxgen.distributed.initialize("127.0.0.1:1", 2, 0)
