@@ -271,6 +271,11 @@ def test_csv_says_the_same(tmp_path: Path):
     assert (bad[0].reason, len(empty)) == (empty[0].reason, 1)
 
 
+def test_a_cell_of_csv_may_be_long(tmp_path: Path):
+    (tmp_path / "in.csv").write_text(f"prompt\n{'a' * 200_000}\nb\n")
+    assert [len(row.prompt) for row in read(tmp_path / "in.csv")[0]] == [200_000, 1]
+
+
 def test_parquet_says_the_same(whole: Path, tmp_path: Path):
     pa = pytest.importorskip("pyarrow", reason="an extra")
     pytest.importorskip("pyarrow.parquet", reason="an extra")

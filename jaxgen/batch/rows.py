@@ -1,5 +1,6 @@
 """A row of the input: a prompt or a chat, the id that its randomness comes from, and options of its own."""
 
+import contextlib
 import csv
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -116,8 +117,22 @@ def _jsonl(path: Path) -> Lines:
                 yield number, fields if isinstance(fields, dict) else "it is no JSON object"
 
 
+@contextlib.contextmanager
+def _long_cells() -> Iterator[None]:
+    """Cells of any length, which else may have 131,072 characters, or the file is none."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
 def _csv(path: Path) -> Lines:
-    with open_regular(path) as binary, open(binary.fileno(), encoding="utf-8-sig", newline="", closefd=False) as file:
+    with (
+        _long_cells(),
+        open_regular(path) as binary,
+        open(binary.fileno(), encoding="utf-8-sig", newline="", closefd=False) as file,
+    ):
         reader = csv.DictReader(file, strict=True)
         for cells in reader:
             if None in cells or None in cells.values():
