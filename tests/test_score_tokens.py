@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -281,6 +282,27 @@ def test_what_cannot_be_scored(models, sequences, starts, options, message):
 def test_what_the_pure_function_refuses(models, extras, message):
     with pytest.raises(JaxgenError, match=message):
         jaxgen.logprobs(models("float32"), jnp.array(ids), **extras)
+
+
+@pytest.mark.parametrize(
+    ("rows", "mask", "starts", "message"),
+    [
+        (np.ones(3, int), None, None, r"input_ids has shape \(3,\)"),
+        (np.ones((0, 3), int), None, None, r"input_ids has shape \(0, 3\)"),
+        (np.ones((2, 3)), None, None, "input_ids has dtype float64; expected ints"),
+        (ids, np.ones((1, 3), int), None, r"attention_mask has shape \(1, 3\), input_ids has \(2, 3\)"),
+        (ids, np.ones((2, 1), int), None, r"attention_mask has shape \(2, 1\), input_ids has \(2, 3\)"),
+        (ids, None, [1, 1, 1], r"prompt_lengths has shape \(3,\) .* expected an int, or one per row: 2"),
+        (ids, None, 1.5, "prompt_lengths has shape .* dtype float64"),
+    ],
+)
+def test_what_does_not_agree_is_refused_inside_jit_too(models, rows, mask, starts, message):
+    jaxtyping.config.update("jaxtyping_disable", True)  # in tests annotated shapes are checked first
+    try:
+        with pytest.raises(JaxgenError, match=message):
+            jax.jit(lambda: jaxgen.logprobs(models("float32"), rows, mask, None, starts))()
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_scores_of_ids_say_what_greedy_search_would_have_chosen(models: Any):

@@ -20,7 +20,7 @@ from jaxgen.generation.options.unused import once
 from jaxgen.generation.programs.inputs import BatchLayout, TracedOptions, static_options, traced_options
 from jaxgen.generation.programs.strict import Strict
 from jaxgen.generation.prompts.contexts import check_pieces, contexts, note
-from jaxgen.generation.prompts.layout import checked_prompt, pack, pad_to
+from jaxgen.generation.prompts.layout import arrays_inside_jit, checked_prompt, pack, pad_to
 from jaxgen.generation.prompts.memory import check_memory
 from jaxgen.generation.prompts.past_key_values import PastKeyValues
 from jaxgen.generation.prompts.prefill import Negative, Prompts
@@ -200,7 +200,7 @@ def _given_inside_jit(
 ) -> Given:
     """The same inside a caller's jit."""
     _check_inside_jit(config, extras)
-    ids, mask = _arrays_inside_jit(input_ids, attention_mask)
+    ids, mask = arrays_inside_jit(input_ids, attention_mask)
     if config.do_sample and key is None:
         raise JaxgenError("do_sample=True needs key=: jax.random.key(seed)")
     key, _ = random_key(key, 0 if key is None else None)
@@ -209,21 +209,6 @@ def _given_inside_jit(
             raise JaxgenError(f"key holds {len(key)} keys, input_ids {len(ids)} rows; pass one, or one per row")
         row_ids = [0] * len(ids) if row_ids is None else row_ids
     return Given(ids, mask, *pack(ids, mask, jnp), row_id_words(row_ids, len(ids)), key)
-
-
-def _arrays_inside_jit(ids: Any, mask: Any) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
-    """Ids and which of them are real: what shapes and dtypes say of them is known inside jit too."""
-    ids = ids if hasattr(ids, "dtype") else np.asarray(ids)
-    shape, of_mask = ids.shape, ids.shape if mask is None else np.shape(mask)
-    if len(shape) != 2 or 0 in shape:
-        raise JaxgenError(f"input_ids has shape {shape}; expected [batch, length], neither of them 0")
-    if of_mask != shape:
-        raise JaxgenError(f"attention_mask has shape {of_mask}, input_ids has {shape}; they must agree")
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise JaxgenError(f"input_ids has dtype {ids.dtype}; expected ints")
-    # By explicit dtypes: a caller under x64 has 64-bit ids, which our rules do not know.
-    ids = jnp.asarray(ids, jnp.int32)
-    return ids, jnp.ones(ids.shape, bool) if mask is None else jnp.asarray(mask, jnp.int32) != 0
 
 
 def _check_inside_jit(config: GenerationConfig, extras: Extras) -> None:

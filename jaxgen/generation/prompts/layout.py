@@ -7,6 +7,7 @@ padding no longer exists: left, right or in the middle, it gives the same number
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
@@ -87,6 +88,21 @@ def checked_prompt(
     if empty.size:
         raise JaxgenError(f"{mask_name}: row {empty[0]} has no real token; every prompt needs at least one")
     return ids.astype(np.int32), mask
+
+
+def arrays_inside_jit(ids: Any, mask: Any) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """Ids and which of them are real: what shapes and dtypes say of them is known inside jit too."""
+    ids = ids if hasattr(ids, "dtype") else np.asarray(ids)
+    shape, of_mask = ids.shape, ids.shape if mask is None else np.shape(mask)
+    if len(shape) != 2 or 0 in shape:
+        raise JaxgenError(f"input_ids has shape {shape}; expected [batch, length], neither of them 0")
+    if of_mask != shape:
+        raise JaxgenError(f"attention_mask has shape {of_mask}, input_ids has {shape}; they must agree")
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise JaxgenError(f"input_ids has dtype {ids.dtype}; expected ints")
+    # By explicit dtypes: a caller under x64 has 64-bit ids, which our rules do not know.
+    ids = jnp.asarray(ids, jnp.int32)
+    return ids, jnp.ones(ids.shape, bool) if mask is None else jnp.asarray(mask, jnp.int32) != 0
 
 
 def _mask(attention_mask: object, shape: tuple[int, ...], names: tuple[str, str]) -> np.ndarray:

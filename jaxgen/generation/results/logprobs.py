@@ -29,7 +29,7 @@ from jaxgen.generation.processors.processor import Processor
 from jaxgen.generation.processors.regular import automata_of, where
 from jaxgen.generation.programs.inputs import traced_options
 from jaxgen.generation.prompts.contexts import contexts_in
-from jaxgen.generation.prompts.layout import pack
+from jaxgen.generation.prompts.layout import arrays_inside_jit, pack
 from jaxgen.generation.prompts.rows import Rows
 from jaxgen.lowering import own_rules
 from jaxgen.pytree import pytree
@@ -55,8 +55,8 @@ def logprobs(
     -inf for one that its filters remove. `prompt_lengths` are the real ids of each row's prompt, by default 1; the
     result, float32, is 0 for these and for masked ids. `extras` are `logits_processor`, `prefix_allowed_tokens_fn`
     (a `jaxgen.AllowedTokens`), and `constraint` with its `tokenizer`: one, or a list of one per prompt or row. Logits
-    are kept for 64 columns at a time, under `grad` too. Raises `JaxgenError` for a bad configuration, and
-    `UnsupportedError` for beams, guidance, drafts and what needs the host.
+    are kept for 64 columns at a time, under `grad` too. Raises `JaxgenError` for a bad configuration and
+    for shapes and dtypes that do not agree, and `UnsupportedError` for beams, guidance, drafts and what needs the host.
 
     >>> model, _ = getfixture("demo")
     >>> ids = jnp.array([[1, 5, 9]])
@@ -73,10 +73,9 @@ def logprobs(
             hint = "use jaxgen.score_tokens" if grammar or name == "strict" else "it changes no logits; leave it out"
             what = "constraint: a grammar, which the host reads" if grammar else name
             raise UnsupportedError(f"{what}: not in the pure function jaxgen.logprobs; {hint}")
-    ids = jnp.asarray(input_ids, jnp.int32)
-    mask = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32) != 0
+    ids, mask = arrays_inside_jit(input_ids, attention_mask)
     tokens, lengths = pack(ids, mask, jnp)
-    starts = jnp.broadcast_to(jnp.asarray(1 if prompt_lengths is None else prompt_lengths, jnp.int32), lengths.shape)
+    starts = _starts(1 if prompt_lengths is None else prompt_lengths, len(ids))
     drawn = None
     if config is not None or extras:
         effective = resolve({}, config, model.generation_config)
@@ -86,6 +85,16 @@ def logprobs(
     positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
     chosen = jnp.take_along_axis(packed, jnp.maximum(positions, 0), axis=1)
     return jnp.where(mask & (positions >= starts[:, None]), chosen, 0)
+
+
+def _starts(prompt_lengths: Any, rows: int) -> Int[Array, " B"]:
+    """How many tokens each row's prompt has; shape and dtype are known inside jit too."""
+    given = prompt_lengths if hasattr(prompt_lengths, "dtype") else np.asarray(prompt_lengths)
+    if given.shape not in ((), (rows,)) or not jnp.issubdtype(given.dtype, jnp.integer):
+        raise JaxgenError(
+            f"prompt_lengths has shape {given.shape} and dtype {given.dtype}; expected an int, or one per row: {rows}"
+        )
+    return jnp.broadcast_to(jnp.asarray(given, jnp.int32), (rows,))
 
 
 @pytree
