@@ -305,6 +305,17 @@ def test_what_does_not_agree_is_refused_inside_jit_too(models, rows, mask, start
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
+def test_score_tokens_inside_jit_names_the_pure_function(models):
+    graph, params = nnx.split(models("float32"))
+    calls = [
+        lambda params, ids: jaxgen.score_tokens(nnx.merge(graph, params), [[1, 2, 3]], 1),
+        lambda params, ids: jaxgen.score_tokens(models("float32"), ids, 1),
+    ]
+    for call in calls:
+        with pytest.raises(JaxgenError, match="inside jit, grad or vmap use jaxgen"):
+            jax.jit(call)(params, jnp.array(ids))
+
+
 def test_scores_of_ids_say_what_greedy_search_would_have_chosen(models: Any):
     """Also of the token behind a bucket's last column, and behind the context's, which the model does not read."""
     model = models("float32")

@@ -169,7 +169,7 @@ def _given_on_host(
     row_ids: Any,
 ) -> Given:
     """What a call on the host was given, after every check of its values."""
-    if _traced(model, input_ids, attention_mask, key):
+    if traced(model, input_ids, attention_mask, key):
         raise JaxgenError("model.generate runs on the host; inside jit or vmap use jaxgen.generate(model, ...)")
     vocab_size = model.config.vocab_size
     ids, mask = checked_prompt(from_bos(config) if input_ids is None else input_ids, attention_mask, vocab_size)
@@ -236,7 +236,7 @@ def _check_inside_jit(config: GenerationConfig, extras: Extras) -> None:
             raise UnsupportedError(f"{name}: not in the pure function jaxgen.generate; use model.generate")
 
 
-def _traced(model: Any, *arrays: Any) -> bool:
+def traced(model: Any, *arrays: Any) -> bool:
     """Whether this is called while jit or vmap traces the model's weights or its inputs."""
     try:
         return model.device is None or any(isinstance(x, Tracer) for x in arrays)

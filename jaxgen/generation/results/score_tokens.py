@@ -19,7 +19,7 @@ from jaxgen.generation.options.checks import integer
 from jaxgen.generation.options.config import GenerationConfig, resolve
 from jaxgen.generation.options.table import Extras
 from jaxgen.generation.options.typed import ConfigSource, GenerateOptions, TokenIds, TokenMask
-from jaxgen.generation.prepare import prepare
+from jaxgen.generation.prepare import prepare, traced
 from jaxgen.generation.processors.regular import automata_of
 from jaxgen.generation.programs.strict import Strict
 from jaxgen.generation.prompts.contexts import context_of, note
@@ -86,6 +86,8 @@ def score_tokens(
     >>> bool((scores.logprobs == out.logprobs).all())
     True
     """
+    if traced(model, sequences, prompt_lengths, attention_mask):
+        raise JaxgenError("score_tokens runs on the host; inside jit, grad or vmap use jaxgen.logprobs")
     extras, fields = Extras.take(options)
     config = resolve(fields, generation_config, model.generation_config)
     check_scorable(config, extras)
