@@ -6,9 +6,14 @@ The demo model draws 8 samples of 48 tokens for each of 8 prompts, at temperatur
 after another. Then the same tokens are scored under the same temperature. *fast* is `generate` and `score_tokens` as
 they are, *exact* both with `strict=jaxgen.Strict(rows=64, tokens=64)`, the prompts in another order in scoring, and
 *engine* is `jaxgen.Engine(rows=64, slots=64).generate_batch`, scored with that engine's `strict`.
+In *ragged* modes the same 64 rows end after 1 to 160 tokens, as a geometric distribution of mean 40 has it, the same
+lengths for every seed; 16 rows run at a time. *ragged engine* submits each row with its own `max_new_tokens`; *ragged
+batch* calls `generate` for two prompts after another, until the longest of their 16 rows has ended. Only the tokens
+that were asked for count.
 transformers on torch is measured the same way: its `generate` with `output_scores=True`, and a forward pass over the
 finished rows. Differences are in nats; a ratio is exp(scored - drawn). Tokens per second are those of the fastest call.
-On a machine that does other things too, hold all of it to one core: `taskset -c 0 python benchmarks/rollouts.py ...`.
+A mode ends after so many tokens, and but for *exact* after 5 seconds. `--tiny` tries it all, in float32. On a machine
+that does other things too, hold all of it to one core: `taskset -c 0 python benchmarks/rollouts.py ...`.
 Needs the extra `oracle`, for transformers.
 """
 
@@ -41,6 +46,7 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "int4": {"dtype": "float32", "load_in_4bit": True},
 }
+ROWS, LONGEST, MEAN = 16, 160, 40  # of the ragged modes
 Pair = tuple[np.ndarray, np.ndarray, float, float]  # drawn, scored; seconds of each
 
 
@@ -79,12 +85,69 @@ def in_engine(weights: str) -> Iterator[Pair]:
             outputs = [*engine.generate_batch(prompts, seed=seed, **options).values()]
             middle = time.perf_counter()
             outputs = [outputs[row] for row in np.random.default_rng(seed).permutation(count)]
-            rows = [output.prompt_ids + output.generated_tokens for output in outputs]
-            starts = [len(output.prompt_ids) for output in outputs]
-            ids, mask = left_pad(rows, 0), left_pad([[1] * len(row) for row in rows], 0)
-            scores = jaxgen.score_tokens(model, ids, starts, mask, **alone)
-            drawn = np.array([output.logprobs for output in outputs], np.float32)
-            yield drawn, scores.logprobs, middle - start, time.perf_counter() - middle
+            texts = [(output.prompt_ids, output.generated_tokens) for output in outputs]
+            scored = scores_of(model, texts, **alone)
+            drawn = np.concatenate([np.float32(output.logprobs) for output in outputs])
+            yield drawn, scored, middle - start, time.perf_counter() - middle
+
+
+def scores_of(model: Any, texts: list[tuple[list[int], list[int]]], **options: Any) -> np.ndarray:
+    """What scoring says of the new tokens of prompts and what followed each, one text behind the other."""
+    rows = [prompt + new for prompt, new in texts]
+    ids, mask = left_pad(rows, 0), left_pad([[1] * len(row) for row in rows], 0)
+    scores = jaxgen.score_tokens(model, ids, [len(prompt) for prompt, _ in texts], mask, **options)
+    return np.concatenate([found[: len(new)] for found, (_, new) in zip(scores.logprobs, texts, strict=True)])
+
+
+def ragged_lengths() -> np.ndarray:
+    """How many tokens each sample of each prompt gets."""
+    return np.random.default_rng(0).geometric(1 / MEAN, (PROMPTS, SAMPLES)).clip(max=LONGEST)
+
+
+def ragged_engine(weights: str) -> Iterator[Pair]:
+    """Rows of many lengths: an engine gives the place of one that has ended to the next."""
+    model = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), device_map="cpu", **WEIGHTS[weights])
+    prompts, _ = prompts_of(PROMPTS)
+    options = {**OPTIONS, "eos_token_id": None, "num_return_sequences": 1}
+    longest = max(map(len, prompts)) + LONGEST
+    with jaxgen.Engine(model, rows=ROWS, slots=longest, queue=PROMPTS * SAMPLES) as engine:
+        for seed in range(1 << 30):
+            start = time.perf_counter()
+            handles = [
+                engine.submit(
+                    prompts[row], seed=seed, row_id=row, sample=sample, **{**options, "max_new_tokens": int(count)}
+                )
+                for (row, sample), count in np.ndenumerate(ragged_lengths())
+            ]
+            done = [handle.result() for handle in handles]
+            middle = time.perf_counter()
+            texts = [(each.prompt_ids.tolist(), each.token_ids) for each in done]
+            scored = scores_of(model, texts, strict=engine.strict, **{**options, "max_new_tokens": LONGEST})
+            drawn = np.concatenate([each.tokens.logprobs for each in done])
+            yield drawn, scored, middle - start, time.perf_counter() - middle
+
+
+def ragged_batch(weights: str) -> Iterator[Pair]:
+    """The same rows by `generate`, as many at a time: each batch runs until its longest has ended."""
+    model = jaxgen.AutoModelForCausalLM.from_pretrained(jaxgen.demo.path(), device_map="cpu", **WEIGHTS[weights])
+    prompts, _ = prompts_of(PROMPTS)
+    ids, mask = left_padded()
+    at_a_time, counts = ROWS // SAMPLES, ragged_lengths()
+    options = {**OPTIONS, "eos_token_id": None, "return_dict_in_generate": True}
+    for seed in range(1 << 30):
+        texts, drawn = [], []
+        start = time.perf_counter()
+        for first in range(0, PROMPTS, at_a_time):
+            part = np.arange(first, min(first + at_a_time, PROMPTS))
+            given = {**options, "max_new_tokens": int(counts[part].max()), "row_ids": part.tolist()}
+            out = model.generate(ids[part], mask[part], seed=seed, **given)
+            new = out.sequences[:, ids.shape[1] :]
+            for row, count in enumerate(counts[part].ravel().tolist()):
+                texts.append((prompts[first + row // SAMPLES], new[row, :count].tolist()))
+                drawn.append(out.logprobs[row, :count])
+        middle = time.perf_counter()
+        scored = scores_of(model, texts, batch_size=ROWS, **{**OPTIONS, "num_return_sequences": 1})
+        yield np.concatenate(drawn), scored, middle - start, time.perf_counter() - middle
 
 
 def theirs(weights: str) -> Iterator[Pair]:
@@ -112,15 +175,16 @@ def theirs(weights: str) -> Iterator[Pair]:
         yield drawn, scored, middle - start, end - middle
 
 
-def measure(pairs: Iterator[Pair], tokens: int) -> dict[str, Any]:
-    """Differences over so many tokens, and the fastest calls."""
+def measure(pairs: Iterator[Pair], tokens: int, seconds: float) -> dict[str, Any]:
+    """Differences over so many tokens, or so many seconds if that is less, and the fastest calls."""
     next(pairs)  # compiles
-    differences, different, times, count = [], 0, [], 0
-    while count < tokens:
-        drawn, scored, *seconds = next(pairs)
+    differences, different, times, count, drawn = [], 0, [], 0, np.zeros(0)
+    end = time.perf_counter() + seconds
+    while not times or (count < tokens and time.perf_counter() < end):
+        drawn, scored, *took = next(pairs)
         different += int((drawn.view(np.uint32) != scored.view(np.uint32)).sum())
         differences.append((scored - drawn).ravel())
-        times.append(seconds)
+        times.append(took)
         count += drawn.size
     difference = np.concatenate(differences).astype(np.float64)
     ratios = np.exp(difference)
@@ -131,8 +195,8 @@ def measure(pairs: Iterator[Pair], tokens: int) -> dict[str, Any]:
         "largest": float(np.abs(difference).max()),
         "sd": float(difference.std()),
         "outside": float(((ratios < 0.9) | (ratios > 1.1)).mean()),
-        "generate_tokens_per_second": PROMPTS * SAMPLES * NEW / generate,
-        "score_tokens_per_second": PROMPTS * SAMPLES * NEW / score,
+        "generate_tokens_per_second": drawn.size / generate,
+        "score_tokens_per_second": drawn.size / score,
     }
 
 
@@ -140,16 +204,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tokens", type=int, default=100_000, help="in exact mode; a fifth of it in the others")
+    parser.add_argument("--tiny", action="store_true", help="try it: float32, few tokens")
     options = parser.parse_args()
+    kinds, tokens = (["float32"], 1) if options.tiny else ([*WEIGHTS], options.tokens)
     sys.path.remove(str(Path(__file__).parent))  # transformers looks for a package of the name `kernels`
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     jobs: list[tuple[str, str, str, Callable[[], Iterator[Pair]]]] = []
-    for weights in WEIGHTS:
+    for weights in kinds:
         jobs.append(("jaxgen", weights, "exact", lambda weights=weights: ours(weights, exact=True)))
         jobs.append(("jaxgen", weights, "fast", lambda weights=weights: ours(weights, exact=False)))
         jobs.append(("jaxgen", weights, "engine", lambda weights=weights: in_engine(weights)))
+        jobs.append(("jaxgen", weights, "ragged engine", lambda weights=weights: ragged_engine(weights)))
+        jobs.append(("jaxgen", weights, "ragged batch", lambda weights=weights: ragged_batch(weights)))
         if weights != "int4":  # transformers has other four bits
             jobs.append(("transformers", weights, "", lambda weights=weights: theirs(weights)))
     rows = []
@@ -158,7 +226,7 @@ def main() -> None:
             "engine": engine,
             "weights": weights,
             "mode": mode,
-            **measure(run(), options.tokens // (1 if mode == "exact" else 5)),
+            **(measure(run(), tokens, float("inf")) if mode == "exact" else measure(run(), tokens // 5, 5)),
         }
         rows.append(row)
         print(json.dumps(row), flush=True)

@@ -23,7 +23,7 @@ from fields import fields  # noqa: E402
 from levels import reproducibility  # noqa: E402
 from meshes import meshes  # noqa: E402
 from pictures import plots, result  # noqa: E402
-from rollouts import rollouts  # noqa: E402
+from rollouts import ragged, rollouts  # noqa: E402
 from throughput import batch, engine, families, serve  # noqa: E402
 
 # The files of results do not all say what they were measured on.
@@ -394,6 +394,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "plots": plots,
     "reproducibility": lambda: reproducibility(read("reproducibility")),
     "rollouts": lambda: rollouts(read("rollouts")),
+    "ragged": lambda: ragged(read("rollouts")),
     "families": lambda: families(read("families")),
     "engine": lambda: engine(read("engine")),
     "mesh": lambda: meshes(read("mesh")),

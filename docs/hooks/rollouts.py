@@ -17,11 +17,12 @@ def rollouts(results: Any) -> str:
         "| | weights | not the same bits | largest | sd | outside [0.9, 1.1] | generate, tokens/s | score, tokens/s |"
     )
     table = "\n".join([header, "|---|---|---:|---:|---:|---:|---:|---:|", *map(_line, results["rows"])])
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    machine = results["machine"]
-    command = "taskset -c 0 python benchmarks/rollouts.py --json benchmarks/results/rollouts.json"
-    engine = any(row["mode"] == "engine" for row in results["rows"])
-    modes = "*engine* by an `Engine`, scored with its `strict`, *fast* without" if engine else "*fast* without"
+    known = {row["mode"] for row in results["rows"]}
+    modes = "*fast* without"
+    if "engine" in known:
+        modes = f"*engine* by an `Engine`, scored with its `strict`, {modes}"
+    if "ragged engine" in known:
+        modes += ", *ragged* with rows of 1 to 160 tokens"
     prose = (
         "What `generate` said of the tokens that it drew, against what scoring the same tokens says: differences in "
         f"nats, and the share of ratios outside [0.9, 1.1]. *exact* is with `strict=` in both, {modes}, and "
@@ -30,9 +31,43 @@ def rollouts(results: Any) -> str:
         "they are no comparison, and what exactness costs in time is unknown. The larger a device, the more "
         "it costs to read tokens one after the other, as exact scoring does. Nothing was measured on a GPU."
     )
+    return f"{prose}\n\n{table}\n\n{_source(results)}\n"
+
+
+def ragged(results: Any) -> str:
+    """What rows of many lengths take, in an engine and batch after batch; nothing where it was not run.
+
+    >>> row = {"weights": "int4", "mode": "ragged batch", "generate_tokens_per_second": 1000.0}
+    >>> other = {**row, "mode": "ragged engine", "generate_tokens_per_second": 2500.4}
+    >>> _pair("int4", row, other)
+    '| int4 | 1,000 | 2,500 | 2.5 |'
+    """
+    found = {(row["mode"], row["weights"]): row for row in (results or {"rows": []})["rows"]}
+    kinds = [weights for mode, weights in found if mode == "ragged engine"]
+    if not kinds:
+        return ""
+    header = "| weights | batch after batch, tokens/s | engine, tokens/s | ratio |\n|---|---:|---:|---:|"
+    pairs = [_pair(each, found["ragged batch", each], found["ragged engine", each]) for each in kinds]
+    prose = (
+        "Rollouts whose rows end after 1 to 160 tokens (a geometric distribution of mean 40): 8 prompts with 8 "
+        "samples, 16 rows at a time. An `Engine` gives the place of a row that has ended to the next; `generate` runs "
+        "each batch until its longest row has ended. Only tokens that were asked for count; both were timed in one "
+        "run, and other work may have shared the machine."
+    )
+    return "\n".join([prose, "", header, *pairs, "", _source(results), ""])
+
+
+def _pair(weights: str, batch: dict[str, Any], engine: dict[str, Any]) -> str:
+    before, after = (row["generate_tokens_per_second"] for row in (batch, engine))
+    return f"| {weights} | {before:,.0f} | {after:,.0f} | {after / before:.1f} |"
+
+
+def _source(results: Any) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    machine = results["machine"]
+    command = "taskset -c 0 python benchmarks/rollouts.py --json benchmarks/results/rollouts.json"
     core = "core" if machine["cores"] == 1 else "cores"
-    source = f"`{command}` ({results['date']}), {machine['cores']} {core}, {machine['cpu']}; {versions}.\n{{ .source }}"
-    return f"{prose}\n\n{table}\n\n{source}\n"
+    return f"`{command}` ({results['date']}), {machine['cores']} {core}, {machine['cpu']}; {versions}.\n{{ .source }}"
 
 
 def _line(row: dict[str, Any]) -> str:
