@@ -124,6 +124,17 @@ def test_products_are_rounded_alike_in_the_engine_and_in_generate():
 # The trainer's weights.
 
 
+def test_a_state_of_numpy_is_refused_by_name():
+    """As some libraries restore one."""
+    graph, state = nnx.split(tiny())
+    model = nnx.merge(graph, jax.tree.map(np.asarray, state))
+    for call in (lambda: model.generate([[1, 5]]), lambda: jaxgen.score_tokens(model, [[1, 5]], 1)):
+        with pytest.raises(JaxgenError, match="arrays of numpy, on no device"):
+            call()
+    restored = nnx.merge(graph, jax.device_put(nnx.state(model)))
+    assert (restored.generate([[1, 5]], max_new_tokens=2) == tiny().generate([[1, 5]], max_new_tokens=2)).all()
+
+
 @pytest.mark.parametrize("updates", some_slow([3, 100], lambda updates: updates > 3))
 def test_an_engine_has_the_weights_of_now_and_compiles_nothing(updates: int):
     model, prompts = tiny(), [prompt_of(17, 0), prompt_of(9, 0)]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxgen.attention import Rotation
 from jaxgen.cache import KVCache, Reading, Slots, empty_layer_cache, layer_cache_from_prompt, of_layers
 from jaxgen.causal_output import CausalLMOutput
-from jaxgen.errors import UnsupportedError
+from jaxgen.errors import JaxgenError, UnsupportedError
 from jaxgen.familiar import FamiliarMethods, answer
 from jaxgen.generation.generate import GenerationMixin
 from jaxgen.generation.options.config import GenerationConfig
@@ -82,8 +82,11 @@ class DecoderForCausalLM(FamiliarMethods, nnx.Module, GenerationMixin):
 
     @property
     def device(self) -> Any:
-        """Where the weights are (the first device, if sharded)."""
-        return min(self.model.norm.weight.devices(), key=lambda device: device.id)
+        """Where the weights are (the first device, if sharded). Raises `JaxgenError` for arrays of numpy."""
+        weight = self.model.norm.weight
+        if not hasattr(weight, "devices"):
+            raise JaxgenError("the weights are arrays of numpy, on no device; give the model jax.device_put(state)")
+        return min(weight.devices(), key=lambda device: device.id)
 
     @property
     def everywhere(self) -> Any:
