@@ -90,6 +90,14 @@ def test_a_call_of_its_own_and_a_full_queue():
         assert engine.generate_batch([]) == {}
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"), [([1, 10**6], r"inputs\[2\]\[0, 1\]=1000000"), ([], r"inputs\[2\] has shape")]
+)
+def test_the_prompt_that_is_wrong_is_named(wrong: list[int], message: str):
+    with pytest.raises(JaxgenError, match=message):
+        tiny().generate_batch([[1], [1, 5], wrong], max_new_tokens=2)
+
+
 def test_what_was_drawn_under_a_constraint_is_scored_to_the_last_bit():
     model, options = tiny(), {**SAMPLE, "constraint": jaxgen.regex("(s|st|op)*"), "top_k": 0}
     with jaxgen.Engine(model, characters(), rows=4, slots=32, chunk=8, constraints=(48, 24)) as engine:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxgen.engine.engine import Engine
-from jaxgen.engine.outputs import GenerationOutput, samples_of
+from jaxgen.engine.outputs import GenerationOutput, checked_prompts, samples_of
 from jaxgen.generation.options.config import resolve
 from jaxgen.generation.options.table import Extras
 from jaxgen.generation.prompts.contexts import context_of
-from jaxgen.generation.prompts.layout import bucket, checked_prompt
+from jaxgen.generation.prompts.layout import bucket
 
 MOST_ROWS = 32
 
@@ -35,7 +35,7 @@ def generate_batch(
     >>> [len(output.generated_tokens) for output in outputs.values()]
     [3, 3]
     """
-    prompts = [checked_prompt([prompt], None, model.config.vocab_size)[0][0].tolist() for prompt in inputs]
+    prompts = checked_prompts(inputs, model.config.vocab_size)
     if not prompts:
         return {}
     samples = samples_of(model, generation_config, options)

@@ -37,8 +37,7 @@ def outputs_of(
     options: Mapping[str, Any],
 ) -> dict[str, GenerationOutput]:
     """As `Engine.generate_batch`."""
-    vocab_size = engine.model.config.vocab_size
-    prompts = [checked_prompt([prompt], None, vocab_size)[0][0].tolist() for prompt in inputs]
+    prompts = checked_prompts(inputs, engine.model.config.vocab_size)
     samples = samples_of(engine.model, generation_config, options)
     options = {**options, "num_return_sequences": None}
     handles: list[Handle] = []
@@ -54,6 +53,14 @@ def outputs_of(
             handle.cancel()
         raise
     return {f"req_{number}": _output(f"req_{number}", handle) for number, handle in enumerate(handles)}
+
+
+def checked_prompts(inputs: Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
+    """Prompts as lists of ids; raises `JaxgenError` as `checked_prompt`, and names which of them it is."""
+    return [
+        checked_prompt([prompt], None, vocab_size, (f"inputs[{index}]", ""))[0][0].tolist()
+        for index, prompt in enumerate(inputs)
+    ]
 
 
 def _submitted(engine: "Engine", before: list[Handle], prompt: list[int], options: dict[str, Any]) -> Handle:
