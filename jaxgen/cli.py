@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -120,13 +121,11 @@ def _import_jax() -> None:
 @contextlib.contextmanager
 def _every_interrupt_counts() -> Iterator[None]:
     """Ctrl-C also where Python drops its exception: in callbacks of the garbage collector, which importing JAX adds."""
-    before, ended = sys.unraisablehook, threading.Event()
+    before = sys.unraisablehook
 
     def interrupt_again() -> None:
-        pause = 0.05  # until the callback has returned; a later one may drop this interrupt too
-        while not ended.wait(pause):
-            _thread.interrupt_main()
-            pause = 2.0
+        time.sleep(0.05)  # until the callback has returned
+        _thread.interrupt_main()
 
     def hook(dropped: Any) -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):
@@ -138,7 +137,6 @@ def _every_interrupt_counts() -> Iterator[None]:
     try:
         yield
     finally:
-        ended.set()
         sys.unraisablehook = before
 
 

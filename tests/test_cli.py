@@ -260,8 +260,11 @@ def test_an_interrupt_that_python_drops_ends_the_command(capsys, monkeypatch):
             time.sleep(0.01)
 
     monkeypatch.setitem(cli._COMMANDS, "inspect", work)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # another test has left none of its own
-    assert cli.main(["inspect", "x"]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
+    try:
+        assert cli.main(["inspect", "x"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr() == ("", "")
 
 
