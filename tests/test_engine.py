@@ -294,6 +294,40 @@ def test_closing_finishes_or_cancels(model):
     assert jaxgen.Engine(model, rows=1, slots=64).close() is None
 
 
+@pytest.mark.parametrize("during", ["decode", "read"])
+def test_a_cancelled_row_is_free_within_two_chunks_of_steps(model, during):
+    """Cancelled in the middle of a chunk, or while its prompt is read; and who waits has the row next."""
+    with jaxgen.Engine(model, rows=1, slots=64, chunk=8, steps=2) as engine:
+        engine.wait_until_ready()
+        wanted = engine.submit([7, 9], max_new_tokens=3, eos_token_id=None).result(60).token_ids
+        batch, real, calls, busy = engine._batch, engine._batch._programs, [], []
+
+        def cancels(name):
+            def program(*given):
+                calls.append(name)
+                if calls.count(during) == 2:
+                    row.cancel()
+                return getattr(real, name)(*given)
+
+            return program
+
+        def tell():
+            if row.done and not busy:
+                busy.append(len(calls))  # when it ended
+
+        batch._programs = real._replace(decode=cancels("decode"), read=cancels("read"))
+        row = engine.submit([5] * 40, max_new_tokens=20, eos_token_id=None)
+        row.listen(tell)
+        behind = engine.submit([7, 9], max_new_tokens=3, eos_token_id=None)
+        assert row.result(60).finish_reason == "cancelled"
+        at = [place for place, name in enumerate(calls) if name == during][1] + 1
+        assert len(row.result(60).token_ids) == (4 if during == "decode" else 0)
+        assert "read" not in calls[at : busy[0]] and calls[at : busy[0]].count("decode") < 2
+        assert behind.result(60).token_ids == wanted
+        engine.close()
+        assert engine.stats()["busy"] == engine.stats()["queue"] == 0
+
+
 def test_a_time_limit_ends_a_row_wherever_it_is(model):
     with jaxgen.Engine(model, rows=1, slots=64, chunk=8) as engine:
         engine.wait_until_ready()
