@@ -351,10 +351,42 @@ def test_shapes_are_worked_out_beside_the_others(client, service, monkeypatch):
     asking.join()
     assert answers[0].json()["choices"][0]["text"] == "xxx"
     go_on.clear()
-    monkeypatch.setattr(shapes, "SECONDS", 0.05)
+    monkeypatch.setattr(shapes, "SECONDS", 1)  # it has begun by then
     late = client.post("/v1/completions", json=body)
     go_on.set()
     assert late.status_code == 400 and late.json()["error"]["code"] == "timeout"
+
+
+def test_a_shape_that_never_began_is_forgotten(client, service, monkeypatch):
+    """Behind one that takes long: its client may come again, and what it asked for holds up nobody later."""
+    begun, go_on, made = threading.Event(), threading.Event(), []
+    real = service.shapes._checked
+
+    def slow(make, options):
+        made.append(make().pattern)
+        begun.set()
+        assert go_on.wait(60)
+        return real(make, options)
+
+    def ask(pattern):
+        return client.post("/v1/completions", json={"prompt": TEXT, "structured_outputs": {"regex": pattern}})
+
+    monkeypatch.setattr(service.shapes, "_checked", slow)
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(ask("x{3}")))
+    asking.start()
+    assert begun.wait(60)
+    monkeypatch.setattr(shapes, "SECONDS", 0.05)
+    for late in (ask("y{3}"), ask("z{3}")):
+        assert late.status_code == 429 and late.json()["error"]["code"] == "queue_full"
+        assert late.headers["retry-after"] == "1"
+    monkeypatch.undo()  # the first one goes on
+    go_on.set()
+    asking.join()
+    assert answers[0].json()["choices"][0]["text"] == "xxx"
+    monkeypatch.setattr(service.shapes, "_checked", slow)
+    assert ask("z{3}").json()["choices"][0]["text"] == "zzz"
+    assert made == ["x{3}", "z{3}"] and service.shapes._waiting == 0
 
 
 def test_an_engine_without_room_and_one_that_fails_to_start(service, monkeypatch):

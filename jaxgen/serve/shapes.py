@@ -35,11 +35,15 @@ class Shapes:
         if self._waiting >= MOST_WAITING:
             raise Refusal(f"{field}: {self._waiting} others are being worked out", status=429, code="queue_full")
         self._waiting += 1
-        work = asyncio.get_running_loop().run_in_executor(self._thread, self._checked, make, options)
+        job = self._thread.submit(self._checked, make, options)
+        work = asyncio.wrap_future(job)
         work.add_done_callback(self._done)
         try:
             return {"constraint": await asyncio.wait_for(asyncio.shield(work), SECONDS)}
         except TimeoutError as error:
+            if job.cancel():  # it never began, and now holds up nobody
+                said = f"{field}: others were being worked out for {SECONDS:g} s; come again later"
+                raise Refusal(said, param=field, status=429, code="queue_full") from error
             said = f"{field}: not worked out within {SECONDS:g} s; ask for something simpler"
             raise Refusal(said, param=field, code="timeout") from error
         except Refusal:
