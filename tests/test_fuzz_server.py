@@ -73,6 +73,17 @@ def test_the_document_says_what_is_taken_and_answered(client, document, place):
     assert client.post(path, json={**body, "temprature": 1}).status_code == 400
 
 
+def test_ids_are_those_of_the_model(client, document):
+    """The document says how many tokens there are, and a wrong id is named with its place."""
+    for path, field, rest in (("/detokenize", "tokens", {}), ("/v1/completions", "stop_token_ids", {"prompt": "1"})):
+        assert document.accepts(path, {**rest, field: [0, 639]})
+        assert client.post(path, json={**rest, field: [0, 639]}).status_code == 200
+        for wrong in (640, -1, 1.5, True, "1"):
+            assert not document.accepts(path, {**rest, field: [0, wrong]})
+            error = client.post(path, json={**rest, field: [0, wrong]}).json()["error"]
+            assert error["param"] == field and f"{field}[1]=" in error["message"] and "640" in error["message"]
+
+
 @pytest.mark.parametrize(
     "seed, count", [(0, 300), *(pytest.param(seed, 1000, marks=pytest.mark.slow) for seed in range(1, 11))]
 )

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from jaxgen.serve import tgi
 from jaxgen.serve.answers import check_name
 from jaxgen.serve.chat import chat_completions, read_chat, template_of
-from jaxgen.serve.checks import each, flag, integer, text
+from jaxgen.serve.checks import flag, ids, text
 from jaxgen.serve.completions import completions, read_completion
 from jaxgen.serve.fields import Fields, body_of
 from jaxgen.serve.follow import ClientGoneError
@@ -179,25 +179,23 @@ def _shown_with(fields: Fields) -> None:
 
 async def _tokenize(request: Request, service: Service, work: Callable[[], list[int]]) -> Response:
     """vLLM's interface: the ids of a `prompt`, or of a chat's `messages`."""
-    ids = await service.prompts(work)
-    texts = [service.texts.text_of(token) for token in ids]
+    found = await service.prompts(work)
+    texts = [service.texts.text_of(token) for token in found]
     return as_json(
-        {"tokens": ids, "count": len(ids), "max_model_len": service.engine.strict.tokens, "token_strs": texts}
+        {"tokens": found, "count": len(found), "max_model_len": service.engine.strict.tokens, "token_strs": texts}
     )
 
 
 def _read_detokenize(fields: Fields, service: Service) -> list[int]:
     fields.take("model", text)
-    ids, size = fields.need("tokens", each(integer(0))), service.model.config.vocab_size
+    given = fields.need("tokens", ids(service.model.config.vocab_size))
     fields.end()
-    if ids and max(ids) >= size:
-        raise Refusal(f"tokens: {max(ids)} is no id of the {size} tokens", param="tokens")
-    return ids
+    return given
 
 
-async def _detokenize(request: Request, service: Service, ids: list[int]) -> Response:
+async def _detokenize(request: Request, service: Service, given: list[int]) -> Response:
     """vLLM's interface: the text of `tokens`."""
-    return as_json({"prompt": await service.prompts(service.tokenizer.decode, ids)})
+    return as_json({"prompt": await service.prompts(service.tokenizer.decode, given)})
 
 
 _GETS: dict[str, Callable[[Service], Response]] = {

@@ -102,6 +102,21 @@ def each(item: Check, least: int = 0) -> Check:
     return Check(test, says, lambda: [item.example()] * least)
 
 
+def ids(size: int) -> Check:
+    """A list of ids of `size` tokens. There may be a million, and the event loop waits: `each` would take seconds."""
+
+    def test(name: str, value: Any) -> list[int]:
+        if not isinstance(value, list):
+            bad(name, value, "a list")
+        for place, one in enumerate(value):
+            if type(one) is not int or not 0 <= one < size:
+                raise Refusal(f"{name}[{place}]={shown(one)} is no id of the {size} tokens", param=name)
+        return value
+
+    one = {"type": "integer", "minimum": 0, "maximum": size - 1}
+    return Check(test, lambda: {"type": "array", "items": one}, list)
+
+
 def unchanged(inner: Check) -> Check:
     """What passes a check, as it was sent."""
 

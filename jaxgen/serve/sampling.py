@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxgen.errors import JaxgenError, shown
 from jaxgen.generation.options.config import GenerationConfig
-from jaxgen.serve.checks import Check, bad, each, flag, integer, mapping, number, text, whole
+from jaxgen.serve.checks import Check, bad, each, flag, ids, integer, mapping, number, text, whole
 from jaxgen.serve.fields import Fields, inside
 from jaxgen.serve.refusal import Refusal
 
@@ -51,9 +51,7 @@ def sampling_of(fields: Fields, stored: GenerationConfig, vocab_size: int) -> di
         "sequence_bias": fields.take("logit_bias", _biases(vocab_size)),
         "stop_strings": stops_of(fields),
     }
-    ends = fields.take("stop_token_ids", each(integer(0)), [])
-    if ends and max(ends) >= vocab_size:
-        raise Refusal(f"stop_token_ids: {max(ends)} is no id of the {vocab_size} tokens", param="stop_token_ids")
+    ends = fields.take("stop_token_ids", ids(vocab_size), [])
     if fields.take("ignore_eos", flag, False):
         options["eos_token_id"] = None if not ends else tuple(ends)
     elif ends:
