@@ -43,7 +43,7 @@ def run(count: int, dies: bool) -> list[tuple[int, str, str]]:
         for index in range(count)
     ]  # fmt: skip
     try:
-        ended = [process.communicate(timeout=60) for process in started]
+        ended = [process.communicate(timeout=300) for process in started]
     finally:
         for process in started:
             process.kill()
