@@ -6,7 +6,10 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
+import jaxgen
 from jaxgen import demo
+from jaxgen.serve.service import Limits, Service
+from jaxgen.text.tokenizer import tokenizer_for
 from tests.mutate import mutate_bytes, mutate_json
 
 _CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
@@ -80,6 +83,14 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/detokenize", {"tokens": [1, 5, 7], "model": "demo"}),
 ]
 TYPES = ["application/json"] * 9 + ["text/plain", "application/octet-stream", "application/json; charset=utf-16", ""]
+
+
+def served(slots: int, limits: Limits) -> Service:
+    """The demo as a server, with a template that these bodies may name."""
+    model = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
+    tokenizer = tokenizer_for(model)
+    tokenizer.chat_template = TEMPLATE
+    return Service(jaxgen.Engine(model, tokenizer, rows=4, slots=slots, chunk=16, top_logprobs=5), "demo", limits)
 
 
 def mutated(draw: random.Random) -> tuple[str, bytes, str]:

@@ -7,21 +7,14 @@ import time
 import pytest
 from starlette.testclient import TestClient
 
-import jaxgen
-from jaxgen import demo
 from jaxgen.serve.app import application
-from jaxgen.serve.service import Limits, Service
-from jaxgen.text.tokenizer import tokenizer_for
-from tests.server_bodies import BODIES, TEMPLATE, Document, mutated
+from jaxgen.serve.service import Limits
+from tests.server_bodies import BODIES, Document, mutated, served
 
 
 @pytest.fixture(scope="module")
 def service():
-    model = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
-    tokenizer = tokenizer_for(model)
-    tokenizer.chat_template = TEMPLATE
-    engine = jaxgen.Engine(model, tokenizer, rows=4, slots=96, chunk=16, top_logprobs=5)
-    return Service(engine, "demo", Limits(body=100_000, samples=4, sequences=8))
+    return served(96, Limits(body=100_000, samples=4, sequences=8))
 
 
 @pytest.fixture(scope="module")

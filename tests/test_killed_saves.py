@@ -17,6 +17,7 @@ from jaxgen import AutoModelForCausalLM, JaxgenError, demo
 from jaxgen.convert import convert_checkpoint, inspect, leftovers
 from jaxgen.text.tokenizer import load_tokenizer
 from tests.hf_files import CONFIG, hf_tensors, parameters, same_bits, write_hf
+from tests.killed import DIES
 
 ROOT = Path(__file__).parents[1]
 MODEL = {"config.json", "generation_config.json", "model.safetensors"}
@@ -24,7 +25,7 @@ TEMPLATE = "additional_chat_templates/short.jinja"
 
 # Imports once, then forks a process for each attempt, which ends before its next step number N on the file system.
 _KILLS = """
-import os, pathlib, shutil, signal, sys
+import pathlib, shutil
 from jaxgen.convert import atomic
 from jaxgen.convert.atomic import new_directory
 from jaxgen.convert.leftovers import MODEL_FILES
@@ -33,18 +34,7 @@ new, before, place = map(pathlib.Path, sys.argv[1:4])
 if sys.argv[4] == "two renames":
     atomic._exchange = lambda one, other: False
 STEPS = ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "open", "fsync")
-left = None
 
-def step(event, arguments):
-    global left
-    if left is not None and event in STEPS:
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-sync = os.fsync
-os.fsync = lambda descriptor: (step("fsync", ()), sync(descriptor))
-sys.addaudithook(step)
 for number in range(1000):
     out = place / f"{number:03}" / "out"
     if before.exists():
@@ -104,7 +94,7 @@ def killed(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytes
 
 
 def kill(new: Path, before: Path, place: Path, how: str) -> list[Path]:
-    command = [sys.executable, "-c", _KILLS, *map(str, (new, before, place)), how]
+    command = [sys.executable, "-c", DIES + _KILLS, *map(str, (new, before, place)), how]
     subprocess.run(command, check=True, cwd=ROOT, timeout=120)
     return list({_shape(left): left for left in sorted(place.iterdir())}.values())
 

@@ -161,16 +161,7 @@ class Engine:
             weights=Weights.of(self.model),
             until=float("inf") if config.max_time is None else handle.submitted + config.max_time,
         )
-        with self._wake:
-            if self.closed:
-                raise EngineClosedError(
-                    f"the engine is closed{f', since it failed: {self._dead}' if self._dead else ''}"
-                )
-            if len(self._waiting) >= self._queue:
-                raise EngineFullError(f"{len(self._waiting)} requests wait already, as many as may; come again later")
-            self._waiting.append(request)
-            self._batch.counts["requests"] += 1
-            self._wake.notify()
+        self._put(request)
         return handle
 
     def generate_batch(
@@ -240,6 +231,19 @@ class Engine:
 
     def __exit__(self, kind: Any, *_: object) -> None:
         self.close(None if kind is None else 0)
+
+    def _put(self, request: Request) -> None:
+        """Let a request wait, or refuse it."""
+        with self._wake:
+            if self.closed:
+                raise EngineClosedError(
+                    f"the engine is closed{f', since it failed: {self._dead}' if self._dead else ''}"
+                )
+            if len(self._waiting) >= self._queue:
+                raise EngineFullError(f"{len(self._waiting)} requests wait already, as many as may; come again later")
+            self._waiting.append(request)
+            self._batch.counts["requests"] += 1
+            self._wake.notify()
 
     def _max_length(self, prompt: int, config: GenerationConfig, automaton: Automaton | None) -> int:
         """The length at which a row ends that begins with so many tokens; raises `JaxgenError` if it can never fit."""

@@ -11,12 +11,9 @@ from schemathesis.generation.modes import GenerationMode
 from schemathesis.specs.openapi import checks
 from starlette.testclient import TestClient
 
-import jaxgen
-from jaxgen import demo
 from jaxgen.serve.app import POSTS, application
-from jaxgen.serve.service import Limits, Service
-from jaxgen.text.tokenizer import tokenizer_for
-from tests.server_bodies import TEMPLATE
+from jaxgen.serve.service import Limits
+from tests.server_bodies import served
 
 # Not that all is taken which the document allows: what makes no sense together, or does not fit a row, is refused.
 CHECKS = [
@@ -28,11 +25,7 @@ CHECKS = [
 
 @pytest.fixture(scope="module")
 def app():
-    model = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
-    tokenizer = tokenizer_for(model)
-    tokenizer.chat_template = TEMPLATE
-    engine = jaxgen.Engine(model, tokenizer, rows=4, slots=64, chunk=16, top_logprobs=5)
-    service = Service(engine, "demo", Limits(samples=4, sequences=8))
+    service = served(64, Limits(samples=4, sequences=8))
     app = application(service, local=False)
     with TestClient(app) as client:
         while client.get("/ready").status_code != 200:
