@@ -84,7 +84,7 @@ def page(window, url):
     assert not errors  # nothing that the script did not catch, and nothing that the policy of the page forbids
 
 
-def scripted(service, monkeypatch, said, *, tokens_apart=True, end=None):
+def scripted(service, monkeypatch, said, *, tokens_apart=True, end=None, ends=True):
     """The server's own way from tokens to events, with a model that says just this."""
     tokenizer = service.tokenizer
     ids = [*tokenizer.encode(said, add_special_tokens=False), tokenizer.eos_token_id]
@@ -102,7 +102,8 @@ def scripted(service, monkeypatch, said, *, tokens_apart=True, end=None):
                     -values[:, None] * [[-1, -2]],
                 )
             )
-        handle.end("eos" if end is None else "error", end)
+        if ends:
+            handle.end("eos" if end is None else "error", end)
         return [Call(prompts[0].ids, 0, {**options, "max_new_tokens": 200}, [handle])]
 
     monkeypatch.setattr(service, "submit", submit)
@@ -222,11 +223,10 @@ def _full(*_, **__):
     raise EngineFullError("1024 requests wait already, as many as may; come again later")
 
 
-def test_keys_stop_and_lines(page):
+def test_keys_stop_and_lines(page, service, monkeypatch):
+    scripted(service, monkeypatch, "one two three", ends=False)
     page.find("#ask").send_keys("1, 2" + Keys.SHIFT + Keys.ENTER + Keys.NULL + "3, 4")
     assert page.find("#ask").get_property("value") == "1, 2\n3, 4" and page.count(".turn") == 0
-    page.fill("#most", "200")
-    page.fill("#temperature", "3")
     page.find("#ask").send_keys(Keys.ENTER)
     assert page.text("#send") == "Stop" and page.text(".user") == "1, 2\n3, 4"
     page.wait(lambda: page.text(".text"))
