@@ -7,8 +7,8 @@ Needs the extra `oracle`. The demo, and random weights of the 125M shape, float3
 Prompts of 4 to 96 random tokens; new tokens of each row from a geometric distribution of mean 16, at most 64, without
 an end token. The loops take the rows as they come, and decode each batch until its longest row has ended.
 Each runs once: `rows_per_second` leaves out `compile_seconds`, in which something was traced, lowered or compiled, and
-`rows_per_second_with_compilations` does not. `prompt_padding` is the share of the prompt positions read that hold no token, `idle_steps` that of the rows'
-decode steps that give no token that was asked for.
+`rows_per_second_with_compilations` does not. `prompt_padding` is the share of the prompt positions read that hold no
+token, `idle_steps` that of the rows' decode steps that give no token that was asked for.
 """
 
 import argparse
