@@ -20,7 +20,8 @@ from scipy import stats
 import jaxgen
 from jaxgen import GenerationConfig, JaxgenError, MistralForCausalLM, UnsupportedError
 from jaxgen.arguments import parser, settings_of
-from jaxgen.constraints.automaton import byte_automaton
+from jaxgen.constraints.automaton import ByteAutomaton, byte_automaton
+from jaxgen.constraints.minimal import minimal
 from jaxgen.constraints.numbers import integers_between
 from jaxgen.constraints.patterns import Constraint, escaped
 from jaxgen.generation.choosing.constrained import FREE, Automata
@@ -289,6 +290,32 @@ def test_a_pattern_of_too_many_states_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("jaxgen.constraints.automaton.MOST_STATES", 50)
     with pytest.raises(JaxgenError, match="has 129 states, more than 50"):
         byte_automaton("(a|b)*a(a|b){6}")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_smallest_automaton_has_a_state_for_each_set_of_texts(seed: int):
+    """Told apart by all texts, which no algorithm of minimisation needs to be asked for."""
+    rng = np.random.default_rng(seed)
+    states, step = int(rng.integers(2, 9)), np.zeros((9, 256), np.int32)
+    step[1:states, :2] = rng.integers(0, states, (states - 1, 2))
+    final = (np.arange(9) < states) & (rng.random(9) < 0.4)
+    final[[0, 1]] = False, final[1] | ~final.any()
+    large = ByteAutomaton(step[:states], final[:states])
+
+    def matches(automaton: ByteAutomaton, state: int):
+        """Which of the texts of up to 8 letters, of which at most 8 states need no more, lead to an end."""
+        now, found = np.array([state]), []
+        for _ in range(9):
+            found.append(automaton.final[now])
+            now = automaton.step[now, :2].reshape(-1)
+        return np.concatenate(found).tobytes()
+
+    small = minimal(large)
+    behind = [matches(large, state) for state in range(states)]
+    if behind[1] == behind[0]:
+        assert small is large  # nothing matches
+        return
+    assert [matches(small, state) for state in range(len(small.step))] == [*dict.fromkeys(behind)]
 
 
 EXPLODING = "(a|b)*a(a|b){20}"

@@ -41,7 +41,7 @@ class ByteAutomaton:
 
 @functools.lru_cache(16)
 def byte_automaton(pattern: str) -> ByteAutomaton:
-    """The automaton of the texts that match a pattern from their first to their last character.
+    """The smallest automaton of the texts that match a pattern from their first to their last character.
 
     Raises `JaxgenError` if `outlines_core` is missing, for a pattern that it cannot read, that no text matches, or that
     is too large. Some short ones are, such as `(a|b)*a(a|b){20}`, and only building them tells: in a program beside

@@ -1,11 +1,14 @@
 """The program that builds automata for `automaton.py`: some patterns take all there is, and this one may be ended."""
 
-import array
 import base64
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from jaxgen.bounded import answer_all
+from jaxgen.constraints.automaton import ByteAutomaton
+from jaxgen.constraints.minimal import minimal
 
 # Stands before every text: the automaton is built for places behind it, where a `^` is wrong and nothing else special.
 _FRONT = 0x00
@@ -28,22 +31,24 @@ def builder() -> Callable[..., dict[str, Any]]:
             return {"states": len(moves)}
         # Numbered from 1 in the order in which the smallest bytes lead to them, which is the same every time.
         order = [moves[index.get_initial_state()][_FRONT]]
-        number, step = {order[0]: 1}, array.array("i", bytes(256 * 4))
-        for state in order:
-            row = [0] * 257  # 256: the end
+        number, step = {order[0]: 1}, [np.zeros(256, np.int32)]
+        for state in order:  # which grows
+            row = np.zeros(257, np.int32)  # 256: the end
             for byte, following in sorted(moves.get(state, {}).items()):
                 if following not in number:
                     number[following] = len(order) + 1
                     order.append(following)
                 row[byte] = number[following]
-            step.extend(row[:256])
-        return {"step": _text(step), "final": _text(bytes([0, *(state in final for state in order)]))}
+            step.append(row[:256])
+        ends = np.array([False, *(state in final for state in order)])
+        smallest = minimal(ByteAutomaton(np.array(step), ends))
+        return {"step": _text(smallest.step), "final": _text(smallest.final)}
 
     return build
 
 
-def _text(numbers: Any) -> str:
-    return base64.b64encode(numbers).decode()
+def _text(numbers: np.ndarray) -> str:
+    return base64.b64encode(numbers.tobytes()).decode()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Int
 
 from jaxgen.constraints.automaton import DEAD, byte_automaton
 from jaxgen.constraints.grammars import Grammar
-from jaxgen.constraints.minimal import minimal
 from jaxgen.constraints.patterns import Constraint
 from jaxgen.errors import JaxgenError, shown
 from jaxgen.generation.choosing.kept import Arrays, kept
@@ -234,7 +233,7 @@ def _built(
     pattern: str, vocabulary: Vocabulary, specials: frozenset[int], vocab_size: int, eos: tuple[int, ...]
 ) -> Automaton:
     name = f"constraint: the pattern {shown(pattern)}"
-    over_bytes = minimal(byte_automaton(pattern))
+    over_bytes = byte_automaton(pattern)
     kinds, functions = lift(over_bytes.step * 2, vocabulary, name)
     moves = functions >> 1
     # Kinds: of text, and of end tokens, after which the text must be whole; anything else may come nowhere.
