@@ -9,6 +9,11 @@ an end token. The loops take the rows as they come, and decode each batch until 
 Each runs once: `rows_per_second` leaves out `compile_seconds`, in which something was traced, lowered or compiled, and
 `rows_per_second_with_compilations` does not. `prompt_padding` is the share of the prompt positions read that hold no
 token, `idle_steps` that of the rows' decode steps that give no token that was asked for.
+
+What a small model cannot win: a prompt is read alone, in pieces of one shape, [1, 64], for a row's bits must not depend
+on the others. 400 rows of the demo are 544 pieces of about 5 ms of processor time, a third of the 18 ms that a row
+takes; the loop reads 16 prompts at a time. It decodes less: 39% of its steps are idle, the loop's 66%. They are
+because it looks for rows that ended every 8 steps, and because the rows of each of 4 buckets of lengths end alone.
 """
 
 import argparse

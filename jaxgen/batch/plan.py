@@ -11,7 +11,7 @@ from jaxgen.batch.rows import Row
 from jaxgen.engine.constraints import Room
 from jaxgen.engine.options import NEUTRAL, RowOptions
 from jaxgen.errors import JaxgenError
-from jaxgen.generation.choosing.sample import random_key
+from jaxgen.generation.choosing.sample import key_words
 from jaxgen.generation.options.config import GenerationConfig, resolve
 from jaxgen.generation.options.table import Extras
 from jaxgen.generation.prompts.contexts import check_pieces, contexts, note
@@ -59,7 +59,7 @@ class Planner:
 
     def _resolved(self, own: Mapping[str, Any]) -> GenerationConfig:
         options = {**self._options, **own}
-        if (seed := options.pop("seed", None)) is not None and random_key(None, seed)[0].ndim:
+        if (seed := options.pop("seed", None)) is not None and key_words(None, seed)[0].ndim > 1:
             raise JaxgenError("seed: a row has one")
         extras, fields = Extras.take({"tokenizer": self._tokenizer, **options})
         config = resolve({"return_dict_in_generate": True, **fields}, None, self._stored)

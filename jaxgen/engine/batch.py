@@ -12,10 +12,9 @@ from jaxtyping import Int, UInt32
 from jaxgen.engine.handle import CANCELLED, Handle, Tokens
 from jaxgen.engine.options import Asked, RowOptions
 from jaxgen.engine.prefixes import Held, Prefixes
-from jaxgen.engine.programs import Entry, News, Weights, programs_for
+from jaxgen.engine.programs import Entry, News, Piece, Weights, programs_for
 from jaxgen.engine.stops import StopWatch
 from jaxgen.errors import NonFiniteLogitsError
-from jaxgen.generation.choosing.sample import random_key
 from jaxgen.generation.choosing.stop import BROKEN, EOS, FINISH_REASON, RUNNING, STOP_STRING, TIME
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.processors.processor import as_count
@@ -32,7 +31,7 @@ class Request:
     prompt: Int[np.ndarray, " T"]
     config: GenerationConfig
     asked: Asked
-    key: Any
+    key: UInt32[np.ndarray, " 2"]  # its words
     row_id: UInt32[np.ndarray, " 2"]
     sample: int
     max_length: int
@@ -89,18 +88,16 @@ class Batch:
     def warmup(self) -> None:
         """Compile all programs: none is compiled later, whatever comes."""
         row, none = as_count(0), as_count(0)
-        piece = np.zeros(self._chunk, np.int32)
-        key, _ = random_key(None, 0)
+        piece = Piece(0, 0, 0, np.zeros(self._chunk, np.int32)).packed()
         room = self._options.room
         tokens, words = np.zeros(self._total, np.int32), np.zeros(2, np.uint32)
-        free = None if room is None else as_count(room.free)
-        entry = Entry(tokens, as_count(1), as_count(2), none, key, words, none, free)
+        entry = Entry(0, 1, 2, 0, 0, 0 if room is None else room.free, words, words, tokens).packed()
         if room is not None:
             room.warmup()
         programs, numbers, weights = self._programs, self._options.traced(), self._weights
         idle = np.zeros(len(self._rows), np.int32)
-        state = programs.insert(programs.opened(weights), row, entry)
-        state = programs.copy(programs.read(weights, state, row, piece, none, none), row, row, none)
+        state = programs.insert(programs.opened(weights), entry)
+        state = programs.copy(programs.read(weights, state, piece), row, row, none)
         state = programs.decode(weights, programs.evict(state, idle == 0), idle, numbers)
         jax.block_until_ready(programs.look(state, idle))
         self._weights = None
@@ -131,17 +128,18 @@ class Batch:
     def _insert(self, row: int, request: Request, count: int) -> None:
         begin = self._options.set(row, request.config, request.asked)
         entry = Entry(
-            tokens=pad_to(request.prompt, (self._total,)),
-            length=as_count(len(request.prompt)),
-            max_length=as_count(request.max_length),
-            held=as_count(count),
+            row=row,
+            length=len(request.prompt),
+            max_length=request.max_length,
+            held=count,
+            sample=request.sample,
+            constrained=begin or 0,
             key=request.key,
             row_id=request.row_id,
-            sample=as_count(request.sample),
-            constrained=None if begin is None else as_count(begin),
+            tokens=pad_to(request.prompt, (self._total,)),
         )
         self._state = self._programs.opened(self._weights) if self._state is None else self._state
-        self._state = self._programs.insert(self._state, as_count(row), entry)
+        self._state = self._programs.insert(self._state, entry.packed())
         if count < len(request.prompt) - 1:
             self._reading.append(row)
 
@@ -224,8 +222,7 @@ class Batch:
         count = min(self._chunk, len(held.prompt) - 1 - held.count)
         piece = pad_to(held.prompt[held.count : held.count + count], (self._chunk,))
         self.counts["read_tokens"] += count
-        place = as_count(row), piece, as_count(held.count), as_count(count)
-        self._state = self._programs.read(self._weights, self._state, *place)
+        self._state = self._programs.read(self._weights, self._state, Piece(row, held.count, count, piece).packed())
         self._hold(row, held.count + count)
 
     def _hold(self, row: int, count: int) -> None:

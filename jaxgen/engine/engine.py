@@ -26,7 +26,7 @@ from jaxgen.engine.programs import Weights
 from jaxgen.engine.stops import StopWatch
 from jaxgen.errors import EngineClosedError, EngineFullError, JaxgenError
 from jaxgen.generation.choosing.constrained import Automaton, too_long
-from jaxgen.generation.choosing.sample import random_key, row_id_words
+from jaxgen.generation.choosing.sample import key_words, row_id_words
 from jaxgen.generation.options.checks import integer
 from jaxgen.generation.options.config import GenerationConfig, resolve
 from jaxgen.generation.options.table import Extras
@@ -143,8 +143,8 @@ class Engine:
                 f"top_logprobs={config.top_logprobs} is more than the {self.top_logprobs} that this engine keeps; "
                 "Engine(top_logprobs=) says how many"
             )
-        key, seed = random_key(key, seed)
-        if key.ndim:
+        key, seed = key_words(key, seed)
+        if key.ndim > 1:
             raise JaxgenError("seed or key: a request is one row, with one of them")
         plain = (include_stop_str_in_output, skip_special_tokens)
         handle = Handle(ids, None if seed is None else int(seed), self.tokenizer, config.stop_strings or (), *plain)

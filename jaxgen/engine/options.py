@@ -143,16 +143,24 @@ class RowOptions:
 
     def set(self, row: int, config: GenerationConfig, asked: Asked) -> int | None:
         """Give a row the options of a request; the state in which its constraint begins, if there is room for one."""
-        self._known = None
-        eos = config.eos_token_ids
-        self._eos[row] = pad_to(np.array(eos, np.int32), (ENDS,), fill=-1)
-        self._samples[row], self._ranked[row] = bool(config.do_sample), bool(config.top_logprobs)
+        changed = asked.automaton is not None  # most rows want what the one before them wanted
+
+        def put(table: np.ndarray, value: Any) -> None:
+            nonlocal changed
+            if not np.array_equal(table[row], value):
+                table[row], changed = value, True
+
+        put(self._eos, pad_to(np.array(config.eos_token_ids, np.int32), (ENDS,), fill=-1))
+        put(self._samples, bool(config.do_sample))
+        put(self._ranked, bool(config.top_logprobs))
         for name, on in self._on.items():
-            on[row] = name in asked.processors
+            put(on, name in asked.processors)
             if on[row]:
                 given = jax.tree.leaves(asked.processors[name])
                 for table, value in zip(jax.tree.leaves(self._numbers[name]), given, strict=True):
-                    table[row] = value
+                    put(table, value)
+        if changed:
+            self._known = None
         return None if self.room is None else self.room.put(row, asked.automaton)
 
     def forget(self) -> None:

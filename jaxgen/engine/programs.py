@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxgen.generation.choosing.sample import row_key
 from jaxgen.generation.choosing.stop import IDLE, RUNNING, TIME
@@ -28,19 +28,42 @@ from jaxgen.pytree import pytree
 Count = Int[Array | np.ndarray, ""]
 
 
-@pytree
-@dataclasses.dataclass
-class Entry:
-    """What a request brings into a row."""
+class Entry(NamedTuple):
+    """What a request brings into a row, for the device in one array: of each array that is sent the host has work."""
 
-    tokens: Int[Array | np.ndarray, " S"]  # the prompt, then anything
-    length: Count  # of the prompt
-    max_length: Count  # at which the row ends
-    held: Count  # how many tokens the row's cache holds already
-    key: Key[Array, ""]  # of the call
+    row: Any
+    length: Any  # of the prompt
+    max_length: Any  # at which the row ends
+    held: Any  # how many tokens the row's cache holds already
+    sample: Any  # which of its samples
+    constrained: Any  # where it is in its constraint, if there is room for any
+    key: UInt32[Array | np.ndarray, " 2"]  # of the call, two words
     row_id: UInt32[Array | np.ndarray, " 2"]  # two words, see `sample.row_id_words`
-    sample: Count  # which of its samples
-    constrained: Count | None  # where it is in its constraint; None: there is no room for any
+    tokens: Int[Array | np.ndarray, " S"]  # the prompt, then anything
+
+    def packed(self) -> UInt32[np.ndarray, " E"]:
+        """All of it, behind each other."""
+        numbers = np.array(self[:6], np.uint32)
+        return np.concatenate([numbers, self.key, self.row_id, np.asarray(self.tokens, np.uint32)])
+
+    @classmethod
+    def unpacked(cls, packed: UInt32[Array, " E"]) -> "Entry":
+        """The same on the device."""
+        numbers, key, row_id, tokens = jnp.split(packed, (6, 8, 10))
+        return cls(*numbers.astype(jnp.int32), key=key, row_id=row_id, tokens=tokens.astype(jnp.int32))
+
+
+class Piece(NamedTuple):
+    """`count` tokens of a row's prompt, from position `start` on; in one array."""
+
+    row: Any
+    start: Any
+    count: Any
+    tokens: Int[Array | np.ndarray, " T"]  # and then anything
+
+    def packed(self) -> Int[np.ndarray, " P"]:
+        """All of it, behind each other."""
+        return np.concatenate([np.array(self[:3], np.int32), self.tokens])
 
 
 @pytree
@@ -83,13 +106,16 @@ def opened(structure: Any, weights: Any, rows: int, layout: BatchLayout, free: i
     )
 
 
-def insert(state: DecodeState, row: Count, entry: Entry) -> DecodeState:
-    """Put a request into a row."""
+def insert(state: DecodeState, packed: UInt32[Array, " E"]) -> DecodeState:
+    """Put a request into a row: an `Entry`."""
+    entry = Entry.unpacked(packed)
+    row = entry.row
 
     def put(table: Array, value: Any) -> Array:
         return jax.lax.dynamic_update_index_in_dim(table, jnp.asarray(value, table.dtype), row, 0)
 
-    key = row_key(entry.key, jnp.asarray(entry.row_id), jnp.asarray(entry.sample))
+    key = jax.random.wrap_key_data(jnp.asarray(entry.key), impl="threefry2x32")
+    key = row_key(key, jnp.asarray(entry.row_id), entry.sample)
     state = dataclasses.replace(
         state,
         tokens=put(state.tokens, entry.tokens),
@@ -101,11 +127,10 @@ def insert(state: DecodeState, row: Count, entry: Entry) -> DecodeState:
     return _holding(state, row, entry.held)
 
 
-def read(
-    structure: Any, weights: Any, state: DecodeState, row: Count, piece: Int[Array, " T"], start: Count, count: Count
-) -> DecodeState:
-    """Read `count` tokens of a row's prompt, from position `start` on; before the last token, the row runs."""
-    cache = read_piece(structure.module(weights), state.cache, row, piece, start, count)
+def read(structure: Any, weights: Any, state: DecodeState, packed: Int[Array, " P"]) -> DecodeState:
+    """Read a `Piece` of a prompt; before its last token, the row runs."""
+    row, start, count = packed[:3]
+    cache = read_piece(structure.module(weights), state.cache, row, packed[3:], start, count)
     return _holding(dataclasses.replace(state, cache=cache), row, start + count)
 
 
@@ -183,8 +208,8 @@ class Programs(NamedTuple):
     """The programs of an engine; each but the first and last uses up the state that it is given."""
 
     opened: Callable[[Any], DecodeState]
-    insert: Callable[[DecodeState, Any, Entry], DecodeState]
-    read: Callable[[Any, DecodeState, Any, Any, Any, Any], DecodeState]
+    insert: Callable[[DecodeState, Any], DecodeState]
+    read: Callable[[Any, DecodeState, Any], DecodeState]
     copy: Callable[[DecodeState, Any, Any, Any], DecodeState]
     evict: Callable[[DecodeState, Any], DecodeState]
     decode: Callable[[Any, DecodeState, Any, TracedOptions], DecodeState]
@@ -227,7 +252,7 @@ def programs_for(model: Any, rows: int, layout: BatchLayout, steps: int, free: i
     return Programs(
         opened=opening,
         insert=_INSERT,
-        read=lambda weights, state, *piece: reading(weights.structure, weights.arrays, state, *piece),
+        read=lambda weights, state, piece: reading(weights.structure, weights.arrays, state, piece),
         copy=_COPY,
         evict=_EVICT,
         decode=decoding,

@@ -47,6 +47,19 @@ def random_key(key: object, seed: Any) -> tuple[Key[Array, "*rows"], int | tuple
         raise JaxgenError("both key and seed were given; pass one of them")
     if key is not None:
         return _checked_key(key), None
+    words, ints = _seed_words(seed)
+    return jax.random.wrap_key_data(words, impl="threefry2x32"), ints  # pyright: ignore[reportArgumentType]
+
+
+def key_words(key: object, seed: Any) -> tuple[UInt32[np.ndarray, "*rows 2"], int | tuple[int, ...] | None]:
+    """As `random_key`, with a key as its two words on the host: a key of a seed is made without asking a device."""
+    if key is None:
+        return _seed_words(seed)
+    key, seed = random_key(key, seed)
+    return np.asarray(jax.random.key_data(key)), seed
+
+
+def _seed_words(seed: Any) -> tuple[UInt32[np.ndarray, "*rows 2"], int | tuple[int, ...]]:
     if seed is None:
         seed = FreshSeed(next_seed())
     sequence = isinstance(seed, Sequence) and not isinstance(seed, str)
@@ -59,12 +72,9 @@ def random_key(key: object, seed: Any) -> tuple[Key[Array, "*rows"], int | tuple
     if not seeds:
         raise JaxgenError("seed is an empty list; pass an int, or one per row")
     words = np.array([divmod(_as_64_bits("seed", int(value)), _WORD) for value in seeds], np.uint32)
-    data, ints = (
-        (words, tuple(map(int, seeds)))
-        if several
-        else (words[0], seeds[0] if isinstance(seeds[0], FreshSeed) else int(seeds[0]))
-    )
-    return jax.random.wrap_key_data(data, impl="threefry2x32"), ints  # pyright: ignore[reportArgumentType]
+    if several:
+        return words, tuple(map(int, seeds))
+    return words[0], seeds[0] if isinstance(seeds[0], FreshSeed) else int(seeds[0])
 
 
 def _checked_key(key: Any) -> Key[Array, "*rows"]:
