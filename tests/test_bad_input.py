@@ -80,8 +80,11 @@ BAD_OPTIONS = {
     "max_length inside the prompt": ({"max_length": 3}, "max_length=3 leaves nothing"),
     "min_new_tokens above the limit": ({"min_new_tokens": 9, "max_new_tokens": 5}, "min_new_tokens=9 .* 5 tokens"),
     "min_new_tokens above the default": ({"min_new_tokens": 21}, "min_new_tokens=21 .* default of 20"),
-    "temperature past float32": ({"temperature": 1e40}, "temperature=1e\\+40 must be"),
-    "temperature too small": ({"temperature": 1e-40, "do_sample": True}, "temperature=1e-40 must be"),
+    "temperature past float32": ({"temperature": 1e40}, r"temperature=1e\+40 must be at most 3.403e\+38 in size"),
+    "temperature too small": (
+        {"temperature": 1e-40, "do_sample": True},
+        "=1e-40 must be at least 1.175e-38 in size",
+    ),
     "top_k past int32": ({"top_k": 2**40, "do_sample": True}, "top_k=1099511627776 must be an int of at most"),
     "past the context": ({"max_new_tokens": 62}, "max_new_tokens=62 exceed .* 64 tokens; at most 61 new tokens fit"),
     "num_return_sequences zero": ({"num_return_sequences": 0}, "num_return_sequences=0"),

@@ -47,6 +47,34 @@ def test_every_route_is_in_the_document(service, client):
     assert {path: {method.upper() for method in methods} for path, methods in said.items()} == routes
 
 
+def test_names_of_operations_are_names(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    names = [operation["operationId"] for methods in paths.values() for operation in methods.values()]
+    assert len({*names}) == len(names) and all(map(str.isidentifier, names))
+
+
+def test_every_field_that_is_taken_is_described(client):
+    def undescribed(schema, where):
+        for name, field in schema.get("properties", {}).items():
+            yield from [] if field.get("description") else [f"{where}.{name}"]
+            yield from undescribed(field, f"{where}.{name}")
+        for inner in (*schema.get("anyOf", ()), *filter(None, [schema.get("items")])):
+            yield from undescribed(inner, where)
+
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    requests = [name for name in schemas if name.endswith("Request")]
+    assert len(requests) == 6 and [*undescribed({"properties": {"x": {"items": {"properties": {"y": {}}}}}}, "")]
+    assert [field for name in requests for field in undescribed(schemas[name], name)] == []
+
+
+def test_another_method_is_refused_as_the_document_says(client, document):
+    for path, methods in client.get("/openapi.json").json()["paths"].items():
+        answer = client.put(path.replace("{id}", "x"), json={})
+        [method] = methods
+        assert answer.status_code == 405 and method.upper() in answer.headers["allow"].split(", ")
+        assert not document.wrong(path, answer, method)
+
+
 def test_what_is_got_is_as_the_document_says(client, document):
     done = client.post("/v1/completions", json={"prompt": "1", "max_tokens": 1}).json()["id"]
     for path in ("/", "/health", "/ready", "/metrics", "/info", "/v1/models", f"/v1/records/{done}", "/v1/records/x"):

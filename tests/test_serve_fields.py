@@ -308,6 +308,7 @@ REFUSED = {
         "structured_outputs",
         "exclude",
     ),
+    "a temperature": ({"temperature": 1e-45}, "temperature", "1e-45 must be at least 1.175e-38 in size or 0"),
     "a penalty": ({"presence_penalty": 2.5}, "presence_penalty", r"\[-2, 2\]"),
 }
 

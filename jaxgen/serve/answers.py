@@ -6,12 +6,10 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from starlette.requests import Request
-
 from jaxgen.engine.handle import Completion, Handle, Tokens
 from jaxgen.serve.checks import text
 from jaxgen.serve.fields import Fields
-from jaxgen.serve.follow import finished, follow, held, unless_gone
+from jaxgen.serve.follow import finished, follow, held
 from jaxgen.serve.records import Call
 from jaxgen.serve.refusal import Refusal, as_json
 from jaxgen.serve.service import Service
@@ -69,14 +67,14 @@ class Asked:
         """Those of all calls, in the order of the choices."""
         return [handle for call in self.calls for handle in call.handles]
 
-    async def answer(self, request: Request) -> Any:
+    async def answer(self) -> Any:
         """The answer: at once, or as events."""
         if self.stream[0]:
             seconds = self.service.limits.seconds + _GRACE
             return Events(self._events(), self.handles, self.service.failed, seconds, last="[DONE]")
         handles = self.handles
         with held(handles):
-            await unless_gone(request.receive, finished(handles))
+            await finished(handles)
             done = [self._completion(handle) for handle in handles]
         choices = [self.form.whole(place, each) for place, each in enumerate(done)]
         body = self.body(choices, sum(len(each.tokens.ids) for each in done))
@@ -146,7 +144,7 @@ class Asked:
 
 def model_of(fields: Fields, service: Service) -> None:
     """Check the model's name, which may be missing: there is one. Raises `Refusal`."""
-    if (name := fields.take("model", text)) is not None:
+    if (name := fields.take("model", text, "The model's name; there is one.")) is not None:
         check_name(name, service)
 
 

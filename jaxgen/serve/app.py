@@ -20,7 +20,7 @@ from jaxgen.serve.chat import chat_completions, read_chat, template_of
 from jaxgen.serve.checks import flag, ids, text
 from jaxgen.serve.completions import completions, read_completion
 from jaxgen.serve.fields import Fields, body_of
-from jaxgen.serve.follow import ClientGoneError
+from jaxgen.serve.follow import ClientGoneError, unless_gone
 from jaxgen.serve.guard import Guard
 from jaxgen.serve.openapi import document
 from jaxgen.serve.refusal import Refusal, as_json
@@ -40,7 +40,7 @@ class Posted(NamedTuple):
     """A route that takes a body: what reads its fields, and what answers."""
 
     read: Callable[[Fields, Service], Any]
-    answer: Callable[[Request, Service, Any], Awaitable[Any]]
+    answer: Callable[[Service, Any], Awaitable[Any]]
 
 
 def application(service: Service, *, key: str | None = None, local: bool = True, closing_seconds: float = 30.0) -> Any:
@@ -94,7 +94,7 @@ def _post(service: Service, what: Posted) -> Callable[[Request], Awaitable[Any]]
             if service.engine.closed:
                 raise Refusal("the server is closing, or its engine has failed", status=503, code="closing")
             body = await body_of(request, limits.body, limits.body_seconds)
-            return await what.answer(request, service, what.read(Fields(body), service))
+            return await unless_gone(request.receive, what.answer(service, what.read(Fields(body), service)))
         except ClientGoneError:
             return Response(status_code=499)  # nobody reads it
         except Exception as error:
@@ -160,7 +160,10 @@ def _read_tokenize(fields: Fields, service: Service) -> Callable[[], list[int]]:
 
 def _of_text(service: Service, fields: Fields) -> Callable[[], list[int]]:
     _shown_with(fields)
-    prompt, special = fields.need("prompt", text), fields.take("add_special_tokens", flag, True)
+    prompt, special = (
+        fields.need("prompt", text, "A text."),
+        fields.take("add_special_tokens", flag, "As the tokenizer's option.", True),
+    )
     fields.end()
     return lambda: service.encoded("prompt", prompt, add_special_tokens=special)
 
@@ -173,11 +176,11 @@ def _of_chat(service: Service, fields: Fields) -> Callable[[], list[int]]:
 
 
 def _shown_with(fields: Fields) -> None:
-    fields.take("model", text)
-    fields.take("return_token_strs", flag)
+    fields.take("model", text, "Changes nothing.")
+    fields.take("return_token_strs", flag, "Changes nothing: they are always there.")
 
 
-async def _tokenize(request: Request, service: Service, work: Callable[[], list[int]]) -> Response:
+async def _tokenize(service: Service, work: Callable[[], list[int]]) -> Response:
     """vLLM's interface: the ids of a `prompt`, or of a chat's `messages`."""
     found = await service.prompts(work)
     texts = [service.texts.text_of(token) for token in found]
@@ -187,13 +190,13 @@ async def _tokenize(request: Request, service: Service, work: Callable[[], list[
 
 
 def _read_detokenize(fields: Fields, service: Service) -> list[int]:
-    fields.take("model", text)
-    given = fields.need("tokens", ids(service.model.config.vocab_size))
+    fields.take("model", text, "Changes nothing.")
+    given = fields.need("tokens", ids(service.model.config.vocab_size), "Ids of tokens.")
     fields.end()
     return given
 
 
-async def _detokenize(request: Request, service: Service, given: list[int]) -> Response:
+async def _detokenize(service: Service, given: list[int]) -> Response:
     """vLLM's interface: the text of `tokens`."""
     return as_json({"prompt": await service.prompts(service.tokenizer.decode, given)})
 

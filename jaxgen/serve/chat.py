@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Any
 
-from starlette.requests import Request
-
 from jaxgen.engine.handle import Completion, Tokens
 from jaxgen.errors import shown
 from jaxgen.serve.answers import FINISH, Asked, model_of
@@ -83,33 +81,38 @@ def read_chat(fields: Fields, service: Service) -> Chat:
     messages, template = template_of(fields)
     options = sampling_of(fields, service.model.stored_generation_config, service.model.config.vocab_size)
     new = max_tokens_of(fields)
-    samples = fields.take("n", integer(1), 1)
+    samples = fields.take("n", integer(1), "So many answers.", 1)
     check_samples(samples, service)
     seed, stream = seed_of(fields), stream_of(fields)
     best = _logprobs(fields, service)
-    fields.take("modalities", only(["text"]))
+    fields.take("modalities", only(["text"]), "Texts are all there is.")
     shape = shape_of(fields)
     fields.end(IGNORED)
     return Chat(messages, template, options, new, samples, seed, stream, best, shape)
 
 
-async def chat_completions(request: Request, service: Service, chat: Chat) -> Any:
+async def chat_completions(service: Service, chat: Chat) -> Any:
     """Answer a chat. Raises `Refusal`."""
     options = chat.options | await service.shapes.option(chat.shape, chat.options)
     seed = fresh_seed() if chat.seed is None else chat.seed
     ids = await service.prompts(lambda: service.encoded("messages", chat.messages, **chat.template))
     options |= {"seed": seed, "top_logprobs": chat.best or None}
     new, prompts = (*chat.new, None), [Prompt(ids, "")]
-    calls = await service.prompts(lambda: service.submit("messages", prompts, new, chat.samples, **options))
+    calls = await service.submitted("messages", prompts, new, chat.samples, **options)
     form = ChatForm(service.texts, chat.best)
     asked = Asked(service, calls, form, len(ids), seed, chat.stream, "chat.completion.chunk")
-    return await asked.answer(request)
+    return await asked.answer()
 
 
 def max_tokens_of(fields: Fields) -> tuple[str, int | None]:
     """The field that says how many new tokens there are at most, and what it says."""
     names = ("max_completion_tokens", "max_tokens")
-    given = {name: value for name in names if (value := fields.take(name, integer(1))) is not None}
+    given = {
+        name: value
+        for name in names
+        if (value := fields.take(name, integer(1), "The most new tokens; as many as fit if it is not given."))
+        is not None
+    }
     if len({*given.values()}) > 1:
         raise Refusal("max_tokens and max_completion_tokens say different things", param="max_tokens")
     return next(iter(given.items()), ("max_tokens", None))
@@ -128,8 +131,8 @@ def check_best(name: str, best: int, service: Service) -> None:
 
 
 def _logprobs(fields: Fields, service: Service) -> int | None:
-    wanted = fields.take("logprobs", flag, False)
-    best = fields.take("top_logprobs", integer(0), 0)
+    wanted = fields.take("logprobs", flag, "Whether the answer has log-probabilities.", False)
+    best = fields.take("top_logprobs", integer(0), "With so many of the likeliest tokens each.", 0)
     if best and not wanted:
         raise Refusal("top_logprobs needs logprobs=true", param="top_logprobs")
     check_best("top_logprobs", best, service)
@@ -138,16 +141,16 @@ def _logprobs(fields: Fields, service: Service) -> int | None:
 
 def template_of(fields: Fields) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The messages, and what the template is told beside them."""
-    messages = fields.need("messages", each(inside(_message), least=1))
-    tools = fields.take("tools", each(unchanged(inside(_tool)))) or None
+    messages = fields.need("messages", each(inside(_message), least=1), "The chat until now.")
+    tools = fields.take("tools", each(unchanged(inside(_tool))), "Functions that the template tells of.") or None
     why = "the model decides whether it calls a tool"
-    choice = fields.take("tool_choice", only("auto", "none", why=why))
-    fields.take("parallel_tool_calls", flag)
-    told = fields.take("chat_template_kwargs", mapping, {})
+    choice = fields.take("tool_choice", only("auto", "none", why=why), "Whether the template is told of the tools.")
+    fields.take("parallel_tool_calls", flag, "Changes nothing.")
+    told = fields.take("chat_template_kwargs", mapping, "What else the template is told.", {})
     if strange := _OURS & told.keys():
         raise Refusal(f"chat_template_kwargs: {min(strange)} is not a template's", param="chat_template_kwargs")
-    goes_on = fields.take("continue_final_message", flag, False)
-    prompts = fields.take("add_generation_prompt", flag, not goes_on)
+    goes_on = fields.take("continue_final_message", flag, "Go on with the last message.", False)
+    prompts = fields.take("add_generation_prompt", flag, "Whether a new message begins.", not goes_on)
     if goes_on and prompts:
         raise Refusal(
             "continue_final_message and add_generation_prompt exclude each other", param="add_generation_prompt"
@@ -157,19 +160,20 @@ def template_of(fields: Fields) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def _tool(fields: Fields) -> None:
-    fields.need("function", inside(lambda function: function.need("name", text)))
+    fields.need("function", inside(lambda function: function.need("name", text, "Its name.")), "What can be called.")
 
 
 def _message(fields: Fields) -> dict[str, Any]:
     """A message as templates know them."""
-    role = fields.need("role", one_of(*_ROLES))
-    calls = fields.take("tool_calls", each(_CALL))
+    role = fields.need("role", one_of(*_ROLES), "Who speaks.")
+    calls = fields.take("tool_calls", each(_CALL), "The functions that the model called.")
     said: dict[str, Any] = {"role": "system" if role == "developer" else role}
-    said["content"] = fields.take("content", _CONTENT, "" if calls else None)
+    said["content"] = fields.take("content", _CONTENT, "What is said.", "" if calls else None)
     if calls:
         said["tool_calls"] = calls
-    for other in ("name", "tool_call_id", "reasoning_content"):
-        if (value := fields.take(other, text)) is not None:
+    others = {"name": "The speaker's name.", "tool_call_id": "Which call it answers."}
+    for other, says in {**others, "reasoning_content": "What the model thought before it."}.items():
+        if (value := fields.take(other, text, says)) is not None:
             said[other] = value
     fields.end(("refusal", "annotations", "audio", "function_call"))
     if said["content"] is None:
@@ -179,10 +183,10 @@ def _message(fields: Fields) -> dict[str, Any]:
 
 def _part(fields: Fields) -> str:
     """What a part of a message says; OpenAI has others than texts."""
-    if (kind := fields.take("type", text, "text")) not in ("text", "input_text"):
+    if (kind := fields.take("type", text, "The kind of a part: text.", "text")) not in ("text", "input_text"):
         where = fields.where.rpartition("[")[0]
         raise Refusal(f"{fields.full('type')}={shown(kind)}: this model reads texts only", param=where)
-    return fields.need("text", text)
+    return fields.need("text", text, "What it says.")
 
 
 _PARTS = each(inside(_part))
@@ -202,5 +206,5 @@ def _call(name: str, call: Any) -> dict[str, Any]:
 
 
 _CONTENT = Check(_content, lambda: {"anyOf": [text.says(), _PARTS.says()]}, text.example)
-_CALLED = inside(lambda fields: fields.need("function", mapping))
+_CALLED = inside(lambda fields: fields.need("function", mapping, "Its name, and its arguments as JSON."))
 _CALL = Check(_call, _CALLED.says, _CALLED.example)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from starlette.requests import Request
 
 from jaxgen.engine.handle import Completion, Tokens
 from jaxgen.serve.answers import FINISH, Asked, model_of
@@ -106,21 +105,21 @@ class Completing:
 def read_completion(fields: Fields, service: Service) -> Completing:
     """Read a request for a completion. Raises `Refusal`."""
     model_of(fields, service)
-    prompts = fields.need("prompt", _prompts)
+    prompts = fields.need("prompt", _prompts, "What is continued: texts, or ids of tokens.")
     options = sampling_of(fields, service.model.stored_generation_config, service.model.config.vocab_size)
-    echo = fields.take("echo", flag, False)
-    new = fields.take("max_tokens", integer(0))
+    echo = fields.take("echo", flag, "Repeat the prompt, with its log-probabilities if there are any.", False)
+    new = fields.take("max_tokens", integer(0), f"The most new tokens; {DEFAULT_NEW_TOKENS} if it is not given.")
     if new == 0 and not echo:
         raise Refusal("max_tokens=0: only with echo=true, which asks for the prompt", param="max_tokens")
-    samples = fields.take("n", integer(1), 1)
+    samples = fields.take("n", integer(1), "So many texts for each prompt.", 1)
     check_samples(samples, service)
-    if fields.take("best_of", integer(1), samples) not in (1, samples):
+    if fields.take("best_of", integer(1), "1 or n: all texts are sent.", samples) not in (1, samples):
         raise Refusal(f"best_of: not in this server; only 1 or n={samples} is", param="best_of")
-    fields.take("suffix", only("", why="this model does not fill in"))
-    best = fields.take("logprobs", integer(0))
+    fields.take("suffix", only("", why="this model does not fill in"), "Must be empty.")
+    best = fields.take("logprobs", integer(0), "Log-probabilities, with so many of the likeliest tokens each.")
     check_best("logprobs", best or 0, service)
     seed, stream = seed_of(fields), stream_of(fields)
-    special = {"add_special_tokens": fields.take("add_special_tokens", flag, True)}
+    special = {"add_special_tokens": fields.take("add_special_tokens", flag, "As the tokenizer's option.", True)}
     shape = shape_of(fields)
     fields.end(IGNORED)
     if len(prompts) * samples > service.limits.sequences:
@@ -131,7 +130,7 @@ def read_completion(fields: Fields, service: Service) -> Completing:
     return Completing(prompts, special, options, echo, new, samples, seed, stream, best, shape)
 
 
-async def completions(request: Request, service: Service, asked: Completing) -> Any:
+async def completions(service: Service, asked: Completing) -> Any:
     """Continue texts. Raises `Refusal`."""
     seed = fresh_seed() if asked.seed is None else asked.seed
     prompts = await service.prompts(
@@ -145,8 +144,8 @@ async def completions(request: Request, service: Service, asked: Completing) -> 
     options = asked.options | await service.shapes.option(asked.shape, asked.options)
     options |= {"seed": seed, "top_logprobs": asked.best or None}
     most = ("max_tokens", asked.new, DEFAULT_NEW_TOKENS)
-    calls = await service.prompts(lambda: service.submit("prompt", prompts, most, asked.samples, **options))
-    return await Asked(service, calls, form, count, seed, asked.stream, "text_completion").answer(request)
+    calls = await service.submitted("prompt", prompts, most, asked.samples, **options)
+    return await Asked(service, calls, form, count, seed, asked.stream, "text_completion").answer()
 
 
 def _echoed(service: Service, form: CompletionForm, count: int, choices: int) -> Any:

@@ -29,8 +29,8 @@ class Fields:
         """A field's name, with those of the objects around it."""
         return f"{self.where}.{name}" if self.where else name
 
-    def take(self, name: str, check: Check, default: Any = None) -> Any:
-        """A field's value, checked. Raises `Refusal` that names it."""
+    def take(self, name: str, check: Check, says: str, default: Any = None) -> Any:
+        """A field's value, checked; `says` is what the field means. Raises `Refusal` that names it."""
         self._known.add(name)
         if name not in self._left:
             return default
@@ -41,9 +41,9 @@ class Fields:
         except JaxgenError as error:
             raise Refusal(str(error), param=self.full(name)) from error
 
-    def need(self, name: str, check: Check) -> Any:
+    def need(self, name: str, check: Check, says: str) -> Any:
         """The same of a field that must be there."""
-        if (value := self.take(name, check)) is None:
+        if (value := self.take(name, check, says)) is None:
             self.missing(name)
         return value
 
@@ -51,9 +51,9 @@ class Fields:
         """Say that a field must be there. Raises `Refusal`."""
         raise Refusal(f"{self.full(name)} is missing", param=self.full(name), code="missing_field")
 
-    def one(self, kinds: Mapping[str, Check]) -> tuple[str, Any]:
+    def one(self, kinds: Mapping[str, tuple[Check, str]]) -> tuple[str, Any]:
         """The one of some fields that is there, and its value. Raises `Refusal` unless it is exactly one."""
-        given = {kind: value for kind, check in kinds.items() if (value := self.take(kind, check)) is not None}
+        given = {kind: value for kind, read in kinds.items() if (value := self.take(kind, *read)) is not None}
         if len(given) != 1:
             said = f"{self.where or 'the body'}: one of {', '.join(kinds)}, and {len(given)} were given"
             raise Refusal(said, param=self.where or None)
@@ -85,24 +85,24 @@ class Asked(Fields):
         super().__init__({})
         self._schema: Schema = {"type": "object", "properties": {}}
 
-    def take(self, name: str, check: Check, default: Any = None) -> Any:
+    def take(self, name: str, check: Check, says: str, default: Any = None) -> Any:
         """Note a field that may be there."""
-        self._schema["properties"][name] = {"anyOf": [check.says(), {"type": "null"}]}
+        self._schema["properties"][name] = {"description": says, "anyOf": [check.says(), {"type": "null"}]}
         return default
 
-    def need(self, name: str, check: Check) -> Any:
+    def need(self, name: str, check: Check, says: str) -> Any:
         """Note a field that must be there, and give an example."""
-        self._schema["properties"][name] = check.says()
+        self._schema["properties"][name] = {**check.says(), "description": says}
         self._schema.setdefault("required", []).append(name)
         return check.example()
 
     def missing(self, name: str) -> None:
         """A field that must be there where others are not, which a schema does not say."""
 
-    def one(self, kinds: Mapping[str, Check]) -> tuple[str, Any]:
+    def one(self, kinds: Mapping[str, tuple[Check, str]]) -> tuple[str, Any]:
         """Note all of them."""
-        for kind, check in kinds.items():
-            self.take(kind, check)
+        for kind, read in kinds.items():
+            self.take(kind, *read)
         return "", None
 
     def either(self, ways: Mapping[str, Callable[[Fields], Result]]) -> Result:

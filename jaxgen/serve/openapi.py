@@ -42,6 +42,7 @@ _REFUSALS = {
     401: "The API key is missing or wrong.",
     403: "A page of another site asks, or the server is for its own machine only.",
     404: "There is no such thing.",
+    405: "Another method was used.",
     408: "The body did not come in time.",
     413: "The body is too long.",
     429: "As much is being asked as may be; come again later.",
@@ -97,10 +98,11 @@ def _get(path: str, says: str, answer: str, key: bool) -> dict[str, Any]:
 def _operation(path: str, says: str, answers: Schema, key: bool, *statuses: int) -> dict[str, Any]:
     """An operation with what it answers, and how it refuses."""
     closed = path not in OPEN
-    statuses = (*statuses, 403, *((429,) if closed else ()), *((401,) if closed and key else ()))
+    statuses = (*statuses, 403, 405, *((429,) if closed else ()), *((401,) if closed and key else ()))
     responses: dict[str, Any] = {"200": {"description": says, "content": answers}}
     responses |= {str(status): _refusal(status) for status in sorted(statuses)}
-    operation = {"summary": says, "operationId": path.strip("/").replace("/", "_") or "page", "responses": responses}
+    named = path.strip("/").translate(str.maketrans("/", "_", "{}")) or "page"
+    operation = {"summary": says, "operationId": named, "responses": responses}
     return operation | ({"security": [{"key": []}]} if closed and key else {})
 
 

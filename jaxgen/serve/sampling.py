@@ -32,44 +32,51 @@ def sampling_of(fields: Fields, stored: GenerationConfig, vocab_size: int) -> di
     What is not given is as the checkpoint's generation_config has it, or else as at OpenAI: tokens are drawn, at
     temperature 1, from all of them. Temperature 0 is greedy search.
     """
-    temperature = fields.take("temperature", number("[0, inf)"), stored.temperature)
+    temperature = fields.take("temperature", number("[0, inf)"), "0 is greedy search.", stored.temperature)
     filters = {
-        "top_p": fields.take("top_p", number("(0, 1]")),
-        "top_k": fields.take("top_k", integer(-1), stored.top_k or 0),
-        "min_p": fields.take("min_p", number("[0, 1]")),
+        "top_p": fields.take("top_p", number("(0, 1]"), "Draw from the likeliest tokens that have this share."),
+        "top_k": fields.take(
+            "top_k", integer(-1), "Draw from so many of the likeliest; 0 or -1: all.", stored.top_k or 0
+        ),
+        "min_p": fields.take("min_p", number("[0, 1]"), "Draw from what has this share of the likeliest one's."),
         "temperature": temperature,
     }
     filters["top_k"] = max(filters["top_k"], 0)  # -1 is vLLM's word for none
     options: dict[str, Any] = {"do_sample": temperature != 0}
     if options["do_sample"]:
         options |= {name: value for name, value in filters.items() if value is not None}
+    repeated, each_time, once = "repetition_penalty", "frequency_penalty", "presence_penalty"
+    least, bias = "No end before so many new tokens.", "What is added to the logits of tokens, by their ids."
     given = {
-        "repetition_penalty": fields.take("repetition_penalty", number("(0, inf)")),
-        "frequency_penalty": fields.take("frequency_penalty", number("[-2, 2]")),
-        "presence_penalty": fields.take("presence_penalty", number("[-2, 2]")),
-        "min_new_tokens": fields.take("min_tokens", integer(0)),
-        "sequence_bias": fields.take("logit_bias", _biases(vocab_size)),
+        repeated: fields.take(repeated, number("(0, inf)"), "As in transformers; the prompt's tokens count too."),
+        each_time: fields.take(each_time, number("[-2, 2]"), "Is taken from a token's logit each time that it came."),
+        once: fields.take(once, number("[-2, 2]"), "Is taken from a token's logit if it came."),
+        "min_new_tokens": fields.take("min_tokens", integer(0), least),
+        "sequence_bias": fields.take("logit_bias", _biases(vocab_size), bias),
         "stop_strings": stops_of(fields),
     }
-    ends = fields.take("stop_token_ids", ids(vocab_size), [])
-    if fields.take("ignore_eos", flag, False):
+    ends = fields.take("stop_token_ids", ids(vocab_size), "Further tokens that end a text.", [])
+    if fields.take("ignore_eos", flag, "The model's end token does not end a text.", False):
         options["eos_token_id"] = None if not ends else tuple(ends)
     elif ends:
         options["eos_token_id"] = tuple(dict.fromkeys((*stored.eos_token_ids, *ends)))
-    texts = {name: fields.take(name, flag) for name in ("skip_special_tokens", "include_stop_str_in_output")}
-    texts["include_stop_str_in_output"] = texts["include_stop_str_in_output"] or False
+    special, stop = "skip_special_tokens", "include_stop_str_in_output"
+    texts = {
+        special: fields.take(special, flag, "Whether texts leave out special tokens."),
+        stop: fields.take(stop, flag, "Whether the text has the `stop` at its end.", False),
+    }
     return options | {name: value for name, value in (given | texts).items() if value is not None}
 
 
 def seed_of(fields: Fields) -> int | None:
     """The seed, an int of any size; None if none was given."""
-    return fields.take("seed", whole)
+    return fields.take("seed", whole, "The same seed gives the same text. Without one, the answer says which it was.")
 
 
 def stream_of(fields: Fields) -> tuple[bool, bool, bool]:
     """Whether the answer is streamed, with its usage at the end, and with it in every event."""
-    streams = fields.take("stream", flag, False)
-    usage = fields.take("stream_options", inside(_usage))
+    streams = fields.take("stream", flag, "Answer by events, as the text comes.", False)
+    usage = fields.take("stream_options", inside(_usage), "What the events of a stream have.")
     if usage is not None and not streams:
         raise Refusal("stream_options needs stream=true", param="stream_options")
     at_end, every = usage or (False, False)
@@ -77,7 +84,8 @@ def stream_of(fields: Fields) -> tuple[bool, bool, bool]:
 
 
 def _usage(fields: Fields) -> tuple[bool, bool]:
-    usage, every = (fields.take(name, flag, False) for name in ("include_usage", "continuous_usage_stats"))
+    usage = fields.take("include_usage", flag, "Whether the last event has the usage.", False)
+    every = fields.take("continuous_usage_stats", flag, "Whether each event has it.", False)
     fields.end(("include_obfuscation",))
     return usage, every
 
@@ -96,7 +104,7 @@ def with_field(error: JaxgenError, new: str) -> JaxgenError:
 
 def stops_of(fields: Fields) -> list[str] | None:
     """The texts at which an answer ends. Raises `Refusal`."""
-    stops = fields.take("stop", _texts)
+    stops = fields.take("stop", _texts, "Texts at which an answer ends.")
     if not stops:
         return None
     if len(stops) > MOST_STOPS:

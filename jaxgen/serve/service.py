@@ -161,6 +161,15 @@ class Service:
             raise with_field(error, asked) from error
         return calls
 
+    async def submitted(self, *given: Any, **options: Any) -> list[Call]:
+        """As `submit`, in the thread of the prompts. Who goes away meanwhile leaves nothing in the engine either."""
+        work = asyncio.ensure_future(self.prompts(lambda: self.submit(*given, **options)))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(_cancel)
+            raise
+
     def failure(self, error: Exception) -> Refusal:
         """What to answer; nothing of an error that was not meant for clients, which is logged."""
         if (refusal := refusal_of(error)) is None:
@@ -179,6 +188,13 @@ class Service:
         self.shapes.close()
         for pool in (self._thread, self._scoring):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _cancel(work: "asyncio.Future[list[Call]]") -> None:
+    if not work.cancelled() and work.exception() is None:
+        for call in work.result():
+            for handle in call.handles:
+                handle.cancel()
 
 
 def fresh_seed() -> int:

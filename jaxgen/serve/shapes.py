@@ -46,6 +46,9 @@ class Shapes:
                 raise Refusal(said, param=field, status=429, code="queue_full") from error
             said = f"{field}: not worked out within {SECONDS:g} s; ask for something simpler"
             raise Refusal(said, param=field, code="timeout") from error
+        except asyncio.CancelledError:  # nobody waits any more
+            job.cancel()
+            raise
         except Refusal:
             raise
         except JaxgenError as error:
@@ -72,8 +75,8 @@ class Shapes:
 
 def shape_of(fields: Fields) -> Wanted:
     """What OpenAI's or vLLM's field asks for. Raises `Refusal`."""
-    one = fields.take("response_format", inside(_response_format))
-    other = fields.take("structured_outputs", inside(_structured_outputs))
+    one = fields.take("response_format", inside(_response_format), "OpenAI's way to ask for JSON.")
+    other = fields.take("structured_outputs", inside(_structured_outputs), "vLLM's way to ask for a shape.")
     if one and other:
         raise Refusal("structured_outputs and response_format exclude each other", param="structured_outputs")
     return one or other
@@ -81,13 +84,14 @@ def shape_of(fields: Fields) -> Wanted:
 
 def grammar_of(fields: Fields) -> Wanted:
     """What TGI's `parameters.grammar` asks for. Raises `Refusal`."""
-    return fields.take("grammar", inside(_grammar))
+    return fields.take("grammar", inside(_grammar), "The shape of the text.")
 
 
 def _grammar(fields: Fields) -> Wanted:
-    kind = fields.need("type", one_of("json", "regex", "json_schema"))
+    kind = fields.need("type", one_of("json", "regex", "json_schema"), "What the value is.")
     checks = {"regex": text, "json_schema": inside(_named)}
-    value = fields.need("value", Check(checks.get(kind, json_schema), json_schema.says, json_schema.example))
+    read = Check(checks.get(kind, json_schema), json_schema.says, json_schema.example)
+    value = fields.need("value", read, "A JSON schema, one with a name, or a regular expression.")
     fields.end()
     if kind == "json_schema":
         return value
@@ -96,8 +100,8 @@ def _grammar(fields: Fields) -> Wanted:
 
 
 def _response_format(fields: Fields) -> Wanted:
-    kind = fields.need("type", one_of("text", "json_object", "json_schema"))
-    named = fields.take("json_schema", inside(_named))
+    kind = fields.need("type", one_of("text", "json_object", "json_schema"), "Any text, any object, or a schema's.")
+    named = fields.take("json_schema", inside(_named), "The schema, for the type of this name.")
     fields.end()
     if kind == "json_schema":
         return named or fields.missing("json_schema")
@@ -109,7 +113,12 @@ def _response_format(fields: Fields) -> Wanted:
 
 
 def _structured_outputs(fields: Fields) -> Wanted:
-    kinds = {"json": json_schema, "regex": text, "choice": each(text), "json_object": only(True)}
+    kinds = {
+        "json": (json_schema, "JSON of a schema."),
+        "regex": (text, "What a regular expression matches."),
+        "choice": (each(text), "One of some texts."),
+        "json_object": (only(True), "Any object of JSON."),
+    }
     kind, value = fields.one(kinds)
     fields.end()
     name = fields.where
@@ -123,8 +132,8 @@ def _structured_outputs(fields: Fields) -> Wanted:
 def _named(fields: Fields) -> Wanted:
     """A schema with a name, which says nothing here; strict is what is done anyway."""
     for told, check in {"name": text, "description": text, "strict": flag}.items():
-        fields.take(told, check)
-    schema = fields.need("schema", json_schema)
+        fields.take(told, check, "Changes nothing.")
+    schema = fields.need("schema", json_schema, "What the text must be.")
     fields.end()
     return _by_schema(fields.full("schema"), schema)
 

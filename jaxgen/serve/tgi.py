@@ -10,14 +10,13 @@ import functools
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxgen.engine.handle import Completion, Handle, Tokens
 from jaxgen.serve.chat import check_best
 from jaxgen.serve.checks import flag, integer, number, only, text, whole
 from jaxgen.serve.fields import Fields, inside
-from jaxgen.serve.follow import finished, follow, held, unless_gone
+from jaxgen.serve.follow import finished, follow, held
 from jaxgen.serve.refusal import Refusal, as_json
 from jaxgen.serve.sampling import MOST_STOPS, stops_of
 from jaxgen.serve.service import Prompt, Service, fresh_seed, version
@@ -85,20 +84,20 @@ def info(service: Service) -> Response:
 def read_inputs(fields: Fields, service: Service) -> Inputs:
     """Read a request, for either route. Raises `Refusal`."""
     read = functools.partial(_parameters, service=service)
-    inputs, stream = fields.need("inputs", text), fields.take("stream", flag, False)
-    parameters = fields.take("parameters", inside(read))
+    inputs, stream = fields.need("inputs", text, "The prompt."), fields.take("stream", flag, "Answer by events.", False)
+    parameters = fields.take("parameters", inside(read), "How it is continued.")
     fields.end()
     return Inputs(inputs, stream, read(Fields({})) if parameters is None else parameters)
 
 
-async def generate(request: Request, service: Service, inputs: Inputs) -> Any:
+async def generate(service: Service, inputs: Inputs) -> Any:
     """A text, at once; or as events, if it is asked to `stream`."""
     if inputs.stream:
-        return await generate_stream(request, service, inputs)
+        return await generate_stream(service, inputs)
     asked = await _submitted(service, inputs)
     parameters, handle = asked.parameters, asked.handle
     with held([handle]):
-        await unless_gone(request.receive, finished([handle]))
+        await finished([handle])
         done = _completed(service, handle)
     said: dict[str, Any] = {"generated_text": _whole_text(asked, done)}
     if parameters.details:
@@ -109,7 +108,7 @@ async def generate(request: Request, service: Service, inputs: Inputs) -> Any:
     return as_json(said)
 
 
-async def generate_stream(request: Request, service: Service, inputs: Inputs) -> Events:
+async def generate_stream(service: Service, inputs: Inputs) -> Events:
     """A text as events, one per token."""
     if inputs.parameters.prefill:
         raise Refusal("decoder_input_details: not in a stream", param="parameters.decoder_input_details")
@@ -142,27 +141,32 @@ async def _events(service: Service, asked: _Asked) -> AsyncGenerator[Any, None]:
 
 def _parameters(p: Fields, service: Service) -> _Parameters:
     filters = {
-        "temperature": p.take("temperature", number("(0, inf)")),
-        "top_k": p.take("top_k", integer(1)),
-        "top_p": p.take("top_p", number("(0, 1]")),
-        "typical_p": p.take("typical_p", number("(0, 1]")),
+        "temperature": p.take("temperature", number("(0, inf)"), "What logits are divided by."),
+        "top_k": p.take("top_k", integer(1), "Draw from so many of the likeliest tokens."),
+        "top_p": p.take("top_p", number("(0, 1]"), "Draw from the likeliest tokens that have this share."),
+        "typical_p": p.take("typical_p", number("(0, 1]"), "Draw from the most typical tokens that have this share."),
     }
     given = {name: value for name, value in filters.items() if value is not None}
-    options: dict[str, Any] = {"do_sample": p.take("do_sample", flag, False) or bool(given)}
+    drawn = p.take("do_sample", flag, "Draw tokens, as a temperature or a filter also says.", False)
+    options: dict[str, Any] = {"do_sample": drawn or bool(given)}
     if options["do_sample"]:
         options |= {"top_k": 0, **given}
-    if (penalty := p.take("repetition_penalty", number("(0, inf)"))) is not None:
+    penalty = p.take("repetition_penalty", number("(0, inf)"), "As in transformers; the prompt's tokens count too.")
+    if penalty is not None:
         options["repetition_penalty"] = penalty
     if stops := stops_of(p):
         options["stop_strings"] = stops
-    p.take("frequency_penalty", only(0, 0.0))
-    p.take("watermark", only(False))
-    p.take("best_of", only(1))
-    seed, new = p.take("seed", whole), p.take("max_new_tokens", integer(1))
-    best, truncate = p.take("top_n_tokens", integer(0), 0), p.take("truncate", integer(1))
+    p.take("frequency_penalty", only(0, 0.0), "Must be 0.")
+    p.take("watermark", only(False), "Must be false.")
+    p.take("best_of", only(1), "Must be 1.")
+    seed = p.take("seed", whole, "The same seed gives the same text. Without one, `details` say which it was.")
+    new = p.take("max_new_tokens", integer(1), f"The most new tokens; {_DEFAULT_NEW_TOKENS} if it is not given.")
+    best = p.take("top_n_tokens", integer(0), "So many of the likeliest tokens in each place.", 0)
+    truncate = p.take("truncate", integer(1), "Only so many of the prompt's last tokens are read.")
     check_best(p.full("top_n_tokens"), best, service)
-    names = ("return_full_text", "details", "decoder_input_details")
-    full, details, prefill = (p.take(name, flag, False) for name in names)
+    full = p.take("return_full_text", flag, "Whether the text has the prompt in front.", False)
+    details = p.take("details", flag, "Whether the answer has its tokens, the seed and why it ended.", False)
+    prefill = p.take("decoder_input_details", flag, "Whether these have the prompt's tokens too.", False)
     shape = grammar_of(p)
     p.end()
     options["top_logprobs"] = best or None
@@ -177,7 +181,7 @@ async def _submitted(service: Service, inputs: Inputs) -> _Asked:
     prompt, seed = Prompt(ids, inputs.inputs), fresh_seed() if given.seed is None else given.seed
     scores = (await service.scored([prompt]))[0] if given.prefill else None
     new = ("parameters.max_new_tokens", given.new, _DEFAULT_NEW_TOKENS)
-    [call] = await service.prompts(lambda: service.submit("inputs", [prompt], new, 1, **options, seed=seed))
+    [call] = await service.submitted("inputs", [prompt], new, 1, **options, seed=seed)
     return _Asked(given, prompt, seed, scores, call.handles[0])
 
 

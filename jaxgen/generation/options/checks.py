@@ -42,7 +42,10 @@ def number(interval: str) -> Check:
 
     def check(name: str, value: Any) -> float:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = fits and (value == 0 or SMALLEST <= abs(value) <= LARGEST)  # not NaN, nor an int past all floats
+        if fits and value != 0 and low < value < high and not SMALLEST <= abs(value) <= LARGEST:
+            size = f"at most {LARGEST:.4g}" if abs(value) > LARGEST else f"at least {SMALLEST:.4g}"
+            zero = " or 0" if low < 0 or interval.startswith("[0") else ""
+            raise JaxgenError(f"{name}={shown(value)} must be {size} in size{zero}, as numbers of float32 are")
         at_open_end = (value == low and interval.startswith("(")) or (value == high and interval.endswith(")"))
         if not fits or not low <= value <= high or at_open_end:
             hint = "; use do_sample=False for greedy search" if name == "temperature" and value == 0 else ""
