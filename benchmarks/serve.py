@@ -17,19 +17,15 @@ few at a time. A model that was measured before stays in FILE.
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
 import json
 import os
 import platform
-import re
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,10 +33,8 @@ from typing import Any
 import httpx2 as httpx
 import jax
 import numpy as np
-from flax import nnx
+from servers import jaxgen_serve, random_checkpoint, running
 from shapes import SHAPE_125M
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import jaxgen
 from jaxgen import demo
@@ -88,26 +82,6 @@ def asks(number: int, vocab_size: int) -> list[Ask]:
         Ask(int(kind), prompts[seed // 2], int(new), seed)
         for seed, (kind, new) in enumerate(zip(kinds, news, strict=True))
     ]
-
-
-@contextlib.contextmanager
-def serving(directory: Path) -> Iterator[tuple[str, int]]:
-    """The address and the process id of a server that is ready."""
-    sizes = {"--rows": ROWS, "--slots": SLOTS, "--records": RECORDS, "--top-logprobs": 1, "--port": 0}
-    command = [sys.executable, "-m", "jaxgen", "serve", str(directory), "--name", "model", "--dtype", "float32"]
-    command += [str(part) for pair in sizes.items() for part in pair]
-    with tempfile.NamedTemporaryFile() as said, subprocess.Popen(command, stderr=said) as process:
-        log = Path(said.name)
-        try:
-            while not (url := re.search(r"http://\S+", log.read_text(encoding="utf-8"))):
-                if process.poll() is not None:
-                    raise RuntimeError(f"the server ended: {log.read_text(encoding='utf-8')[-2000:]}")
-                time.sleep(0.2)
-            while httpx.get(f"{url[0]}/ready").status_code != 200:
-                time.sleep(0.2)
-            yield url[0], process.pid
-        finally:
-            process.send_signal(signal.SIGTERM)
 
 
 def resident(process: int) -> float:
@@ -202,7 +176,8 @@ def measure(directory: Path, number: int, at_a_time: int) -> dict[str, Any]:
     """All figures of one model."""
     model = jaxgen.AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
     asked = asks(number, model.config.vocab_size)
-    with serving(directory) as (url, process):
+    sizes = {"rows": ROWS, "slots": SLOTS, "records": RECORDS, "top_logprobs": 1}
+    with running(jaxgen_serve(directory, **sizes), "/ready") as (url, process):
         ready, start = resident(process), time.perf_counter()
         memory = asyncio.run(load(url, process, asked, at_a_time))
         seconds = time.perf_counter() - start
@@ -238,18 +213,6 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {"p50": twentieths[9], "p95": twentieths[18]}
 
 
-def random_125m(directory: Path) -> Path:
-    """A checkpoint of random weights; its tokenizer writes id 17 as "w17"."""
-    jaxgen.MistralForCausalLM(SHAPE_125M, rngs=nnx.Rngs(0)).save_pretrained(directory)
-    special = ["<unk>", "<s>", "</s>"]
-    words = [*special, *(f"w{number}" for number in range(len(special), SHAPE_125M.vocab_size))]
-    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(directory)
-    return directory
-
-
 def main() -> None:
     """Print and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -264,7 +227,7 @@ def main() -> None:
     kept = known.get("models", {})
     for name in options.models:
         with tempfile.TemporaryDirectory() as directory:
-            place = demo.path() if name == "demo" else random_125m(Path(directory))
+            place = demo.path() if name == "demo" else random_checkpoint(Path(directory), SHAPE_125M)
             kept[name] = measure(place, options.requests, options.at_a_time)
         print(json.dumps({name: kept[name]}, indent=1))
         if options.json:
