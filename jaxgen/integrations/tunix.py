@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgen.errors import JaxgenError
+from jaxgen.errors import JaxgenError, shown
 from jaxgen.generation.options.config import GenerationConfig
 from jaxgen.generation.results.logprobs import logprobs
 from jaxgen.text.tokenizer import left_pad
@@ -139,7 +139,8 @@ def _scores(graph: Any, state: Any, ids: Any, mask: Any, temperature: Any) -> Ar
 def _drawing(config: RolloutConfig, pad: int, eos: int) -> GenerationConfig:
     """What Tunix's configuration means, in the words of `generate`."""
     length = {"max_new_tokens": config.max_tokens_to_generate, "pad_token_id": pad}
-    ends = {"eos_token_id": list(config.eos_tokens or [eos])}
+    given = [] if config.eos_tokens is None else np.ravel(config.eos_tokens).tolist()
+    ends = {"eos_token_id": given or [eos]}
     if not config.temperature:
         return GenerationConfig(do_sample=False, **length, **ends)
     top_k = 0 if config.top_k in (None, -1) else config.top_k
@@ -151,5 +152,7 @@ def _key(seed: Any) -> Array:
     """A key of what Tunix takes for a seed."""
     if seed is None or isinstance(seed, int | np.integer):
         return jax.random.key(0 if seed is None else int(seed))
+    if not hasattr(seed, "dtype"):
+        raise JaxgenError(f"seed={shown(seed)}: Tunix's is an int or a key of JAX")
     typed = jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
     return seed if typed else jax.random.wrap_key_data(seed)

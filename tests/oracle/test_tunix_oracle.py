@@ -114,6 +114,16 @@ def test_a_run_repeats_and_its_calls_differ(tokenizer: Any):
     assert out.text[0].startswith(", 4, 5") and out.logprobs is None
 
 
+def test_several_tokens_may_end_a_text(tokenizer: Any):
+    """As a list or an array; none are the tokenizer's own."""
+    eos, comma = tokenizer.eos_token_id, tokenizer.encode(",", add_special_tokens=False)[-1]
+    found = []
+    for ends in ([eos, comma], np.array([eos, comma]), [], None):
+        rollout, config = worker(tokenizer, temperature=0.0, eos_tokens=ends)
+        found.append(rollout.generate(PROMPTS[:1], config).text[0])
+    assert found[0] == found[1] == found[2].partition(",")[0] != found[2] == found[3]
+
+
 def test_what_it_refuses(tokenizer: Any):
     rollout, config = worker(tokenizer, max_prompt_length=4)
     with pytest.raises(JaxgenError, match=r"prompt 1 has \d+ tokens, where max_prompt_length=4"):
@@ -122,3 +132,6 @@ def test_what_it_refuses(tokenizer: Any):
         rollout.generate([tokenizer.pad_token], config)
     with pytest.raises(JaxgenError, match=r"wrap a model of jaxgen's: JaxgenPolicy\(model\)"):
         JaxgenRollout(rollout_actor=rollout.model().model, tokenizer=None, rollout_config=config)
+    rollout, config = worker(tokenizer, seed=0.5)
+    with pytest.raises(JaxgenError, match=r"seed=0\.5: Tunix's is an int or a key"):
+        rollout.generate(PROMPTS[:1], config)
