@@ -314,14 +314,23 @@ def test_ids_are_ints_only_if_all_are(tmp_path: Path):
     assert [row.id for row in found] == ["0", "7"] and bad.reason == "line 2 has the same id"
 
 
+class Letters:
+    """A tokenizer: a word of `a` is a token."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [5] * len(text.split())}
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return "a " * len(ids)
+
+
 @pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_ragged_prompts_compile_what_one_of_each_bucket_does(count: int):
     def run(lengths: list[int]) -> dict[str, Any]:
         prompts = [" ".join(["a"] * length) for length in lengths]
         return generator({"id": [*range(len(lengths))], "prompt": prompts})
 
-    model = jaxgen.AutoModelForCausalLM.from_pretrained(demo.path(), dtype="float32")
-    generator = Generator(model, batch_size=4, max_new_tokens=4, do_sample=True)
+    generator = Generator(tiny(), Letters(), batch_size=16, max_new_tokens=2, do_sample=True)
     run([3, 70])  # which end within 64 tokens, and within 96
     lengths = np.random.default_rng(0).integers(1, 91, count).tolist()
     slots = {generator.planner.plan(row_of(0, {"id": 0, "prompt": "a " * length})).slots for length in lengths}
@@ -329,7 +338,7 @@ def test_ragged_prompts_compile_what_one_of_each_bucket_does(count: int):
     with counted() as compilations:
         found = run(lengths)
     assert compilations == []
-    assert {len(ids) for ids in found["token_ids"]} <= {1, 2, 3, 4} and set(found["error"]) == {None}
+    assert {len(ids) for ids in found["token_ids"]} <= {1, 2} and set(found["error"]) == {None}
     assert run(lengths[:1])["token_ids"][0] == found["token_ids"][0]
     generator.close()
 

@@ -143,23 +143,17 @@ class RowOptions:
 
     def set(self, row: int, config: GenerationConfig, asked: Asked) -> int | None:
         """Give a row the options of a request; the state in which its constraint begins, if there is room for one."""
-        changed = asked.automaton is not None  # most rows want what the one before them wanted
-
-        def put(table: np.ndarray, value: Any) -> None:
-            nonlocal changed
-            if not np.array_equal(table[row], value):
-                table[row], changed = value, True
-
-        put(self._eos, pad_to(np.array(config.eos_token_ids, np.int32), (ENDS,), fill=-1))
-        put(self._samples, bool(config.do_sample))
-        put(self._ranked, bool(config.top_logprobs))
+        eos = pad_to(np.array(config.eos_token_ids, np.int32), (ENDS,), fill=-1)
+        wanted = [(self._eos, eos), (self._samples, bool(config.do_sample)), (self._ranked, bool(config.top_logprobs))]
         for name, on in self._on.items():
-            put(on, name in asked.processors)
-            if on[row]:
+            wanted.append((on, name in asked.processors))
+            if name in asked.processors:
                 given = jax.tree.leaves(asked.processors[name])
-                for table, value in zip(jax.tree.leaves(self._numbers[name]), given, strict=True):
-                    put(table, value)
-        if changed:
+                wanted += zip(jax.tree.leaves(self._numbers[name]), given, strict=True)
+        changes = [(table, value) for table, value in wanted if not np.array_equal(table[row], value)]
+        for table, value in changes:
+            table[row] = value
+        if changes or asked.automaton is not None:  # most rows want what the one before them wanted
             self._known = None
         return None if self.room is None else self.room.put(row, asked.automaton)
 

@@ -1,6 +1,7 @@
 """What a field of a request may hold: checks that refuse, each with the JSON schema of what it lets through."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -67,12 +68,14 @@ def json_schema(name: str, value: Any) -> Any:
 flag = Check(options.flag, lambda: {"type": "boolean"}, lambda: False)
 
 
+@functools.cache  # as those below that requests ask for by a constant
 def integer(minimum: int) -> Check:
     """An int of 32 bits, of at least `minimum`."""
     schema = {"type": "integer", "minimum": minimum, "maximum": (1 << 31) - 1}
     return Check(options.integer(minimum), lambda: schema, lambda: minimum)
 
 
+@functools.cache
 def number(interval: str) -> Check:
     """A number inside an interval written as in mathematics."""
 
@@ -102,6 +105,7 @@ def each(item: Check, least: int = 0) -> Check:
     return Check(test, says, lambda: [item.example()] * least)
 
 
+@functools.cache
 def ids(size: int) -> Check:
     """A list of ids of `size` tokens. There may be a million, and the event loop waits: `each` would take seconds."""
 
@@ -139,6 +143,7 @@ def only(*values: Any, why: str = "") -> Check:
     return Check(test, lambda: {"enum": [*values]}, lambda: values[0])
 
 
+@functools.cache
 def one_of(*words: str) -> Check:
     """One of a few words."""
 

@@ -3,6 +3,7 @@
 A check takes the option's name and the user's value, and returns it as plain, hashable Python, or raises.
 """
 
+import functools
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ def plain(value: Any) -> Any:
     return tuple(plain(item) for item in value) if isinstance(value, list | tuple) else value
 
 
+@functools.cache
 def integer(minimum: int) -> Check:
     """An int of at least `minimum` that fits 32 bits."""
 
@@ -36,6 +38,7 @@ def integer(minimum: int) -> Check:
     return check
 
 
+@functools.cache
 def number(interval: str) -> Check:
     """A finite number inside an interval written as in mathematics, such as '(0, 1]'."""
     low, high = map(float, interval[1:-1].split(","))
