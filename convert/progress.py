@@ -3,6 +3,8 @@
 import time
 from typing import Any
 
+import jax
+
 LARGE = 256 << 20  # bytes; less is read in a moment, unless something is computed from it
 REAL_SECONDS, REAL_COMPUTING = 1.0, 10.0  # of work that is left, for a bar to be worth a line
 
@@ -11,7 +13,7 @@ class ProgressBar:
     """A tqdm bar of bytes that appears after a second, where work is left that is worth waiting for.
 
     For less than `LARGE` bytes only this process's own computing counts, whatever else keeps the machine busy. Nothing
-    is shown where Hugging Face's bars are switched off.
+    is shown where Hugging Face's bars are switched off, nor by any process of a job but the first.
     """
 
     def __init__(self, total: int, text: str):
@@ -45,7 +47,7 @@ class ProgressBar:
         from huggingface_hub.utils import are_progress_bars_disabled
         from tqdm.auto import tqdm
 
-        off = are_progress_bars_disabled()
+        off = are_progress_bars_disabled() or jax.process_index() != 0
         return tqdm(total=self._total, initial=self._done, desc=self._text, unit="B", unit_scale=True, disable=off)
 
 

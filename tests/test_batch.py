@@ -143,6 +143,22 @@ def test_a_run_goes_on_where_it_was(whole: Path, monkeypatch: pytest.MonkeyPatch
     assert shown(whole / "out") == before
 
 
+def test_a_run_does_not_go_on_elsewhere(tmp_path: Path, capsys):
+    """Where dtype, device or versions are others, the parts would not have the bits of one run."""
+    source = write(tmp_path / "in.jsonl", ROWS[:1])
+    assert batch(source, tmp_path / "out") == 0
+    note = tmp_path / "out" / "run.json"
+    made_from, before = json.loads(note.read_text()), shown(tmp_path / "out")
+    others = {"dtype": "bfloat16", "device": "NVIDIA H200", "jax": "0.1", "jaxgen": "0.0.1"}
+    for name, other in others.items():
+        note.write_text(json.dumps(made_from | {name: other}))
+        assert batch(source, tmp_path / "out") == 2
+        assert f"its {name} was {other!r}, and not {made_from[name]!r}" in capsys.readouterr().err
+    note.write_bytes(before["run.json"])
+    assert batch(source, tmp_path / "out", "--dtype", "auto") == 0  # which is float32 here
+    assert shown(tmp_path / "out") == before
+
+
 def test_other_weights_of_the_same_size_are_another_model(tmp_path: Path):
     shutil.copytree(demo.path(), tmp_path / "copy")
     as_it_was = digest_of_model(demo.path())
@@ -462,6 +478,17 @@ def test_an_option_that_is_null_is_not_given(monkeypatch: pytest.MonkeyPatch):
     generator = Generator(tiny(), lambda text: {"input_ids": [5]})
     options = [{"seed": None, "eos_token_id": np.array([3, 4])}]
     assert generator({"id": [1], "prompt": ["a"], "options": options})["error"].tolist() == ["{'eos_token_id': [3, 4]}"]
+
+
+def test_ints_that_a_column_made_floats_are_ints(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Generator, "run", lambda self, tasks: ((t, JaxgenError(f"{t.options}")) for t in tasks))
+    generator = Generator(tiny(), lambda text: {"input_ids": [5]})
+    one = {"max_new_tokens": 3.0, "temperature": 0.5, "top_k": float("nan"), "eos_token_id": np.array([3.0, 4.0])}
+    options = np.array([one, {"max_new_tokens": 3.5}, {"sequence_bias": [[[5.0], 3e38]]}], object)
+    found = generator({"id": [1, 2, 3], "prompt": ["a"] * 3, "options": options})["error"]
+    assert found[0] == "{'max_new_tokens': 3, 'temperature': 0.5, 'eos_token_id': [3, 4]}"
+    assert "max_new_tokens=3.5 must be an int" in found[1]
+    assert found[2] == "{'sequence_bias': [[[5], 3e+38]]}"
 
 
 def test_rows_that_only_an_engine_refuses_are_bad_one_by_one(monkeypatch: pytest.MonkeyPatch):

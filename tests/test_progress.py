@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import pytest
 import tqdm.auto
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
@@ -84,6 +85,15 @@ def test_what_is_done_at_once_is_no_measure_of_what_is_left(clocks: Clocks, bars
         clocks.passed += 5
         bar.update(LARGE // 100)
         assert len(bars) == 1
+
+
+def test_of_a_job_only_the_first_process_shows_it(
+    clocks: Clocks, bars: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    for process, shows in {1: False, 0: True}.items():
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        work(clocks, LARGE, 60, 60)
+        assert ("Working" in capsys.readouterr().err) == shows
 
 
 def test_it_can_be_switched_off(clocks: Clocks, bars: list[Any], capsys: pytest.CaptureFixture[str]):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jaxgen
 from jaxgen.batch.generator import Generator, Result
 from jaxgen.batch.plan import Planner
 from jaxgen.batch.rows import pyarrow, read
@@ -34,7 +35,8 @@ def run(options: argparse.Namespace, directory: Path, settings: Mapping[str, Any
     config, stored = open_configs(directory)
     planner = Planner(tokenizer, config, stored, every)
     part_rows = integer(1)("--part-rows", options.part_rows)
-    filled = Run(options.output, _made_from(options, directory), f".{options.format}", part_rows)
+    place = _computed_with(options, config.overflows_float16)
+    filled = Run(options.output, _made_from(options, directory) | place, f".{options.format}", part_rows)
     with filled.held():
         left = filled.plan(planner, rows, bad)
         if left:
@@ -77,6 +79,26 @@ def _made_from(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         return {"input": digest(options.input), "model": digest_of_model(directory), **given, "seed": options.seed or 0}
     except OSError as error:
         raise JaxgenError(f"{error.filename}: it cannot be read: {error.strerror or error}") from error
+
+
+def _computed_with(options: argparse.Namespace, overflows_float16: bool) -> dict[str, str]:
+    """What bits depend on beside the model and the options: where the rest of a run goes on must be the same."""
+    if options.engine == "ray":
+        from jaxgen.batch import on_ray
+
+        return on_ray.where_workers_run(computed_with, options.dtype, overflows_float16)
+    return computed_with(options.dtype, overflows_float16)
+
+
+def computed_with(dtype: str, overflows_float16: bool) -> dict[str, str]:
+    """The dtype that a model has here, the kind of device, and the versions. Raises `JaxgenError` for no dtype."""
+    import jax
+
+    from jaxgen.convert.placement import as_device, as_dtype, auto_dtype
+
+    device = as_device("auto")
+    found = auto_dtype(device, overflows_float16) if dtype == "auto" else as_dtype(dtype)
+    return {"dtype": found.name, "device": device.device_kind, "jax": jax.__version__, "jaxgen": jaxgen.__version__}
 
 
 def _show(filled: Run, left: list[Part], outcomes: Iterator[Outcome]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import queue
 from collections.abc import Iterable, Iterator, Mapping
@@ -83,9 +84,10 @@ class Generator:
         tasks = []
         for place in range(count):
             try:
-                tasks.append(
-                    self.planner.plan(row_of(place, {k: _plain(column[place]) for k, column in batch.items()}))
-                )
+                fields = {k: _plain(column[place]) for k, column in batch.items()}
+                if "options" in fields:
+                    fields["options"] = _as_given(fields["options"])
+                tasks.append(self.planner.plan(row_of(place, fields)))
             except JaxgenError as error:
                 found[place] = error
         for task, result in self.run(sorted(tasks, key=lambda task: task.slots)):
@@ -166,6 +168,19 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items() if item is not None}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _as_given(value: Any) -> Any:
+    """Options whose ints became floats, as those of a column do where some rows have none: NaN is none, 5.0 is 5.
+
+    Options that are no ints take 1 for 1.0.
+    """
+    if isinstance(value, dict):
+        there = {name: item for name, item in value.items() if not (isinstance(item, float) and math.isnan(item))}
+        return {name: _as_given(item) for name, item in there.items()}
+    if isinstance(value, list):
+        return [_as_given(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
 def _column(values: list[Any]) -> np.ndarray:

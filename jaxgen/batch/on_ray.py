@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -42,14 +42,38 @@ class Worker:
         return {"told": [json.dumps(told)]}
 
 
+def where_workers_run(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function gives there, or here where there are no GPUs. Raises `JaxgenError` for what goes wrong there."""
+    _join()
+    if not _gpus():
+        return function(*arguments)
+    try:
+        return ray.get(ray.remote(num_gpus=_gpus())(function).remote(*arguments))
+    except ray.exceptions.RayError as error:
+        raise _failed(error) from error
+
+
+def _join() -> None:
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+
+
+def _gpus() -> int:
+    """How many a worker takes."""
+    return 1 if ray.cluster_resources().get("GPU") else 0
+
+
+def _failed(error: Exception) -> JaxgenError:
+    return JaxgenError(f"a worker failed: {str(error).strip()[-600:]}")
+
+
 def outcomes(parts: Sequence[Part], workers: int, keep_compiled: bool, options: Mapping[str, Any]) -> Iterator[Outcome]:
     """What becomes of the rows of parts, on the cluster of RAY_ADDRESS, or on one of this machine.
 
     `options` are those of `Generator`, whose model every worker must be able to read. A worker takes a GPU where the
     cluster has any. Raises `JaxgenError` for what ends a worker otherwise than by its death.
     """
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    _join()
     ray.data.DataContext.get_current().enable_progress_bars = False
     tasks = {task.row.line: task for part in parts for task in part.tasks}
     items = [{"rows": json.dumps([dataclasses.asdict(task.row) for task in part.tasks])} for part in parts]
@@ -58,11 +82,11 @@ def outcomes(parts: Sequence[Part], workers: int, keep_compiled: bool, options: 
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
         fn_constructor_kwargs={"keep_compiled": keep_compiled, "options": dict(options)},
-        num_gpus=1 if ray.cluster_resources().get("GPU") else 0,
+        num_gpus=_gpus(),
     )
     try:
         for item in results.iter_rows():
             for line, told in json.loads(item["told"]):
                 yield tasks[line], JaxgenError(told) if isinstance(told, str) else Result(**told)
     except ray.exceptions.RayError as error:
-        raise JaxgenError(f"a worker failed: {str(error).strip()[-600:]}") from error
+        raise _failed(error) from error
