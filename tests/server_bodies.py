@@ -14,6 +14,7 @@ from tests.mutate import mutate_bytes, mutate_json
 
 _CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 _TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
+_NO_PARAMETERS = {"type": "function", "function": {"name": "g"}}
 _SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", 1]}}, "required": ["a"], "additionalProperties": False}
 _PARTS = [{"type": "text", "text": "1, "}, {"type": "text", "text": "2"}]
 _OFTEN = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 1, "stop": ["zz"], "logit_bias": {"5": 1}}
@@ -50,6 +51,20 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
             "messages": [{"role": "user", "content": "1"}],
             "response_format": {"type": "json_schema", "json_schema": _NAMED},
             "max_tokens": 20,
+        },
+    ),
+    (
+        "/v1/chat/completions",
+        {
+            **{"messages": [{"role": "user", "content": "1"}], "max_tokens": 20, "tools": [_NO_PARAMETERS]},
+            **{"tool_choice": {"type": "function", "function": {"name": "g"}}, "logprobs": True, "n": 2, **_STREAMED},
+        },
+    ),
+    (
+        "/v1/chat/completions",
+        {
+            "messages": [{"role": "user", "content": "1"}],
+            **{"tools": [_NO_PARAMETERS], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 20},
         },
     ),
     ("/v1/completions", {"prompt": "1, 2, 3", "max_tokens": 2, "logprobs": 2, "echo": True, **_OFTEN}),

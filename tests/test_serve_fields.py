@@ -33,6 +33,11 @@ TEMPLATE = """{{ bos_token }}{% for message in messages %}{{ message.role + ": "
 {%- for call in message.tool_calls or [] %}{{ "calls " + call.function.name + " at " + call.function.arguments.city }}
 {%- endfor %}{{ "" if loop.last else "\\n" }}{% endfor %}
 {%- if add_generation_prompt %}{{ "\\nassistant:" + (" LOUD" if loud else "") }}{% endif %}"""
+PLACE = {
+    "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    **{"type": "object", "required": ["city", "days"], "additionalProperties": False},
+}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": PLACE}}
 TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
 CALLED = [
     *CHAT,
@@ -272,6 +277,31 @@ def test_a_text_of_a_shape(client, service, what):
     assert text == service.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+CHOICES = {"stop": {"type": "function", "function": {"name": "weather"}}, "tool_calls": "required"}
+
+
+@pytest.mark.parametrize("reason", CHOICES)
+def test_a_call_that_is_forced(client, service, reason):
+    """Its arguments are what `generate` gives under the schema; streamed they are the same."""
+    body = {"messages": CHAT, "tools": [TOOL], "tool_choice": CHOICES[reason], "seed": 4, "temperature": 2.6}
+    [choice] = posted(client, "/v1/chat/completions", body)["choices"]
+    ids = service.tokenizer("<s>user: Name a color.\nassistant:", add_special_tokens=False)["input_ids"]
+    tokens, _, _ = generated(service, ids, max_new_tokens=80, constraint=jaxgen.json_schema(PLACE))
+    arguments = service.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert json.loads(arguments)["city"] in ("Rome", "Oslo")
+    [call] = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "weather", "arguments": arguments} and choice["message"]["content"] is None
+    assert choice["finish_reason"] == reason
+    said = client.post("/v1/chat/completions", json=body | {"stream": True}).text.split("\n\n")[:-2]
+    events = [json.loads(line.removeprefix("data: "))["choices"][0] for line in said]
+    [first, *_], calls = events, [each for event in events for each in event["delta"].get("tool_calls", ())]
+    assert first["delta"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": ""}
+    assert "".join(each["function"]["arguments"] for each in calls) == arguments and len(calls) > 2
+    assert events[-1]["finish_reason"] == reason
+    short = posted(client, "/v1/chat/completions", body | {"stop": ["ity"]})["choices"][0]
+    assert short["message"]["tool_calls"][0]["function"]["arguments"] == arguments.partition("ity")[0]
+
+
 def test_text_is_no_shape(client):
     body = {"prompt": TEXT, "seed": 4, "max_tokens": 8}
     with_it = posted(client, "/v1/completions", body | {"response_format": {"type": "text"}})
@@ -309,6 +339,25 @@ REFUSED = {
         "exclude",
     ),
     "a temperature": ({"temperature": 1e-45}, "temperature", "1e-45 must be at least 1.175e-38 in size or 0"),
+    "no such tool": (
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+        "tool_choice",
+        "'x': 0 of the tools",
+    ),
+    "one of several tools": ({"tools": [TOOL, TOOL], "tool_choice": "required"}, "tool_choice", "2 of the tools"),
+    "a call and a shape": (
+        {"tools": [TOOL], "tool_choice": "required", "structured_outputs": {"regex": "a"}},
+        "tool_choice",
+        "exclude each other",
+    ),
+    "a tool's schema": (
+        {
+            "tools": [{"type": "function", "function": {"name": "x", "parameters": {"type": "x"}}}],
+            "tool_choice": "required",
+        },
+        "tools[0].function.parameters",
+        "type",
+    ),
     "a penalty": ({"presence_penalty": 2.5}, "presence_penalty", r"\[-2, 2\]"),
 }
 

@@ -38,6 +38,9 @@ def _frame(kind: str) -> dict[str, Schema]:
 
 _SEED = {"type": "integer", "description": "The seed: that of the request, or a fresh one."}
 _FINISH = {"enum": ["stop", "length"]}
+_CHAT_FINISH = {"enum": ["stop", "length", "tool_calls"]}
+_CALL = {"id": TEXT, "type": {"const": "function"}}
+_CALL_PIECE = _object({**_CALL, "function": _object({"name": TEXT}, arguments=TEXT)}, index=COUNT)
 _BYTES = _list({"type": "integer", "minimum": 0, "maximum": 255})
 _ONE = {"token": TEXT, "logprob": NUMBER, "bytes": _BYTES}
 _CHAT_LOGPROBS = _or_null(_object(content=_list(_object(**_ONE, top_logprobs=_list(_object(**_ONE)))), refusal=NULL))
@@ -81,9 +84,12 @@ SCHEMAS: dict[str, Schema] = {
     "ChatCompletion": _object(
         **_frame("chat.completion"),
         choices=_choice(
-            message=_object(role={"const": "assistant"}, content=TEXT, refusal=NULL),
+            message=_object(
+                {"tool_calls": _list(_object(**_CALL, function=_object(name=TEXT, arguments=TEXT)))},
+                **{"role": {"const": "assistant"}, "content": _or_null(TEXT), "refusal": NULL},
+            ),
             logprobs=_CHAT_LOGPROBS,
-            finish_reason=_FINISH,
+            finish_reason=_CHAT_FINISH,
         ),
         usage=ref("Usage"),
         seed=_SEED,
@@ -91,9 +97,11 @@ SCHEMAS: dict[str, Schema] = {
     "ChatCompletionChunk": _chunk(
         "chat.completion.chunk",
         _choice(
-            delta=_object({"role": {"const": "assistant"}, "content": TEXT}),
+            delta=_object(
+                {"role": {"const": "assistant"}, "content": _or_null(TEXT), "tool_calls": _list(_CALL_PIECE)}
+            ),
             logprobs=_CHAT_LOGPROBS,
-            finish_reason=_or_null(_FINISH),
+            finish_reason=_or_null(_CHAT_FINISH),
         ),
     ),
     "Completion": _object(

@@ -170,7 +170,7 @@ def _of_text(service: Service, fields: Fields) -> Callable[[], list[int]]:
 
 def _of_chat(service: Service, fields: Fields) -> Callable[[], list[int]]:
     _shown_with(fields)
-    messages, options = template_of(fields)
+    messages, options, _ = template_of(fields)
     fields.end()
     return lambda: service.encoded("messages", messages, **options)
 

@@ -13,6 +13,7 @@ from jaxgen.serve.sampling import IGNORED, arguments_of, sampling_of, seed_of, s
 from jaxgen.serve.service import Prompt, Service, fresh_seed
 from jaxgen.serve.shapes import Wanted, shape_of
 from jaxgen.serve.token_texts import TokenTexts
+from jaxgen.serve.tools import CHOICE, Forced, forced_by
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # What a template gets from the server, and not from a client.
@@ -26,32 +27,44 @@ class ChatForm:
 
     texts: TokenTexts
     best: int | None
+    forced: Forced | None = None
     kind: str = "chat.completion"
 
     def whole(self, place: int, done: Completion) -> dict[str, Any]:
         """A choice of an answer that is sent at once."""
+        message: dict[str, Any] = {"role": "assistant", "content": done.text, "refusal": None}
+        if self.forced:
+            message |= {"content": None, "tool_calls": [self.forced.call(done.text or "")]}
         return {
             "index": place,
-            "message": {"role": "assistant", "content": done.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(done.tokens),
-            "finish_reason": FINISH.get(done.finish_reason, "length"),
+            "finish_reason": self._reason(FINISH.get(done.finish_reason, "length")),
         }
 
     def begin(self, place: int) -> dict[str, Any] | None:
         """Who speaks."""
-        return self._delta(place, {"role": "assistant", "content": ""})
+        called = {"content": None, "tool_calls": [{"index": 0, **self.forced.call("")}]} if self.forced else {}
+        return self._delta(place, {"role": "assistant", "content": "", **called})
 
     def piece(self, place: int, said: str, tokens: Tokens) -> dict[str, Any]:
         """A further piece."""
-        return self._delta(place, {"content": said}, self._logprobs(tokens) if len(tokens.ids) else None)
+        called = {"tool_calls": [{"index": 0, "function": {"arguments": said}}]}
+        return self._delta(
+            place, called if self.forced else {"content": said}, self._logprobs(tokens) if len(tokens.ids) else None
+        )
 
     def says(self, choice: dict[str, Any]) -> bool:
         """Whether a piece has any text."""
-        return bool(choice["delta"]["content"])
+        delta = choice["delta"]
+        return bool(delta["tool_calls"][0]["function"]["arguments"] if self.forced else delta["content"])
 
     def end(self, place: int, reason: str) -> dict[str, Any]:
         """The last piece, without text."""
-        return self._delta(place, {}, reason=reason)
+        return self._delta(place, {}, reason=self._reason(reason))
+
+    def _reason(self, reason: str) -> str:
+        return self.forced.complete if self.forced and reason == "stop" else reason
 
     def _delta(self, place: int, delta: Any, logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
         return {"index": place, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
@@ -73,12 +86,13 @@ class Chat:
     stream: tuple[bool, bool, bool]
     best: int | None
     shape: Wanted
+    forced: Forced | None
 
 
 def read_chat(fields: Fields, service: Service) -> Chat:
     """Read a request for a chat. Raises `Refusal`."""
     model_of(fields, service)
-    messages, template = template_of(fields)
+    messages, template, forced = template_of(fields)
     options = sampling_of(fields, service.model.stored_generation_config, service.model.config.vocab_size)
     new = max_tokens_of(fields)
     samples = fields.take("n", integer(1), "So many answers.", 1)
@@ -87,8 +101,11 @@ def read_chat(fields: Fields, service: Service) -> Chat:
     best = _logprobs(fields, service)
     fields.take("modalities", only(["text"]), "Texts are all there is.")
     shape = shape_of(fields)
+    if shape and forced:
+        raise Refusal(f"tool_choice: a call and {shape[0]} exclude each other", param="tool_choice")
+    shape = forced.wanted if forced else shape
     fields.end(IGNORED)
-    return Chat(messages, template, options, new, samples, seed, stream, best, shape)
+    return Chat(messages, template, options, new, samples, seed, stream, best, shape, forced)
 
 
 async def chat_completions(service: Service, chat: Chat) -> Any:
@@ -99,7 +116,7 @@ async def chat_completions(service: Service, chat: Chat) -> Any:
     options |= {"seed": seed, "top_logprobs": chat.best or None}
     new, prompts = (*chat.new, None), [Prompt(ids, "")]
     calls = await service.submitted("messages", prompts, new, chat.samples, **options)
-    form = ChatForm(service.texts, chat.best)
+    form = ChatForm(service.texts, chat.best, chat.forced)
     asked = Asked(service, calls, form, len(ids), seed, chat.stream, "chat.completion.chunk")
     return await asked.answer()
 
@@ -139,12 +156,12 @@ def _logprobs(fields: Fields, service: Service) -> int | None:
     return best if wanted else None
 
 
-def template_of(fields: Fields) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The messages, and what the template is told beside them."""
+def template_of(fields: Fields) -> tuple[list[dict[str, Any]], dict[str, Any], Forced | None]:
+    """The messages, what the template is told beside them, and the call that must come, if any."""
     messages = fields.need("messages", each(inside(_message), least=1), "The chat until now.")
     tools = fields.take("tools", each(unchanged(inside(_tool))), "Functions that the template tells of.") or None
-    why = "the model decides whether it calls a tool"
-    choice = fields.take("tool_choice", only("auto", "none", why=why), "Whether the template is told of the tools.")
+    says = "Whether the template is told of the tools; or which of them must be called, 'required' where there is one."
+    choice = fields.take("tool_choice", CHOICE, says)
     fields.take("parallel_tool_calls", flag, "Changes nothing.")
     told = fields.take("chat_template_kwargs", mapping, "What else the template is told.", {})
     if strange := _OURS & told.keys():
@@ -155,8 +172,8 @@ def template_of(fields: Fields) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         raise Refusal(
             "continue_final_message and add_generation_prompt exclude each other", param="add_generation_prompt"
         )
-    tools = None if choice == "none" else tools
-    return messages, {**told, "continue_final_message": goes_on, "add_generation_prompt": prompts, "tools": tools}
+    told = {**told, "continue_final_message": goes_on, "add_generation_prompt": prompts}
+    return messages, {**told, "tools": None if choice == "none" else tools}, forced_by(choice, tools)
 
 
 def _tool(fields: Fields) -> None:

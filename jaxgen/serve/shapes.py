@@ -96,7 +96,7 @@ def _grammar(fields: Fields) -> Wanted:
     if kind == "json_schema":
         return value
     name = fields.full("value")
-    return _matching(name, value) if kind == "regex" else _by_schema(name, value)
+    return _matching(name, value) if kind == "regex" else by_schema(name, value)
 
 
 def _response_format(fields: Fields) -> Wanted:
@@ -123,7 +123,7 @@ def _structured_outputs(fields: Fields) -> Wanted:
     fields.end()
     name = fields.where
     if kind == "json":
-        return _by_schema(f"{name}.json", value)
+        return by_schema(f"{name}.json", value)
     if kind == "regex":
         return _matching(f"{name}.regex", value)
     return f"{name}.{kind}", any_object if kind == "json_object" else lambda: jaxgen.choice(value)
@@ -135,10 +135,12 @@ def _named(fields: Fields) -> Wanted:
         fields.take(told, check, "Changes nothing.")
     schema = fields.need("schema", json_schema, "What the text must be.")
     fields.end()
-    return _by_schema(fields.full("schema"), schema)
+    return by_schema(fields.full("schema"), schema)
 
 
-def _by_schema(name: str, schema: Any) -> Wanted:
+def by_schema(name: str, schema: Any) -> Wanted:
+    """What a JSON schema asks for."""
+
     def made() -> Constraint:
         constraint = jaxgen.json_schema(schema)
         if not isinstance(constraint, Constraint):

@@ -64,6 +64,9 @@ def test_structured_output(chat: ChatOpenAI):
     assert isinstance(found, Animal)
     assert chat.with_structured_output(Animal.model_json_schema(), method="json_schema").invoke(ASK) == dict(found)
     assert isinstance(chat.with_structured_output(None, method="json_mode").invoke(ASK), dict)
+    assert isinstance(chat.with_structured_output(Animal, method="function_calling").invoke(ASK), Animal)
+    [call] = chat.bind_tools([Animal], tool_choice="required").invoke(ASK).tool_calls
+    assert call["name"] == "Animal" and Animal.model_validate(call["args"])
     assert model.invoke(ASK).content != found
 
 

@@ -149,11 +149,32 @@ def test_a_pydantic_model(client: openai.OpenAI):
         client.chat.completions.parse(**{**own, "max_tokens": 2}, tools=[openai.pydantic_function_tool(Animal)])
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_call_that_is_forced(client: openai.OpenAI, named: bool):
+    own: Any = {"model": "demo", "messages": ASK, "max_tokens": 100, "tools": [openai.pydantic_function_tool(Animal)]}
+    own |= {"tool_choice": {"type": "function", "function": {"name": "Animal"}} if named else "required", **SAMPLED}
+    choice = client.chat.completions.parse(**own).choices[0]
+    [call] = choice.message.tool_calls or []
+    assert choice.message.content is None and choice.finish_reason == ("stop" if named else "tool_calls")
+    assert call.type == "function" and call.function.name == "Animal" and call.id.startswith("call_")
+    assert call.function.parsed_arguments == Animal.model_validate_json(call.function.arguments)
+    with client.chat.completions.stream(**own) as stream:
+        pieces = [event.arguments_delta for event in stream if event.type == "tool_calls.function.arguments.delta"]
+        final = stream.get_final_completion().choices[0]
+    [streamed] = final.message.tool_calls or []
+    assert streamed.function == call.function and "".join(pieces) == call.function.arguments and len(pieces) > 2
+    assert final.finish_reason == choice.finish_reason and not final.message.content
+    again = [*ASK, choice.message.model_dump(exclude={"parsed"}, exclude_none=True)]  # and its answer is a message
+    again.append({"role": "tool", "tool_call_id": call.id, "content": "done"})
+    with pytest.raises(openai.BadRequestError, match="role 'tool' is none of"):  # says the demo's template
+        client.chat.completions.create(model="demo", messages=again)
+
+
 ERRORS: dict[str, tuple[type[openai.APIStatusError], int, dict[str, Any], str | None, str]] = {
     "a value": (openai.BadRequestError, 400, {"temperature": -1}, "temperature", "temperature=-1"),
     "too long": (openai.BadRequestError, 400, {"max_tokens": 1000}, "max_tokens", "at most"),
     "a field": (openai.BadRequestError, 400, {"extra_body": {"temprature": 1}}, "temprature", "'temperature'"),
-    "a tool": (openai.BadRequestError, 400, {"tool_choice": "required"}, "tool_choice", "decides"),
+    "a tool": (openai.BadRequestError, 400, {"tool_choice": "required"}, "tool_choice", "0 of the tools"),
     "a model": (openai.NotFoundError, 404, {"model": "gpt-4"}, "model", "'demo' is"),
 }
 
