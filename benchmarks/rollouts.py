@@ -11,9 +11,10 @@ lengths for every seed; 16 rows run at a time. *ragged engine* submits each row 
 batch* calls `generate` for two prompts after another, until the longest of their 16 rows has ended. Only the tokens
 that were asked for count.
 transformers on torch is measured the same way: its `generate` with `output_scores=True`, and a forward pass over the
-finished rows. Differences are in nats; a ratio is exp(scored - drawn). Tokens per second are those of the fastest call.
-A mode ends after so many tokens, and but for *exact* after 5 seconds. `--tiny` tries it all, in float32. On a machine
-that does other things too, hold all of it to one core: `taskset -c 0 python benchmarks/rollouts.py ...`.
+finished rows. Differences are in nats; a ratio is exp(scored - drawn). Tokens per second are those of the fastest of 5
+calls, in which the modes take turns, so that what else the machine does falls on all; then *exact* goes on, untimed.
+`--tiny` tries it all, in float32. On a machine that does other things too, hold all of it to one core: `taskset -c 0
+python benchmarks/rollouts.py ...`.
 Needs the extra `oracle`, for transformers.
 """
 
@@ -175,35 +176,56 @@ def theirs(weights: str) -> Iterator[Pair]:
         yield drawn, scored, middle - start, end - middle
 
 
-def measure(pairs: Iterator[Pair], tokens: int, seconds: float) -> dict[str, Any]:
-    """Differences over so many tokens, or so many seconds if that is less, and the fastest calls."""
-    next(pairs)  # compiles
-    differences, different, times, count, drawn = [], 0, [], 0, np.zeros(0)
-    end = time.perf_counter() + seconds
-    while not times or (count < tokens and time.perf_counter() < end):
-        drawn, scored, *took = next(pairs)
-        different += int((drawn.view(np.uint32) != scored.view(np.uint32)).sum())
-        differences.append((scored - drawn).ravel())
-        times.append(took)
-        count += drawn.size
-    difference = np.concatenate(differences).astype(np.float64)
-    ratios = np.exp(difference)
-    generate, score = np.array(times).min(axis=0)
-    return {
-        "tokens": count,
-        "different": different,
-        "largest": float(np.abs(difference).max()),
-        "sd": float(difference.std()),
-        "outside": float(((ratios < 0.9) | (ratios > 1.1)).mean()),
-        "generate_tokens_per_second": drawn.size / generate,
-        "score_tokens_per_second": drawn.size / score,
+class Differences:
+    """What one way of sampling and scoring says of the same tokens, and how long its calls take."""
+
+    def __init__(self, pairs: Iterator[Pair]):
+        next(pairs)  # compiles
+        self._pairs, self._differences, self._times, self._different = pairs, list[np.ndarray](), list[list[float]](), 0
+        self.tokens = 0
+
+    def call(self) -> None:
+        """Draw and score once more."""
+        drawn, scored, *took = next(self._pairs)
+        self._different += int((drawn.view(np.uint32) != scored.view(np.uint32)).sum())
+        self._differences.append((scored - drawn).ravel())
+        self._times.append(took)
+        self.tokens += drawn.size
+
+    def told(self, turns: int) -> dict[str, Any]:
+        """All differences, and the rates of the fastest of the first calls, which took turns with the others'."""
+        difference = np.concatenate(self._differences).astype(np.float64)
+        ratios = np.exp(difference)
+        generate, score = np.array(self._times[:turns]).min(axis=0)
+        return {
+            "tokens": self.tokens,
+            "different": self._different,
+            "largest": float(np.abs(difference).max()),
+            "sd": float(difference.std()),
+            "outside": float(((ratios < 0.9) | (ratios > 1.1)).mean()),
+            "generate_tokens_per_second": self._differences[0].size / generate,
+            "score_tokens_per_second": self._differences[0].size / score,
+        }
+
+
+def ways(weights: str) -> dict[tuple[str, str], Callable[[], Iterator[Pair]]]:
+    """All there are with such weights, by engine and mode."""
+    found: dict[tuple[str, str], Callable[[], Iterator[Pair]]] = {
+        ("jaxgen", "exact"): lambda: ours(weights, exact=True),
+        ("jaxgen", "fast"): lambda: ours(weights, exact=False),
+        ("jaxgen", "engine"): lambda: in_engine(weights),
+        ("jaxgen", "ragged engine"): lambda: ragged_engine(weights),
+        ("jaxgen", "ragged batch"): lambda: ragged_batch(weights),
     }
+    theirs_too = {("transformers", ""): lambda: theirs(weights)}  # which has other four bits
+    return found if weights == "int4" else found | theirs_too
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--tokens", type=int, default=100_000, help="in exact mode; a fifth of it in the others")
+    parser.add_argument("--tokens", type=int, default=100_000, help="at least, in exact mode")
+    parser.add_argument("--turns", type=int, default=5, help="timed calls of each mode")
     parser.add_argument("--tiny", action="store_true", help="try it: float32, few tokens")
     options = parser.parse_args()
     kinds, tokens = (["float32"], 1) if options.tiny else ([*WEIGHTS], options.tokens)
@@ -211,25 +233,17 @@ def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    jobs: list[tuple[str, str, str, Callable[[], Iterator[Pair]]]] = []
-    for weights in kinds:
-        jobs.append(("jaxgen", weights, "exact", lambda weights=weights: ours(weights, exact=True)))
-        jobs.append(("jaxgen", weights, "fast", lambda weights=weights: ours(weights, exact=False)))
-        jobs.append(("jaxgen", weights, "engine", lambda weights=weights: in_engine(weights)))
-        jobs.append(("jaxgen", weights, "ragged engine", lambda weights=weights: ragged_engine(weights)))
-        jobs.append(("jaxgen", weights, "ragged batch", lambda weights=weights: ragged_batch(weights)))
-        if weights != "int4":  # transformers has other four bits
-            jobs.append(("transformers", weights, "", lambda weights=weights: theirs(weights)))
     rows = []
-    for engine, weights, mode, run in jobs:
-        row = {
-            "engine": engine,
-            "weights": weights,
-            "mode": mode,
-            **(measure(run(), tokens, float("inf")) if mode == "exact" else measure(run(), tokens // 5, 5)),
-        }
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+    for weights in kinds:
+        each = {names: Differences(way()) for names, way in ways(weights).items()}
+        for _ in range(options.turns):
+            for way in each.values():
+                way.call()
+        while each["jaxgen", "exact"].tokens < tokens:
+            each["jaxgen", "exact"].call()
+        for (engine, mode), way in each.items():
+            rows.append({"engine": engine, "weights": weights, "mode": mode, **way.told(options.turns)})
+            print(json.dumps(rows[-1]), flush=True)
     if options.json:
         report = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

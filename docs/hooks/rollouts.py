@@ -27,9 +27,9 @@ def rollouts(results: Any) -> str:
         "What `generate` said of the tokens that it drew, against what scoring the same tokens says: differences in "
         f"nats, and the share of ratios outside [0.9, 1.1]. *exact* is with `strict=` in both, {modes}, and "
         "transformers on torch is measured the same way (`output_scores` against a forward pass). The demo model, 8 "
-        "prompts with 8 samples of 48 tokens, temperature 1.5. Rates were taken while other work shared the machine: "
-        "they are no comparison, and what exactness costs in time is unknown. The larger a device, the more "
-        "it costs to read tokens one after the other, as exact scoring does. Nothing was measured on a GPU."
+        "prompts with 8 samples of 48 tokens, temperature 1.5. Rates are those of the fastest of 5 calls, for which "
+        "all took turns. The larger a device, the more it costs to read tokens one after the other, as exact scoring "
+        "does. Nothing was measured on a GPU."
     )
     return f"{prose}\n\n{table}\n\n{_source(results)}\n"
 
@@ -51,8 +51,7 @@ def ragged(results: Any) -> str:
     prose = (
         "Rollouts whose rows end after 1 to 160 tokens (a geometric distribution of mean 40): 8 prompts with 8 "
         "samples, 16 rows at a time. An `Engine` gives the place of a row that has ended to the next; `generate` runs "
-        "each batch until its longest row has ended. Only tokens that were asked for count; both were timed in one "
-        "run, and other work may have shared the machine."
+        "each batch until its longest row has ended. Only tokens that were asked for count; they took turns in one run."
     )
     return "\n".join([prose, "", header, *pairs, "", _source(results), ""])
 
