@@ -38,7 +38,7 @@ def engine(results: Any) -> str:
     >>> results = {"machine": {}, "note": "A trial.", "requests": 128, "rows": 16, "slots": 384, "figures": figures,
     ...            "full": {"engine": 199.2, "strict generate": 227.4}}
     >>> said = engine(results).splitlines()
-    >>> said[7:9], said[2].endswith("A trial."), "of the slots 27% were filled" in said[2]
+    >>> said[7:9], said[2].endswith("A trial."), "slots: 27% were filled" in said[2]
     (['| static batches | 81 | 99.6% |', '| another server | ImportError: it needs more | |'], True, True)
     """
     if results is None:
@@ -58,11 +58,11 @@ def engine(results: Any) -> str:
         "takes as many rows at a time as its cache has pages for: more than the others. The servers get texts over "
         f"HTTP, {2 * results['rows']} at a time, all of which transformers' decodes together. *Same* are the requests "
         f"whose tokens are those of `generate`. {ours['busy_rows']:.0%} of the rows in the engine's steps got a token; "
-        f"half of the requests had their first token within {ours['first_token_s_p50']:.1f} s of being submitted, all at once. A row of the "
-        f"engine has {results['slots']} slots: of the slots {ours['slots_used']:.0%} were filled where a request ended,"
-        f" and over all steps {ours['slots_held']:.0%} held a token. Where every row is busy to the end, the engine, "
-        f"with all processors that nobody uses, gives {results['full']['engine']:.0f} tokens/s, and `generate` in its "
-        f"shape (`strict`) {results['full']['strict generate']:.0f}. {results['note']}"
+        f"half of the requests had their first token within {ours['first_token_s_p50']:.1f} s of being submitted, all "
+        f"at once. A row of the engine has {results['slots']} slots: {ours['slots_used']:.0%} were filled where a "
+        f"request ended, and over all steps {ours['slots_held']:.0%} held a token. Where every row is busy to the end, "
+        f"the engine, with all processors that nobody uses, gives {results['full']['engine']:.0f} tokens/s, and "
+        f"`generate` in its shape (`strict`) {results['full']['strict generate']:.0f}. {results['note']}"
     ).rstrip()
     table = "\n".join(["| | tokens/s | same |", "|---|---:|---:|", *lines])
     command = "python benchmarks/engine.py --json benchmarks/results/engine.json"
