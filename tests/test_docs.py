@@ -171,6 +171,7 @@ FIGURES = (
     "rollouts",
     "families",
     "engine",
+    "engine_steps",
     "mesh",
     "batch",
     "serve",

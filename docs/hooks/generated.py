@@ -24,7 +24,7 @@ from levels import reproducibility  # noqa: E402
 from meshes import meshes  # noqa: E402
 from pictures import plots, result  # noqa: E402
 from rollouts import ragged, rollouts  # noqa: E402
-from throughput import batch, engine, families, serve  # noqa: E402
+from throughput import batch, engine, families, serve, steps  # noqa: E402
 
 # The files of results do not all say what they were measured on.
 EPYC, XEON, NO_GPU = "2 cores of an AMD EPYC", "2 cores of an Intel Xeon", "a machine without a GPU"
@@ -397,6 +397,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "ragged": lambda: ragged(read("rollouts")),
     "families": lambda: families(read("families")),
     "engine": lambda: engine(read("engine")),
+    "engine_steps": lambda: steps(read("engine_steps")),
     "mesh": lambda: meshes(read("mesh")),
     "batch": lambda: batch(read("batch")),
     "serve": lambda: serve(read("serve")),

@@ -69,6 +69,28 @@ def engine(results: Any) -> str:
     return f"## Continuous batching\n\n{prose}\n\n{table}\n\n{_source(command, results['machine'])}"
 
 
+def steps(results: Any) -> str:
+    """What an engine's step costs with what nobody asks for; nothing where it was not run.
+
+    >>> found = {"nothing": {"median": 145.4, "least": 121.6, "most": 220.8}}
+    >>> steps({"machine": {}, "step_ms": found}).splitlines()[4]
+    '| nothing | 145 | 122 to 221 |'
+    """
+    if results is None:
+        return ""
+    lines = [
+        f"| {name} | {found['median']:.0f} | {found['least']:.0f} to {found['most']:.0f} |"
+        for name, found in results["step_ms"].items()
+    ]
+    prose = (
+        "Milliseconds of a decode step of 16 rows with what an engine has, in the same shape; the engines take turns, "
+        "so that what else the machine does falls on all."
+    )
+    table = "\n".join(["| an engine with | median | least to most |", "|---|---:|---:|", *lines])
+    command = "taskset -c 0 python benchmarks/engine.py --steps --json benchmarks/results/engine_steps.json"
+    return f"{prose}\n\n{table}\n\n{_source(command, results['machine'])}"
+
+
 def batch(results: Any) -> str:
     """Rows per second of offline batches, a line per model and way; nothing where it was not run.
 
