@@ -116,7 +116,7 @@ def test_a_batch_that_no_host_holds_is_refused_before_it_is_made(model):
         ({"max_cache_len": LARGEST}, "max_cache_len=2147483647 is more than the model's context of 64"),
         ({"row_ids": ["\ud800"]}, r"row_ids\[0\]='.ud800' cannot be hashed"),
         ({"seed": 10**5000}, "seed=.* cannot be hashed"),
-        ({"temperature": 10**400}, "temperature=1000.*must be a number"),
+        ({"temperature": 10**400}, r"temperature=1000.*must be at most 3\.403e\+38 in size"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
