@@ -3,7 +3,7 @@
     python benchmarks/batch.py [--rows 2000] [--rows-125m 300] [--batch-size 16] [--json FILE]
 
 Needs the extra `oracle`. The demo, and random weights of the 125M shape, float32, on the CPU; 0 rows leave a model out.
-2,000 rows of the 125M shape would take most of an hour.
+2,000 rows of the 125M shape would take half an hour.
 Prompts of 4 to 96 random tokens; new tokens of each row from a geometric distribution of mean 16, at most 64, without
 an end token. The loops take the rows as they come, and decode each batch until its longest row has ended.
 Each runs once: `rows_per_second` leaves out `compile_seconds`, in which something was traced, lowered or compiled, and
@@ -11,9 +11,8 @@ Each runs once: `rows_per_second` leaves out `compile_seconds`, in which somethi
 token, `idle_steps` that of the rows' decode steps that give no token that was asked for.
 
 What a small model cannot win: a prompt is read alone, in pieces of one shape, [1, 64], for a row's bits must not depend
-on the others. 400 rows of the demo are 544 pieces of about 5 ms of processor time, a third of the 18 ms that a row
-takes; the loop reads 16 prompts at a time. It decodes less: 39% of its steps are idle, the loop's 66%. They are
-because it looks for rows that ended every 8 steps, and because the rows of each of 4 buckets of lengths end alone.
+on the others; the loop reads 16 prompts at a time. Some steps are idle because the engine looks for rows that ended
+every 8 steps, and because the rows of each bucket of lengths end alone.
 """
 
 import argparse

@@ -108,7 +108,7 @@ def measure(vocab: int, batches: list[int], repeats: int) -> list[dict[str, Any]
                 automata.start(prompts),
             )  # fmt: skip
             logits = jnp.asarray(np.random.default_rng(0).standard_normal((batch, vocab)), jnp.float32)
-            row[f"microseconds_{batch}"] = microseconds((Constrained(automata, False),), logits, state, repeats)
+            row[f"microseconds_{batch}"] = microseconds((Constrained(automata, None, False),), logits, state, repeats)
             row[f"nothing_{batch}"] = microseconds((), logits, state, repeats)
         rows.append(row)
         print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))

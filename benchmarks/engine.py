@@ -1,6 +1,6 @@
 """A ragged load: the engine, static batches, transformers' `generate_batch`, and both libraries' servers, in one run.
 
-    python benchmarks/engine.py [--tiny] [--json FILE] [--requests 128] [--rows 16] [--note TEXT]
+    python benchmarks/engine.py [--tiny] [--json FILE] [--requests 128] [--rows 16]
     python benchmarks/engine.py --steps [--tiny] [--json FILE] [--rows 16]
 
 Needs the extra `oracle`, and what transformers' server asks for: `pip install fastapi openai uvicorn accelerate`. All
@@ -229,7 +229,7 @@ def ragged(directory: Path, requests: Requests, rows: int) -> dict[str, Any]:
         engine.wait_until_ready()
         figures: dict[str, Any] = {"engine": through_engine(engine, requests, known)}
         full = full_load(model, engine, 64)
-    figures["static batches"] = figures_of(seconds, asked_for(known, requests), known)
+    figures["static batches"] = {"tokens_per_second": sum(new for _, new in requests) / seconds}
     figures |= in_transformers(directory, requests, rows, known)
     sizes = {"rows": rows, "slots": SLOTS, "queue": len(requests)}
     servers = {
@@ -248,7 +248,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--requests", type=int, help="128, or 16 with --tiny")
     parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--note", default="", help="what the page has to say of this run")
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each part of --steps")
     options = parser.parse_args()
@@ -261,7 +260,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         place = random_checkpoint(Path(directory), shape)
         requests = load(options.requests or (16 if options.tiny else 128))
-        tell({"note": options.note, **ragged(place, requests, options.rows)}, options.json)
+        tell(ragged(place, requests, options.rows), options.json)
 
 
 def tell(found: dict[str, Any], file: Path | None) -> None:

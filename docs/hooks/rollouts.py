@@ -28,8 +28,8 @@ def rollouts(results: Any) -> str:
         f"nats, and the share of ratios outside [0.9, 1.1]. *exact* is with `strict=` in both, {modes}, and "
         "transformers on torch is measured the same way (`output_scores` against a forward pass). The demo model, 8 "
         "prompts with 8 samples of 48 tokens, temperature 1.5. Rates are those of the fastest of 5 calls, for which "
-        "all took turns. The larger a device, the more it costs to read tokens one after the other, as exact scoring "
-        "does. Nothing was measured on a GPU."
+        "all took turns; the machine's other core did other work. The larger a device, the more it costs to read "
+        "tokens one after the other, as exact scoring does. Nothing was measured on a GPU."
     )
     return f"{prose}\n\n{table}\n\n{_source(results)}\n"
 
