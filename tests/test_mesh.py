@@ -62,8 +62,14 @@ def same_tokens(one: Any, other: Any, ids: Any = IDS, mask: Any = MASK, **option
     return second
 
 
-@pytest.mark.parametrize("sizes", some_slow(MESHES, lambda sizes: sizes["data" if "data" in sizes else "model"] == 2))
-@pytest.mark.parametrize("name", some_slow(KINDS, lambda name: name not in ("mixtral", "olmo2")))
+# Each kind on one mesh, and experts, which are divided too, on each.
+PLACED = [(name, MESHES[place % len(MESHES)]) for place, name in enumerate(KINDS) if name != "mixtral"]
+PLACED += [("mixtral", sizes) for sizes in MESHES]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), some_slow(PLACED, lambda placed: placed[0] != "olmo2" and placed != ("mixtral", {"model": 4}))
+)
 def test_a_mesh_changes_no_token(name: str, sizes: dict[str, int], tmp_path: Path):
     written(tmp_path, name)
     model = load(tmp_path, device_map=sizes)
