@@ -27,6 +27,10 @@ def some_slow(values: Iterable[Any], slow: Callable[[Any], bool]) -> list[Any]:
     ]
 
 
+# A test at its full size, of which a smaller one is among the others: `.ci/run --only soak`.
+SOAK = (pytest.mark.slow, pytest.mark.soak)
+
+
 # Compilations, whoever asks for them.
 
 EVENT = "/jax/core/compile/backend_compile_duration"

@@ -26,7 +26,7 @@ from jaxgen.cli import main
 from jaxgen.engine.engine import Engine
 from jaxgen.generation.prompts.layout import bucket
 from tests.engines import tiny
-from tests.helpers import counted
+from tests.helpers import SOAK, counted
 from tests.killed import DIES
 
 ROOT = Path(__file__).parents[1]
@@ -340,7 +340,7 @@ class Letters:
         return "a " * len(ids)
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=SOAK)])
 def test_ragged_prompts_compile_what_one_of_each_bucket_does(count: int):
     def run(lengths: list[int]) -> dict[str, Any]:
         prompts = [" ".join(["a"] * length) for length in lengths]
@@ -433,8 +433,10 @@ def test_killed_at_every_step_it_goes_on(tmp_path: Path):
     assert rows == [0, 1, 2, 4, 6]
 
 
-@pytest.mark.slow
-def test_killed_at_20_points_every_row_is_done_once(whole: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    "points", [pytest.param([1, 6, 11, 16], marks=pytest.mark.slow), pytest.param([*range(20)], marks=SOAK)], ids=len
+)
+def test_killed_at_any_point_every_row_is_done_once(points: list[int], whole: Path, tmp_path: Path):
     """The command itself, by kill -9 when so many files and rows have come; then started again."""
     # Imports once, then forks a process for each point, before JAX has started any thread.
     code = """
@@ -456,10 +458,10 @@ def run(self, tasks):
         yield outcome
 
 Generator.run, os.fsync = run, lambda descriptor: (step(), sync(descriptor), step())
-for left in range(20):
-    output = f"{sys.argv[1]}/{left}"
+for left in map(int, sys.argv[1].split()):
+    output = f"{sys.argv[2]}/{left}"
     if (pid := os.fork()) == 0:
-        os._exit(main([*sys.argv[2:], "--output", output]))
+        os._exit(main([*sys.argv[3:], "--output", output]))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
 """
     options = ["--batch-size", "4", *OPTIONS, "--part-rows", "1", "--logprobs"]
@@ -467,9 +469,9 @@ for left in range(20):
     whole_run = tmp_path / "whole"
     command = ["batch", source, *options]
     assert main([*command, "--output", str(whole_run)]) == 1
-    arguments = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path), *command]
+    arguments = [sys.executable, "-W", "ignore", "-c", code, " ".join(map(str, points)), str(tmp_path), *command]
     subprocess.run(arguments, check=True, cwd=ROOT, timeout=600)
-    for point in range(20):
+    for point in points:
         assert parts(tmp_path / str(point)).items() < parts(whole_run).items()
         assert main([*command, "--output", str(tmp_path / str(point))]) == 1
         assert shown(tmp_path / str(point)) == shown(whole_run)

@@ -300,6 +300,7 @@ def test_autoround_keeps_its_start_if_nothing_is_better(small, iterations):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_order_of_quality(monkeypatch):
     """With a fraction of the calibration that is the default: benchmarks/quality.py has the full figures.
 

@@ -1,4 +1,4 @@
-"""The page of `jaxgen serve`, driven in a real browser (extra `browser`, and Chromium): `.ci/run --only browser`."""
+"""The page of `jaxgen serve`, driven in a real browser (extra `browser`, and Chromium): `.ci/run --only serve`."""
 
 import re
 import threading
