@@ -19,16 +19,24 @@ from jaxgen.generation.prompts.rows import Rows
 from jaxgen.models.mistral import MistralForCausalLM
 
 
-def some_slow(values: Iterable[Any], slow: Callable[[Any], bool]) -> list[Any]:
-    """Values of a parameter, or tuples of several; those that are `slow` are not among the default tests."""
-    return [
-        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow if slow(value) else ())
-        for value in values
-    ]
-
-
 # A test at its full size, of which a smaller one is among the others: `.ci/run --only soak`.
 SOAK = (pytest.mark.slow, pytest.mark.soak)
+
+
+def some_slow(
+    values: Iterable[Any], slow: Callable[[Any], bool], soak: Callable[[Any], bool] = lambda value: False
+) -> list[Any]:
+    """Values of a parameter, or tuples of several; those that are `slow` are not among the default tests.
+
+    Those that are for a `soak` are not among the slow ones that CI runs either.
+    """
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=SOAK if soak(value) else pytest.mark.slow if slow(value) else (),
+        )
+        for value in values
+    ]
 
 
 # Compilations, whoever asks for them.

@@ -484,7 +484,7 @@ print(json.dumps({"kills": kills, "moments": moments}))
 """
 
 
-@pytest.mark.parametrize("kills", [pytest.param(5, marks=pytest.mark.slow), pytest.param(20, marks=SOAK)])
+@pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=SOAK)])
 def test_killed_at_random_moments(kills, tmp_path):
     config = WIDE | {"num_hidden_layers": 6, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     write_hf(tmp_path / "source", config, hf_tensors(config, "BF16"), shards=2)

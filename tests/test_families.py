@@ -42,16 +42,21 @@ KINDS = [
     "qwen2, windows", "ministral", "ministral3, window", "smollm3", "granite", "gemma2", "gemma3", "phi3", "olmo3",
 ]  # fmt: skip
 SLOW_KINDS = [pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
+OFTEN = {*BOTH, "ministral3, window", "smollm3", "gemma2"}  # the other kinds, which tests/oracle compares too, for a soak
 ROWS = [(name, options) for name in BOTH for options in ("few", "everything", "beams", "lookup")]
 ROWS += [(name, "everything") for name in KINDS]
 
 
-@pytest.fixture(scope="module", params=some_slow([*BOTH, *KINDS], lambda name: name != BOTH[1]))
+@pytest.fixture(scope="module", params=some_slow([*BOTH, *KINDS], lambda name: name != BOTH[1], lambda name: name not in OFTEN))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load(written(tmp_path_factory.mktemp("family"), request.param))
 
 
-@pytest.mark.parametrize(("model", "options"), some_slow(ROWS, lambda row: row != (BOTH[1], "few")), indirect=["model"])
+@pytest.mark.parametrize(
+    ("model", "options"),
+    some_slow(ROWS, lambda row: row != (BOTH[1], "few"), lambda row: row[0] not in OFTEN),
+    indirect=["model"],
+)
 def test_a_row_depends_on_itself_only(model: Any, options: str):
     rng, names = np.random.default_rng(0), [f"row {index}" for index in range(BATCH)]
     rows = [rng.integers(0, 97, length).tolist() for length in (3, 14, 1, 9)]
@@ -92,7 +97,9 @@ def test_an_assistant_of_another_family(model: Any, tmp_path: Path):
     np.testing.assert_array_equal(model.generate(ids, assistant_model=assistant, **options), expected)
 
 
-@pytest.mark.parametrize("name", some_slow([*BOTH, *KINDS], lambda name: name != BOTH[1]))
+@pytest.mark.parametrize(
+    "name", some_slow([*BOTH, *KINDS], lambda name: name != BOTH[1], lambda name: name not in OFTEN)
+)
 def test_int4_is_the_model_of_the_rounded_weights(name: str, tmp_path: Path):
     path = written(tmp_path / "plain", name, hidden_size=64, intermediate_size=128, head_dim=32)
     loaded, plain, ids = load(path, quantization_config=Int4Config(group_size=64)), load(path), [[5, 9, 7, 30, 41, 2]]

@@ -23,8 +23,10 @@ def grown(name: str, count: int) -> list[list[int]]:
     return [[*prompt, *more] for prompt, more in zip(CASES[name].prompts(), new, strict=True)]
 
 
-@pytest.mark.parametrize("size", some_slow([1, 3, 16, 100], lambda size: size != 3))
-@pytest.mark.parametrize("name", some_slow(NAMES, lambda name: name != "window_8"))
+CHUNKS = [*(("window_8", size) for size in (1, 3, 16, 100)), ("gqa_4", 3), ("window_32", 16)]
+
+
+@pytest.mark.parametrize(("name", "size"), some_slow(CHUNKS, lambda case: case != ("window_8", 3)))
 def test_a_prompt_may_be_read_in_chunks(name: str, size: int, reference_model):
     for ids, mask in (left_padded(CASES[name].prompts()), with_holes(CASES[name].prompts(), junk=4)):
         new = reference_model(name).generate(ids, mask, prefill_chunk_size=size, max_new_tokens=NEW_TOKENS, **GREEDY)
