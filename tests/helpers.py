@@ -18,7 +18,6 @@ from jaxgen.generation.processors.chain import chain_of
 from jaxgen.generation.prompts.rows import Rows
 from jaxgen.models.mistral import MistralForCausalLM
 
-
 # A test at its full size, of which a smaller one is among the others: `.ci/run --only soak`.
 SOAK = (pytest.mark.slow, pytest.mark.soak)
 

@@ -42,12 +42,14 @@ KINDS = [
     "qwen2, windows", "ministral", "ministral3, window", "smollm3", "granite", "gemma2", "gemma3", "phi3", "olmo3",
 ]  # fmt: skip
 SLOW_KINDS = [pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
-OFTEN = {*BOTH, "ministral3, window", "smollm3", "gemma2"}  # the other kinds, which tests/oracle compares too, for a soak
+OFTEN = {*BOTH, "ministral3, window", "smollm3", "gemma2"}  # the others, which tests/oracle has too, for a soak
 ROWS = [(name, options) for name in BOTH for options in ("few", "everything", "beams", "lookup")]
 ROWS += [(name, "everything") for name in KINDS]
 
 
-@pytest.fixture(scope="module", params=some_slow([*BOTH, *KINDS], lambda name: name != BOTH[1], lambda name: name not in OFTEN))
+@pytest.fixture(
+    scope="module", params=some_slow([*BOTH, *KINDS], lambda name: name != BOTH[1], lambda name: name not in OFTEN)
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load(written(tmp_path_factory.mktemp("family"), request.param))
 
