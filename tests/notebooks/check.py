@@ -120,9 +120,10 @@ def differences(committed: Any, executed: Any) -> list[str]:
 
 
 def compare(directory: Path) -> int:
-    """Print what is different in the executed copies; the number of notebooks that are."""
-    bad = 0
-    for name in NAMES:
+    """Print what is different in the executed copies, of which there is at least one; how many are different."""
+    bad, names = 0, sorted(path.stem for path in directory.glob("*.ipynb"))
+    assert names, directory
+    for name in names:
         executed = nbformat.read(directory / f"{name}.ipynb", as_version=4)
         found = differences(nbformat.read(ROOT / f"{name}.ipynb", as_version=4), executed)
         bad += bool(found)
