@@ -15,10 +15,9 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BATCHES = (1, 8, 32)
 Row = dict[str, Any]
-whole = pytest.mark.xdist_group("whole")  # they look at one compilation, of all layers, which takes longest
 
 
-@cache  # several tests look at the same compilations
+@cache  # every test looks at the same compilations
 def rows(*options: str, script: str = "gpu_aot.py") -> list[Row]:
     command = [sys.executable, str(BENCHMARKS / script), "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -30,7 +29,6 @@ def decode(layers: int = 32, *options: str) -> list[Row]:
     return rows("--stage", "decode", "--weights", "int4", "--layers", str(layers), *options)
 
 
-@whole
 def test_keys():
     row = decode()[0]
     assert set(row) == {
@@ -41,7 +39,6 @@ def test_keys():
     assert [row["batch"] for row in decode()] == list(BATCHES)
 
 
-@whole
 @pytest.mark.parametrize("batch", BATCHES)
 def test_decode_moves_nothing_that_it_need_not(batch: int):
     (row,) = [row for row in decode() if row["batch"] == batch]
@@ -54,7 +51,6 @@ def test_decode_moves_nothing_that_it_need_not(batch: int):
     assert row["command_buffers"] == 1
 
 
-@whole
 def test_a_layer_is_five_kernels_for_one_row_and_at_most_eight_for_more():
     one, eight, many = decode()
     assert one["launches_per_layer"] <= 6  # the fifth one's parts are put together in a launch of their own

@@ -26,7 +26,6 @@ import jaxgen.integrations.lm_eval as ours
 from jaxgen.integrations.lm_eval import JaxgenLM
 
 pytestmark = [
-    pytest.mark.xdist_group("lm_eval"),  # all read what few runs give
     pytest.mark.oracle,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the libraries that lm-eval brings along
 ]

@@ -26,7 +26,7 @@ from tests.reference.cases import CASES, left_padded
 from tests.reference.weights import write_checkpoint
 from tests.tokenizers import characters
 
-pytestmark = [pytest.mark.oracle, pytest.mark.xdist_group("options")]
+pytestmark = pytest.mark.oracle
 
 VOCAB, ROWS, LONGEST, NEW_TOKENS = 61, 3, 14, 10
 # Below this lead of the best score over the second, float32 sums of another order may decide otherwise.
