@@ -23,7 +23,9 @@ SOAK = (pytest.mark.slow, pytest.mark.soak)
 
 
 def some_slow(
-    values: Iterable[Any], slow: Callable[[Any], bool], soak: Callable[[Any], bool] = lambda value: False
+    values: Iterable[Any],
+    slow: Callable[[Any], bool] = lambda value: False,
+    soak: Callable[[Any], bool] = lambda value: False,
 ) -> list[Any]:
     """Values of a parameter, or tuples of several; those that are `slow` are not among the default tests.
 

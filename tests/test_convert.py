@@ -107,7 +107,7 @@ def test_every_tensor(tmp_path, code, group_size, lm_head, tied):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", some_slow([{}, {"group_size": 32, "lm_head": True}, {"group_size": -1}], bool))
+@pytest.mark.parametrize("options", some_slow([{}, {"group_size": 32, "lm_head": True}, {"group_size": -1}], soak=bool))
 def test_the_converted_demo_is_the_one_quantised_while_loading(tmp_path, options):
     path = convert_checkpoint(demo.path(), tmp_path / "out", max_shard_size="500KB", **options)
     quantization = jaxgen.Int4Config(**options)

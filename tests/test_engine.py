@@ -79,7 +79,7 @@ def carried_out(model, engine, plan):
             assert got == wanted
 
 
-@pytest.mark.parametrize("kind", some_slow(KINDS, lambda kind: kind != "window"))
+@pytest.mark.parametrize("kind", some_slow(KINDS, lambda kind: kind != "window", lambda kind: kind == "float32"))
 def test_any_schedule_gives_the_bits_of_generate(kind):
     """Any order of arrival, crowd and cancellations; prompts that share a beginning; and once more after a restart."""
     model, tokenizer = tiny(**KINDS[kind]), characters()

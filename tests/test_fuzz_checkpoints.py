@@ -105,7 +105,7 @@ def judge_config(tally: Tally, directory: Path, text: str | bytes, whole: Model)
         assert says(found[0]), text
 
 
-@pytest.mark.parametrize("spelling", some_slow([v4_rope, v5_rope], lambda spelling: spelling is v4_rope))
+@pytest.mark.parametrize("spelling", some_slow([v4_rope, v5_rope], soak=lambda spelling: spelling is v4_rope))
 def test_config_json(tmp_path, spelling):
     fields = FIELDS | spelling(1e6)
     write_hf(tmp_path, fields, hf_tensors(fields))
@@ -228,7 +228,7 @@ def mlx(directory: Path) -> Path:
     return write_both(directory, {"quantization": MLX, "quantization_config": MLX}, mlx_tensors, lambda name: True)[0]
 
 
-@pytest.mark.parametrize("case", some_slow([*QUANTISED, bitsandbytes, mlx], lambda case: case not in ("awq", mlx)))
+@pytest.mark.parametrize("case", some_slow([*QUANTISED, bitsandbytes, mlx], soak=lambda case: case not in ("awq", mlx)))
 def test_quantisation_configs(tmp_path, case):
     if isinstance(case, str):
         directory = tmp_path

@@ -38,7 +38,7 @@ def test_tensors_that_the_config_does_not_imply(tmp_path):
         describe(tmp_path)
 
 
-@pytest.mark.parametrize("case", some_slow(["floats", *QUANTISED], lambda case: case != "floats"))
+@pytest.mark.parametrize("case", some_slow(["floats", *QUANTISED], soak=lambda case: case != "floats"))
 def test_damaged_configs(tmp_path, case):
     if case == "floats":
         fields = CONFIG | {"rope_theta": 1e4, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}

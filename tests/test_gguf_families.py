@@ -72,7 +72,7 @@ def test_a_file_is_of_the_family_that_its_metadata_tell(name: str, tmp_path: Pat
     assert config.architecture == name
 
 
-@pytest.mark.parametrize("name", some_slow(list(OWN), lambda name: name not in DERIVED))
+@pytest.mark.parametrize("name", some_slow(list(OWN), soak=lambda name: name not in DERIVED))
 def test_any_value_is_read_or_refused(name: str, tmp_path: Path):
     values = (0, 3, 2**32 - 1, 0.0, float("nan"), "yarn", True, [True], [1, 2])
     tensors = FACTORS if name == "Phi3ForCausalLM" else {}

@@ -69,7 +69,7 @@ COMPILED = [(n, form) for n, form in NUMERIC if takes(n, form(LARGEST)) and n no
 BY_DEFAULT = ("repetition_penalty", "top_k", "max_time", "temperature", "min_new_tokens")
 
 
-@pytest.mark.parametrize(("name", "form"), some_slow(COMPILED, lambda case: case[0] not in BY_DEFAULT))
+@pytest.mark.parametrize(("name", "form"), some_slow(COMPILED, soak=lambda case: case[0] not in BY_DEFAULT))
 def test_the_largest_number_is_carried_out_or_refused(name: str, form, model):
     try:
         output = model.generate(IDS, **GIVEN | {name: form(LARGEST)})

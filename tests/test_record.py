@@ -269,7 +269,10 @@ def test_trained_weights_are_other_weights(inputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("group_size", "said"), [(64, "Int4, groups of 64"), (-1, "Int4, groups of 256")])
+@pytest.mark.parametrize(
+    ("group_size", "said"),
+    some_slow([(64, "Int4, groups of 64"), (-1, "Int4, groups of 256")], soak=lambda case: case[0] < 0),
+)
 def test_quantised_while_loading(inputs, group_size, said):
     """The record says so, and replay does it again; -1 is a group per row, as wide as that is."""
     model = jaxgen.AutoModelForCausalLM.from_pretrained(

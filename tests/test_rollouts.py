@@ -39,7 +39,7 @@ def exactly(model: Any, outputs: Any, strict: jaxgen.Strict, **options: Any) -> 
     return different
 
 
-@pytest.mark.parametrize("kind", some_slow(KINDS, lambda kind: kind != "bfloat16"))
+@pytest.mark.parametrize("kind", some_slow(KINDS, lambda kind: kind != "bfloat16", lambda kind: kind == "window"))
 def test_samples_read_their_prompt_once_and_are_scored_to_the_last_bit(kind: str):
     """Also the part of it behind the last whole piece; in fewer rows than samples, and beside another prompt."""
     model, prompts = tiny(**KINDS[kind]), [prompt_of(21, 0), prompt_of(12, 8), prompt_of(1, 0)]
@@ -143,7 +143,7 @@ def test_a_state_of_numpy_is_refused_by_name():
     assert (restored.generate([[1, 5]], max_new_tokens=2) == tiny().generate([[1, 5]], max_new_tokens=2)).all()
 
 
-@pytest.mark.parametrize("updates", some_slow([3, 100], lambda updates: updates > 3))
+@pytest.mark.parametrize("updates", some_slow([3, 100], soak=lambda updates: updates > 3))
 def test_an_engine_has_the_weights_of_now_and_compiles_nothing(updates: int):
     model, prompts = tiny(), [prompt_of(17, 0), prompt_of(9, 0)]
     params = nnx.state(model)
@@ -228,7 +228,7 @@ def merge(model: Any, dense: Any) -> None:
     dense.lm_head.weight[...] = jnp.asarray(base + (a @ b).T, jnp.float32)
 
 
-@pytest.mark.parametrize("updates", some_slow([3, 100], lambda updates: updates > 3))
+@pytest.mark.parametrize("updates", some_slow([3, 100], soak=lambda updates: updates > 3))
 def test_a_lora_that_is_trained_compiles_nothing_and_is_what_the_merged_weights_are(updates: int):
     """In `generate`, an engine and scores; the last is also to the last bit what the engine said."""
     model, dense, rng = with_lora(), tiny(), np.random.default_rng(0)

@@ -238,6 +238,7 @@ def test_room_for_constraints_is_chosen_at_the_command_line(monkeypatch: pytest.
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_under_load_no_answer_is_lost_or_wrong(tmp_path: Path):
     """`benchmarks/serve.py` with fewer requests: every answer is what `generate` gives, and memory does not grow."""
     file = tmp_path / "serve.json"
