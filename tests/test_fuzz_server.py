@@ -108,7 +108,7 @@ def test_ids_are_those_of_the_model(client, document):
 
 @pytest.mark.parametrize(
     ("seed", "count"),
-    some_slow([(0, 300), *((seed, 1000) for seed in range(1, 11))], lambda case: case[0] > 0, lambda case: case[0] > 2),
+    some_slow([(0, 300), *((seed, 1000) for seed in range(1, 11))], lambda case: case[0] > 0, lambda case: case[0] > 1),
 )
 def test_bad_bodies_are_refused_as_the_document_says(client, service, document, seed, count):
     """Each is answered; one that the document does not allow is refused; nothing is left in the engine."""

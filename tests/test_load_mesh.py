@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.family_files import written
+from tests.helpers import SOAK
 
 LOADED = """
 import sys, threading, jax
@@ -40,7 +41,7 @@ print(max(seen) - before, anonymous() - before, shards, sum(sizes), max(sizes))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(2, 1), (4, 1), (8, 1), (2, 2)])
+@pytest.mark.parametrize("sizes", [(4, 1), (2, 2), *(pytest.param(sizes, marks=SOAK) for sizes in ((2, 1), (8, 1)))])
 def test_no_second_copy_of_the_model(sizes: tuple[int, int], tmp_path: Path):
     """Simulated devices keep their shards in the host's memory, and beside them are at most two tensors."""
     wide = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
