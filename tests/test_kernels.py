@@ -33,7 +33,7 @@ from jaxgen.models.layers import QuantizedWeight
 from jaxgen.parallel.layout import Layout
 from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
 from jaxgen.quant.adapted import Adapted
-from tests.helpers import some_slow
+from tests.helpers import SOAK, some_slow
 
 # Relative error, in norm, of a result that is rounded once; bfloat16 products round scaled weights too.
 CLOSE = {jnp.bfloat16: 4e-3, jnp.float16: 5e-4}
@@ -95,7 +95,9 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("out", "inputs", "group", "offset", "dtype"), some_slow(SHAPES, lambda case: case[2] != 128))
+@pytest.mark.parametrize(
+    ("out", "inputs", "group", "offset", "dtype"), some_slow(SHAPES, soak=lambda case: case[2] != 128)
+)
 def test_int4_products(out: int, inputs: int, group: int, offset: bool, dtype: Any):
     rng = np.random.default_rng(inputs + out)
     check_products(rng, int4_weight(rng, out, inputs, group, offset), dtype)
@@ -265,11 +267,11 @@ def attended(qkv: Any, cos: Any, sin: Any, starts: list[int], counts: list[int],
         (1, 4, 32, 128, 40, 4, 32, [5, 100, 500], None),  # a window with room for drafts
         (1, 4, 32, 96, None, 3, 32, [0, 31, 88], [5, 3, 8]),  # a few tokens: over the edge of a block
         (1, 7, 32, 48, 40, 2, 16, [44, 3, 500], [8, 1, 6]),  # ... and of a ring with a window
-        pytest.param(2, 3, 64, 96, None, 1, 64, [63, 64, 95], None, marks=pytest.mark.slow),
-        pytest.param(1, 7, 64, 100, None, None, None, [0, 99, 50], None, marks=pytest.mark.slow),
-        pytest.param(2, 1, 128, 48, None, 3, 16, [0, 47, 10], None, marks=pytest.mark.slow),
-        pytest.param(2, 3, 64, 50, 45, 1, 16, [46, 7, 1], [5, 2, 5], marks=pytest.mark.slow),
-        pytest.param(1, 1, 64, 100, None, None, None, [0, 90, 50], [2, 1, 2], marks=pytest.mark.slow),
+        pytest.param(2, 3, 64, 96, None, 1, 64, [63, 64, 95], None, marks=SOAK),
+        pytest.param(1, 7, 64, 100, None, None, None, [0, 99, 50], None, marks=SOAK),
+        pytest.param(2, 1, 128, 48, None, 3, 16, [0, 47, 10], None, marks=SOAK),
+        pytest.param(2, 3, 64, 50, 45, 1, 16, [46, 7, 1], [5, 2, 5], marks=SOAK),
+        pytest.param(1, 1, 64, 100, None, None, None, [0, 90, 50], [2, 1, 2], marks=SOAK),
     ],
 )
 @pytest.mark.parametrize("int8", [False, True])
