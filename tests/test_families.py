@@ -43,13 +43,12 @@ KINDS = [
 ]  # fmt: skip
 SLOW_KINDS = [pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
 OFTEN = {*BOTH, "ministral3, window", "gemma2"}  # the others, which tests/oracle has too, for a soak
+NAMES = some_slow([*BOTH, *KINDS], lambda name: name != BOTH[1], lambda name: name not in OFTEN)
 ROWS = [(name, options) for name in BOTH for options in ("few", "everything", "beams", "lookup")]
 ROWS += [(name, "everything") for name in KINDS]
 
 
-@pytest.fixture(
-    scope="module", params=some_slow([*BOTH, *KINDS], lambda name: name != BOTH[1], lambda name: name not in OFTEN)
-)
+@pytest.fixture(scope="module", params=NAMES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load(written(tmp_path_factory.mktemp("family"), request.param))
 
@@ -99,9 +98,7 @@ def test_an_assistant_of_another_family(model: Any, tmp_path: Path):
     np.testing.assert_array_equal(model.generate(ids, assistant_model=assistant, **options), expected)
 
 
-@pytest.mark.parametrize(
-    "name", some_slow([*BOTH, *KINDS], lambda name: name != BOTH[1], lambda name: name not in OFTEN)
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_int4_is_the_model_of_the_rounded_weights(name: str, tmp_path: Path):
     path = written(tmp_path / "plain", name, hidden_size=64, intermediate_size=128, head_dim=32)
     loaded, plain, ids = load(path, quantization_config=Int4Config(group_size=64)), load(path), [[5, 9, 7, 30, 41, 2]]

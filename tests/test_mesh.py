@@ -65,6 +65,7 @@ def same_tokens(one: Any, other: Any, ids: Any = IDS, mask: Any = MASK, **option
 # Each kind on one mesh, and experts, which are divided too, on each.
 PLACED = [(name, MESHES[place % len(MESHES)]) for place, name in enumerate(KINDS) if name != "mixtral"]
 PLACED += [("mixtral", sizes) for sizes in MESHES]
+FOR_A_SOAK = ("llama, all biases, linear", "qwen3, tied", "smollm3", "gemma2")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ PLACED += [("mixtral", sizes) for sizes in MESHES]
     some_slow(
         PLACED,
         lambda placed: placed[0] != "olmo2" and placed != ("mixtral", {"model": 4}),
-        lambda placed: placed in PLACED[:7:2] or placed == ("mixtral", {"data": 2}),
+        lambda placed: placed[0] in FOR_A_SOAK or placed == ("mixtral", {"data": 2}),
     ),
 )
 def test_a_mesh_changes_no_token(name: str, sizes: dict[str, int], tmp_path: Path):

@@ -31,6 +31,9 @@ from tests.reference.cases import CASES, left_padded
 from tests.reference.weights import write_checkpoint
 
 DRAFTERS = ("itself", "stranger", "prompt_lookup")
+every_drafter = pytest.mark.parametrize(
+    "drafter", some_slow(DRAFTERS, lambda drafter: drafter != "prompt_lookup", "stranger".__eq__)
+)
 GREEDY = {"do_sample": False, "repetition_penalty": 1.2, "min_new_tokens": 2, "eos_token_id": 7, "max_new_tokens": 16}
 SAMPLED = GREEDY | {"do_sample": True, "temperature": 1.3, "top_k": 30, "top_p": 0.95}
 BATCH = 4
@@ -115,9 +118,7 @@ def counters(state: Any, rows: int) -> list[list[int]]:
 
 
 class TestSameTokens:
-    @pytest.mark.parametrize(
-        "drafter", some_slow(DRAFTERS, lambda drafter: drafter != "prompt_lookup", "stranger".__eq__)
-    )
+    @every_drafter
     @few
     @given(batches, numbers)
     def test_greedy(self, model, drafting, drafter, rows, changed):
@@ -126,9 +127,7 @@ class TestSameTokens:
         assert_same(output_of(model, ids, mask, **GREEDY | changed, **drafting(drafter)), expected)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(
-        "drafter", some_slow(DRAFTERS, lambda drafter: drafter != "prompt_lookup", "stranger".__eq__)
-    )
+    @every_drafter
     @few
     @given(batches, numbers, st.integers(0, 2**32), st.floats(0.3, 3))
     def test_sampled(self, model, drafting, drafter, rows, changed, seed, temperature):
@@ -138,9 +137,7 @@ class TestSameTokens:
         assert_same(output_of(model, ids, mask, **options, **drafting(drafter)), expected)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(
-        "drafter", some_slow(DRAFTERS, lambda drafter: drafter != "prompt_lookup", "stranger".__eq__)
-    )
+    @every_drafter
     def test_more_drafts_than_the_window_holds(self, model, drafting, drafter):
         """Each round may write 21 tokens into rings of 8 + 21 slots, and take most of them back."""
         ids, mask = left_padded([*CASES["window_8"].prompts(), [5, 6, 5, 6, 5]])
