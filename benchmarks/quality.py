@@ -136,8 +136,7 @@ def _replace(exact: Weights, config: MistralConfig, stored: Iterable[Stored]) ->
     buffers, bits, count = {}, 0, 0
     for name, weight, nbytes in stored:
         path, part = places[name]
-        view = part.view(buffers.setdefault(path, np.empty(exact[path].shape, np.float32)))
-        view[...] = weight.reshape(view.shape)
+        part.put(buffers.setdefault(path, np.empty(exact[path].shape, np.float32)), weight)
         bits, count = bits + 8 * nbytes, count + weight.size
     return exact | {path: jnp.asarray(buffer) for path, buffer in buffers.items()}, bits / count
 

@@ -133,8 +133,7 @@ class Adapter:
         ups = np.zeros((base.shape[0], len(downs)), np.float32)
         column = 0
         for part, (down, up) in zip(parts, factors, strict=True):
-            view = part.view(ups)[..., column : column + len(down)]
-            view[...] = up.reshape(view.shape)
+            part.put(ups, up, slice(column, column + len(down)))
             column += len(down)
         with np.errstate(over="ignore"):  # found below
             result = Adapted(base, downs.astype(dtype), ups.astype(dtype))

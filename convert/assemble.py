@@ -113,15 +113,14 @@ class Assembler:
     def _dense(self, parts: Sequence[Part], shape: tuple[int, ...]) -> np.ndarray:
         buffer = empty(shape, self.dtype)
         for part in parts:
-            view = part.view(buffer)
+            views, computed = part.views(buffer), self._is_stored_quantized(part) or self._adapts(part)
             with np.errstate(over="ignore"):  # found below, for every pair of dtypes alike
-                if self._is_stored_quantized(part) or self._adapts(part):
-                    view[...] = self._exact(part).reshape(view.shape)
-                    exact = False
+                if computed or len(views) > 1:
+                    part.put(buffer, self._exact(part))
                 else:
-                    self.checkpoint.read_into(part.name, view)
-                    exact = self.checkpoint.tensors[part.name].dtype == "F16"
-            if self.dtype == np.float16 and not exact and not np.isfinite(view).all():
+                    self.checkpoint.read_into(part.name, *views)
+            exact = not computed and self.checkpoint.tensors[part.name].dtype == "F16"
+            if self.dtype == np.float16 and not exact and not all(np.isfinite(view).all() for view in views):
                 problem = f"{part.name!r} has values beyond float16's 65504; load with dtype='bfloat16' or 'float32'"
                 raise CheckpointError(str(self.checkpoint.directory), [problem])
         return buffer
@@ -152,8 +151,7 @@ def _interleaved(parts: Sequence[Part], arrays: Sequence[np.ndarray], rows: int)
     """The rows of several arrays, one per part, as the parameter wants them."""
     joined = empty((rows, *arrays[0].shape[1:]), np.result_type(*arrays))
     for part, array in zip(parts, arrays, strict=True):
-        view = part.view(joined)
-        view[...] = array.reshape(view.shape)
+        part.put(joined, array)
     return joined
 
 

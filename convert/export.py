@@ -124,7 +124,7 @@ class _Weights:
                 fetched = self._home[part.name]
                 parameter = _to_host(self._variables[fetched][...])
             with np.errstate(over="ignore"):  # found below, for every pair of dtypes alike
-                tensor = np.ascontiguousarray(part.view(parameter), dtype=self.dtype).reshape(part.shape)
+                tensor = np.ascontiguousarray(part.take(parameter), dtype=self.dtype).reshape(part.shape)
             if self.dtype == np.float16 != parameter.dtype and not np.isfinite(tensor).all():
                 raise JaxgenError(f"save_pretrained: {part.name!r} has values beyond float16's 65504")
             yield part, tensor

@@ -267,7 +267,7 @@ def test_a_decode_step_of_kernels(name: str, rows: int):
 
 @pytest.mark.parametrize("name, sizes", [
     ("llama, all biases, linear", {}), ("smollm3", {}), ("granite", {}), ("gemma2, no limits", {}), ("gemma3", {}),
-    ("phi3", {}), ("phi3", {"partial_rotary_factor": 0.5}), ("olmo2", {}), ("olmo3", {}),
+    ("phi3", {"partial_rotary_factor": 0.5}), ("olmo2", {}), ("olmo3", {}),
 ])  # fmt: skip
 def test_what_no_kernel_computes_keeps_to_xla(name: str, sizes: dict[str, Any]):
     config = config_from_hf(CONFIGS[name] | {"hidden_size": 128, "head_dim": 32} | sizes)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from jaxgen import MistralConfig, MistralForCausalLM
+from jaxgen import MistralConfig, MistralForCausalLM, Phi3Config, Phi3ForCausalLM
 from jaxgen.cache import Int8Slots, LayerCache, held_positions, to_int8
 from jaxgen.convert.load import _place
 from jaxgen.generation.programs.stages import Stage
@@ -320,12 +320,25 @@ CONFIG = MistralConfig(
 )  # fmt: skip
 
 
+PHI = Phi3Config(
+    vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, bos_token_id=None, eos_token_id=None, pad_token_id=None, sliding_window=4, rope_scaling={
+        "rope_type": "longrope", "original_max_position_embeddings": 5, "short_factor": [1.0] * 16,
+        "long_factor": [4.0] * 16,
+    },
+)  # fmt: skip
+
+
 def permuted(weight: Int4, rng: np.random.Generator) -> Int4:
     return dataclasses.replace(weight, permutation=jnp.asarray(rng.permutation(weight.shape[1]), jnp.int32))
 
 
-def model_of(kind: str) -> MistralForCausalLM:
-    """A random model in bfloat16 whose linear layers are of a kind."""
+def model_of(kind: str) -> Any:
+    """A random model in bfloat16 whose linear layers are of a kind, or a model of Phi, with rows that are long."""
+    if kind == "phi":
+        model = Phi3ForCausalLM(PHI, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        assert model._fits_kernels
+        return model
     model, rng = MistralForCausalLM(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16), np.random.default_rng(0)
     if kind == "floats":
         return model
@@ -353,6 +366,7 @@ def more_of_a_kind(case: tuple[Any, ...]) -> bool:
 STEPS = [
     ("floats", 1, False),
     ("floats", 3, False),
+    ("phi", 3, False),
     ("int4", 3, True),
     ("permuted", 3, False),
     ("table", 1, False),

@@ -35,10 +35,11 @@ from tests.rows import OPTIONS, PROCESSORS
 IDS, MASK = padded([[5, 9, 7, 30, 41, 2, 8], [8, 8, 1], [3, 20, 4, 60]], "left", 1)
 MESHES = [{"model": 2}, {"data": 2}, {"model": 2, "data": 2}, {"model": 4}, {"model": 4, "data": 2}]
 TABLES = "scores", "hidden_states", "attentions"
-# One of each kind of block: biases, norms of heads and of all heads, windows, tied heads, limits, scales, experts.
+# One of each kind of block: biases, norms of heads and of all heads, windows, tied heads, limits, scales, experts,
+# projections stacked in the files.
 KINDS = [
     "llama, all biases, linear", "qwen2, windows", "qwen3, tied", "mixtral", "qwen3_moe, some layers, tied", "smollm3",
-    "granite", "gemma2", "gemma3", "olmo2", "olmo3", "ministral3, window",
+    "granite", "gemma2", "gemma3", "olmo2", "olmo3", "ministral3, window", "phi3", "phi3, longrope",
 ]  # fmt: skip
 
 
@@ -270,14 +271,17 @@ def test_layers_sum_twice_and_the_head_is_joined(
     assert copied < 1000  # the cache stays where it is
 
 
-PLANNED = {CONFIGS[name]["model_type"]: name for name in CONFIGS} | {"mistral": "llama, as Llama 2"}
+PLANNED = {CONFIGS[name]["model_type"]: name for name in CONFIGS} | {"mistral": "llama, as Llama 2", "phi3": "phi3"}
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "granite", "olmo2", "olmo3", "smollm3"]
+    "family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "granite", "olmo2", "olmo3", "phi3", "smollm3"]
 )
 def test_the_plan_is_that_of_transformers(family: str):
-    """Hugging Face calls it `colwise` where the outputs of a matrix are divided, and `rowwise` where the inputs are."""
+    """Hugging Face calls it `colwise` where the outputs of a matrix are divided, and `rowwise` where the inputs are.
+
+    Of stacked projections (`phi3`) it gathers the outputs and divides them again, where ours lie by heads and units.
+    """
     plan = transformers.AutoConfig.for_model(family).base_model_tp_plan or {}
     config = config_from_hf(CONFIGS[PLANNED[family]])
     layout = Layout.of(Mesh(np.array(jax.devices()[:2]), ("model",)), config)
@@ -324,13 +328,10 @@ def test_parts_that_hold_no_whole_groups_are_refused(mistral: Path):
         load(mistral, device_map={"model": 4}, quantization_config=Int4Config(group_size=64))
 
 
-def test_permuted_columns_and_stacked_projections_are_refused(tmp_path: Path):
+def test_permuted_columns_are_refused():
     int4 = quantize(np.eye(64, dtype=np.float32), group_size=32)
     with pytest.raises(UnsupportedError, match=r"permuted .*desc_act=false"):
         Int4(int4.packed, int4.scale, None, np.arange(64, dtype=np.int32)).divided((), ("model",), 2)
-    with pytest.raises(JaxgenError, match=r"Phi3Config stacks its projections .*use \{'data': 2\}"):
-        load(written(tmp_path, "phi3"), device_map={"model": 2})
-    same_tokens(load(tmp_path), load(tmp_path, device_map={"data": 2}))
 
 
 def test_what_does_not_divide_is_kept_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture):

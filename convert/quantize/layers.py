@@ -41,7 +41,7 @@ class Layers:
         """A layer's int4 weights by HF tensor name, as numpy arrays."""
 
         def rows(part: Part, array: Array) -> np.ndarray:
-            return part.view(np.asarray(array)).reshape(part.shape[0], -1)
+            return part.take(np.asarray(array))
 
         parts = self._parts(layer)
         return {
@@ -56,8 +56,7 @@ class Layers:
         for name in linear_names(weights):
             buffer = np.empty(weights[name].shape, np.float32)
             for part in self._parts(layer)[name]:
-                view = part.view(buffer)
-                view[...] = np.asarray(quantized[part.name].dequantize()).reshape(view.shape)
+                part.put(buffer, np.asarray(quantized[part.name].dequantize()))
             joined[name] = jnp.asarray(buffer)
         return joined
 

@@ -41,7 +41,7 @@ _KNOWN_TO_KERNELS = frozenset(
     """
     model_type architecture rope_types scales_queries field_checks nullable_fields layered_fields activation_field
     fixed_fields ignored_fields overflows_float16 experts_field sliding_window layer_types rope_scaling qkv_bias qk_norm
-    embedding_multiplier rounds_embedding_multiplier
+    embedding_multiplier rounds_embedding_multiplier stacks_projections
     """.split()
 )
 _UNKNOWN_TO_KERNELS = (

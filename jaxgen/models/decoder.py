@@ -6,10 +6,9 @@ decoding:
 - `self_attn.qkv_proj`: for each key-value head its G query heads, then its key, then its value;
 - `mlp.gate_up_proj`: rows 2i and 2i + 1 are row i of HF's gate_proj and up_proj.
 
-In HF's files of some families (`stacks_projections`) they are fused already, one after the other: these stay so. The
-others keep what belongs to one key-value head, or one feed-forward unit, together: sharding the output rows needs
-no reshuffling. Where the config says so, the feed-forward is one of experts (`models/experts.py`).
-`models/tensors.py` maps HF's tensors to these names and back.
+What belongs to one key-value head, or one feed-forward unit, lies together: sharding the output rows needs no
+reshuffling. Where the config says so, the feed-forward is one of experts (`models/experts.py`).
+`models/tensors.py` maps HF's tensors to these names and back, be they fused in the files or not.
 """
 
 import functools
@@ -75,7 +74,7 @@ class Attention(nnx.Module):
             whole = config.qk_norm == "whole"
             heads, over = ((config.num_attention_heads, self.all_kv_heads), "heads") if whole else ((1, 1), None)
             self.q_norm, self.k_norm = (norm(config, count * self.head_dim, dtype, over) for count in heads)
-        self.qk_norm, self.stacked = config.qk_norm, config.stacks_projections
+        self.qk_norm = config.qk_norm
         multiplier = config.attention_multiplier
         scale = self.head_dim**-0.5 if multiplier is None else multiplier
         self.scoring = Scoring(scale, config.attn_logit_softcapping)
@@ -89,10 +88,7 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], rotation: Rotation | None
     ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Rotated queries and keys, and values."""
-        fused = self.qkv_proj(x)
-        if self.stacked:
-            fused = _interleaved_heads(fused, self.kv_heads, self.groups, self.head_dim)
-        fused = fused.reshape(*x.shape[:2], self.kv_heads, self.groups + 2, self.head_dim)
+        fused = self.qkv_proj(x).reshape(*x.shape[:2], self.kv_heads, self.groups + 2, self.head_dim)
         queries, keys, values = self.heads(fused)
         return rotate_queries(queries, rotation), rotate(keys, rotation), values
 
@@ -114,20 +110,13 @@ class Attention(nnx.Module):
         return self.o_proj(mixed.reshape(*mixed.shape[:2], -1))
 
 
-def _interleaved_heads(stacked: Float[Array, "R T O"], kv_heads: int, groups: int, size: int) -> Float[Array, "R T O"]:
-    """What a stacked projection gives, all queries before all keys and all values, in the order of a fused one."""
-    rows, queries = stacked.shape[:2], kv_heads * groups * size
-    parts = jnp.split(stacked, [queries, queries + kv_heads * size], axis=-1)
-    return jnp.concatenate([part.reshape(*rows, kv_heads, -1, size) for part in parts], axis=-2).reshape(stacked.shape)
-
-
 class MLP(nnx.Module):
     """Gated feed-forward."""
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up_proj = Linear(width, 2 * inner, bias=bias, dtype=dtype, rngs=rngs)
-        self.activation, self.stacked = config.activation, config.stacks_projections
+        self.activation = config.activation
         self.down_proj = Linear(inner, width, bias=bias, inputs="mlp", dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -136,12 +125,8 @@ class MLP(nnx.Module):
 
     def down(self, gate_up: Float[Array, "B T two_F"]) -> Float[Array, "B T D"]:
         """What follows `gate_up_proj`."""
-        if self.stacked:
-            gate, up = jnp.split(gate_up, 2, axis=-1)
-        else:
-            pairs = gate_up.reshape(*gate_up.shape[:2], -1, 2)
-            gate, up = pairs[..., 0], pairs[..., 1]
-        return self.down_proj(_ACTIVATIONS[self.activation](gate) * up)
+        pairs = gate_up.reshape(*gate_up.shape[:2], -1, 2)
+        return self.down_proj(_ACTIVATIONS[self.activation](pairs[..., 0]) * pairs[..., 1])
 
     def step(self, x: Float[Array, "R 1 D"], rows: int) -> Float[Array, "B 1 D"]:
         """Of the first rows only (`residual.add_and_norm`)."""

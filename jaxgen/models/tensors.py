@@ -22,23 +22,37 @@ _LEGACY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_
 class Part:
     """One HF tensor and the rows of a parameter that it fills.
 
-    The parameter, seen with shape `within`, holds the tensor at index `at`. Only axis 0 is split, so this is a
-    view of the parameter, for reading and writing without a copy.
+    The parameter, seen with shape `within`, holds the tensor's rows at the indices `at`, one piece after the other.
+    Only axis 0 is split, so pieces are views of the parameter, for reading and writing without a copy.
     """
 
     name: str
     shape: tuple[int, ...]
     within: tuple[int, ...]
-    at: tuple[int | slice, ...] = ()
+    at: tuple[tuple[int | slice, ...], ...] = ((),)
     has_bias: bool = False  # whether the model adds a bias to this weight's product
     routed: bool = False  # whether it is of a router or its experts: no linear layer in transformers 5
 
-    def view(self, parameter: np.ndarray) -> np.ndarray:
-        """The part's rows as a view of the contiguous `parameter`, in HF's order.
+    def views(self, parameter: np.ndarray) -> list[np.ndarray]:
+        """The pieces as views of the contiguous `parameter`.
 
         The last axis may have any length: scales and packed weights have the same rows as the weight itself.
         """
-        return parameter.reshape(*self.within[:-1], -1)[self.at]
+        whole = parameter.reshape(*self.within[:-1], -1)
+        return [whole[index] for index in self.at]
+
+    def put(self, parameter: np.ndarray, tensor: np.ndarray, columns: slice = slice(None)) -> None:
+        """Write HF's tensor, or what has its rows, to some columns of the contiguous `parameter`."""
+        rest = tensor.reshape(-1)
+        for view in self.views(parameter):
+            place = view[..., columns]
+            place[...] = rest[: place.size].reshape(place.shape)
+            rest = rest[place.size :]
+
+    def take(self, parameter: np.ndarray) -> np.ndarray:
+        """What `put` has written, `[rows, -1]`."""
+        pieces = [view.reshape(-1) for view in self.views(parameter)]
+        return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)).reshape(self.shape[0], -1)
 
 
 def parameter_parts(config: DecoderConfig) -> dict[str, tuple[Part, ...]]:
@@ -99,25 +113,29 @@ def _layer_parts(index: int, config: DecoderConfig) -> dict[str, tuple[Part, ...
     def qkv(kind: str, *columns: int) -> tuple[Part, ...]:
         within, biased = (kv_heads, groups + 2, size, *columns), config.qkv_bias
         return (
-            Part(f"{attention}q_proj.{kind}", (queries, *columns), within, (every, slice(groups)), biased),
-            Part(f"{attention}k_proj.{kind}", (kv_heads * size, *columns), within, (every, groups), biased),
-            Part(f"{attention}v_proj.{kind}", (kv_heads * size, *columns), within, (every, groups + 1), biased),
+            Part(f"{attention}q_proj.{kind}", (queries, *columns), within, ((every, slice(groups)),), biased),
+            Part(f"{attention}k_proj.{kind}", (kv_heads * size, *columns), within, ((every, groups),), biased),
+            Part(f"{attention}v_proj.{kind}", (kv_heads * size, *columns), within, ((every, groups + 1),), biased),
         )
 
     def gate_up(kind: str, *columns: int) -> tuple[Part, ...]:
         within, biased = (ffn, 2, *columns), config.mlp_bias
         return (
-            Part(f"{mlp}gate_proj.{kind}", (ffn, *columns), within, (every, 0), biased),
-            Part(f"{mlp}up_proj.{kind}", (ffn, *columns), within, (every, 1), biased),
+            Part(f"{mlp}gate_proj.{kind}", (ffn, *columns), within, ((every, 0),), biased),
+            Part(f"{mlp}up_proj.{kind}", (ffn, *columns), within, ((every, 1),), biased),
         )
 
-    if config.stacks_projections:
-        fused = kv_heads * (groups + 2) * size
-        table = _same(f"{attention}qkv_proj.weight", fused, width, has_bias=config.qkv_bias)
-    else:
-        table = {f"{attention}qkv_proj.weight": qkv("weight", width)}
+    def fused(name: str, parts: tuple[Part, ...]) -> dict[str, tuple[Part, ...]]:
+        """A parameter of several tensors; or of one, in which HF has their rows one after the other."""
+        if not config.stacks_projections:
+            return {name: parts}
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        pieces = tuple(index for part in parts for index in part.at)
+        return {name: (dataclasses.replace(parts[0], name=name, shape=shape, at=pieces),)}
+
+    table = fused(f"{attention}qkv_proj.weight", qkv("weight", width))
     if config.qkv_bias:
-        table |= {f"{attention}qkv_proj.bias": qkv("bias")}
+        table |= fused(f"{attention}qkv_proj.bias", qkv("bias"))
     table |= _same(f"{attention}o_proj.weight", width, queries, has_bias=config.o_bias)
     if config.o_bias:
         table |= _same(f"{attention}o_proj.bias", width)
@@ -128,12 +146,9 @@ def _layer_parts(index: int, config: DecoderConfig) -> dict[str, tuple[Part, ...
     if routing is not None:
         table |= _expert_parts(layer, config.hidden_size, routing)
     else:
-        if config.stacks_projections:
-            table |= _same(f"{mlp}gate_up_proj.weight", 2 * ffn, width)
-        else:
-            table |= {f"{mlp}gate_up_proj.weight": gate_up("weight", width)}
+        table |= fused(f"{mlp}gate_up_proj.weight", gate_up("weight", width))
         if config.mlp_bias:
-            table |= {f"{mlp}gate_up_proj.bias": gate_up("bias")}
+            table |= fused(f"{mlp}gate_up_proj.bias", gate_up("bias"))
         table |= _same(f"{mlp}down_proj.weight", width, ffn, has_bias=config.mlp_bias)
         if config.mlp_bias:
             table |= _same(f"{mlp}down_proj.bias", width)
@@ -148,11 +163,11 @@ def _expert_parts(layer: str, width: int, routing: "Routing") -> dict[str, tuple
     names = [[f"{layer}{name}.weight" for name in routing.names(expert)] for expert in range(experts)]
     first, second = (experts, size, 2, width), (experts, width, size)
     gates_and_ups = [
-        Part(name, (size, width), first, (expert, every, which), routed=True)
+        Part(name, (size, width), first, ((expert, every, which),), routed=True)
         for expert, (gate, up, _) in enumerate(names)
         for which, name in enumerate((gate, up))
     ]
-    downs = [Part(down, (width, size), second, (expert,), routed=True) for expert, (*_, down) in enumerate(names)]
+    downs = [Part(down, (width, size), second, ((expert,),), routed=True) for expert, (*_, down) in enumerate(names)]
     router = Part(f"{layer}{routing.router}.weight", (experts, width), (experts, width), routed=True)
     return {
         f"{layer}mlp.gate.weight": (router,),

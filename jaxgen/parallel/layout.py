@@ -36,7 +36,7 @@ class Layout:
     def of(cls, mesh: Mesh | AbstractMesh, config: DecoderConfig) -> "Layout":
         """How a model of this config lies on a mesh with the axes `data` and `model`, or one of them.
 
-        Raises `JaxgenError` for a mesh with other axes, and for a family that is not to be divided.
+        Raises `JaxgenError` for a mesh with other axes.
         """
         unknown = [name for name in mesh.axis_names if name not in (DATA, MODEL)]
         if unknown or not mesh.axis_names:
@@ -45,11 +45,6 @@ class Layout:
                 "feed-forward, vocabulary): jax.sharding.Mesh(devices, ('data', 'model'))"
             )
         sizes = {DATA: 1, MODEL: 1, **mesh.shape}
-        if sizes[MODEL] > 1 and config.stacks_projections:
-            raise JaxgenError(
-                f"device_map: {type(config).__name__} stacks its projections in one matrix, whose parts are no models "
-                f"of fewer heads; use {{'data': {mesh.size}}}"
-            )
         mesh = _with_copies(mesh, sizes, config.num_key_value_heads)
         axes = {name: _dividing(mesh, RULES[name], count) for name, count in _counts(config).items()}
         axes["rows"] = tuple(name for name in RULES["rows"] if mesh.shape.get(name, 1) > 1)
