@@ -1,5 +1,6 @@
 """What a call needs of the device's memory, and what is free."""
 
+import dataclasses
 from typing import Any
 
 from jaxgen.attention import query_block
@@ -28,61 +29,96 @@ def check_memory(
     call; `reserved` are the bytes of an engine's room for constraints. What the prefill needs besides the cache is an
     estimate of its largest arrays.
     """
-    config, itemsize, device = model.config, model.dtype.itemsize, model.device
-    free = free_bytes(device)
+    free = free_bytes(model.device)
     if free is None:
         return
+    needs = _needs(model, shape, layout, assistant, guided, past, reserved)
+    if needs.cache + needs.working > free:
+        raise _too_much(needs, free, model, shape, layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Needs:
+    """Bytes that a call takes."""
+
+    rows: int  # with those of negative prompts
+    parts: int  # into which a mesh divides the cache
+    cache: int
+    recorded: int  # scores and logits, which are returned
+    drafting: int
+    reserved: int
+    processing: int  # prompts, an assistant, a past
+
+    @property
+    def working(self) -> int:
+        """All that is beside the cache."""
+        return self.recorded + self.drafting + self.reserved + self.processing
+
+
+def _needs(
+    model: Any, shape: tuple[int, int], layout: BatchLayout, assistant: Any, guided: bool, past: bool, reserved: int
+) -> _Needs:
+    config, itemsize, static = model.config, model.dtype.itemsize, layout.static
     prompts, length = shape
     batch = 2 * prompts if guided else prompts
     rows = batch * layout.samples
     mesh = getattr(model, "layout", None)
-    parts = mesh.parts("rows") * mesh.parts("heads") if mesh and device.platform != "cpu" else 1  # CPUs share a host
+    divided = mesh and model.device.platform != "cpu"  # CPUs share a host
+    parts = mesh.parts("rows") * mesh.parts("heads") if divided else 1
     cache = rows * cache_bytes(config, itemsize, layout.slots, layout.int8_cache) // parts
-    static = layout.static
     tables = static.record_scores + static.record_logits
-    recorded = 4 * prompts * layout.samples * static.recorded * config.vocab_size * tables
     piece = layout.chunk or layout.fresh  # a piece at a time, against every slot
-    working = recorded + (
+    processing = (
         prefill_bytes(config, itemsize, batch, piece, piece, _most(config, layout.slots))
         if piece
         else prefill_bytes(config, itemsize, batch, length, query_block(length), length)
     )
-    drafting = _drafting_bytes(config, itemsize, rows, layout)
-    working += drafting
-    if past:  # the past in the rows and slots of this call, on the way
-        working += cache
+    if past:  # in the rows and slots of this call, on the way
+        processing += cache
     if assistant is not None:
         slots = assistant_slots(assistant.config, layout)
         own = cache_bytes(assistant.config, assistant.dtype.itemsize, slots, layout.int8_cache)
-        working += prompts * layout.samples * own
-    working += reserved
-    needed = cache + working
-    if needed <= free:
-        return
-    if reserved > free // 2:
-        raise JaxgenError(
-            f"constraints of {rows} rows reserve {reserved / _SHOWN:.2f} GB, and {free / _SHOWN:.2f} GB are free on "
-            f"{device}; lower Engine(constraints=(states, classes)), or None"
+        processing += prompts * layout.samples * own
+    return _Needs(
+        rows,
+        parts,
+        cache,
+        recorded=4 * prompts * layout.samples * static.recorded * config.vocab_size * tables,
+        drafting=_drafting_bytes(config, itemsize, rows, layout),
+        reserved=reserved,
+        processing=processing,
+    )
+
+
+def _too_much(needs: _Needs, free: int, model: Any, shape: tuple[int, int], layout: BatchLayout) -> JaxgenError:
+    """What takes most of it, and what to do."""
+    config, static, rows, device = model.config, layout.static, needs.rows, model.device
+    if needs.reserved > free // 2:
+        return JaxgenError(
+            f"constraints of {rows} rows reserve {needs.reserved / _SHOWN:.2f} GB, and {free / _SHOWN:.2f} GB are free "
+            f"on {device}; lower Engine(constraints=(states, classes)), or None"
         )
-    if recorded > free // 2:
-        raise JaxgenError(
-            f"output_scores and output_logits of {static.recorded} steps need {recorded / _SHOWN:.2f} GB, and "
+    if needs.recorded > free // 2:
+        return JaxgenError(
+            f"output_scores and output_logits of {static.recorded} steps need {needs.recorded / _SHOWN:.2f} GB, and "
             f"{free / _SHOWN:.2f} GB are free on {device}; top_logprobs=n keeps the n best tokens of every step"
         )
-    if static.drafts and drafting > free // 2:
+    if static.drafts and needs.drafting > free // 2:
         name = "prompt_lookup_num_tokens" if static.prompt_lookup else "num_assistant_tokens"
-        raise JaxgenError(
-            f"{rows} rows that process {static.drafts} drafts at a time need {drafting / _SHOWN:.2f} GB, and "
+        return JaxgenError(
+            f"{rows} rows that process {static.drafts} drafts at a time need {needs.drafting / _SHOWN:.2f} GB, and "
             f"{free / _SHOWN:.2f} GB are free on {device}; lower {name}"
         )
     # Layers with the most slots grow with the rows; beside them, those with a window stay as they are.
     counts = of_layers(layout.slots, config.num_hidden_layers)
     growing = [count for count in counts if count == max(counts)]
-    per_layer = rows * cache_bytes(config, itemsize, 1, layout.int8_cache) // len(counts) // parts or 1
+    slot = cache_bytes(config, model.dtype.itemsize, 1, layout.int8_cache)
+    per_layer = rows * slot // len(counts) // needs.parts or 1
     others = per_layer * (sum(counts) - sum(growing))
-    room = largest_bucket(max(free - working - others, 0) // (per_layer * len(growing))) - length
+    room = largest_bucket(max(free - needs.working - others, 0) // (per_layer * len(growing))) - shape[1]
     advice = f"at most {room} new tokens fit" if room > 0 else "use fewer rows or a shorter prompt"
-    raise JaxgenError(
+    needed = needs.cache + needs.working
+    return JaxgenError(
         f"{rows} rows of {layout.total} tokens (prompt and new tokens, rounded up) need {needed / _SHOWN:.2f} GB for "
         f"the key-value cache and the prefill, and {free / _SHOWN:.2f} GB are free on {device}; {advice}"
     )
