@@ -150,7 +150,7 @@ def serve(results: Any) -> str:
         "*lost* that is not whole, and *wrong* if its text, length or end is not that of `generate(strict=)` with the "
         "same seed, or a log-probability is off by more than 1e-5. Times: the median, and what 95% stay below. Memory "
         "is the most that the server had in the first half of the requests, and in the second. Clients and server "
-        "share the machine, which did other work at the time."
+        "share the machine."
     )
     header = "| | requests | lost | wrong | tokens/s | first token, s | per token, ms | memory, MB |"
     table = "\n".join([header, "|---|" + "---:|" * 7, *lines])
