@@ -62,9 +62,9 @@ def _needs(
     prompts, length = shape
     batch = 2 * prompts if guided else prompts
     rows = batch * layout.samples
-    mesh: Any = getattr(model, "layout", None)
-    divided = mesh is not None and model.device.platform != "cpu"  # CPUs share a host
-    parts = mesh.parts("rows") * mesh.parts("heads") if divided else 1
+    mesh, parts = getattr(model, "layout", None), 1
+    if mesh is not None and model.device.platform != "cpu":  # CPUs share a host
+        parts = mesh.parts("rows") * mesh.parts("heads")
     cache = rows * cache_bytes(config, itemsize, layout.slots, layout.int8_cache) // parts
     tables = static.record_scores + static.record_logits
     piece = layout.chunk or layout.fresh  # a piece at a time, against every slot
