@@ -301,13 +301,13 @@ def gpu_aot() -> str:
         return ""
     rows = (
         (
-            f"int4,&nbsp;group&nbsp;{r['group_size']}" if r["weights"] == "int4" else "bfloat16",
+            {"int4": f"int4,&nbsp;group&nbsp;{r['group_size']}", "nf4": "NF4", "bf16": "bfloat16"}[r["weights"]],
             r["batch"],
             f"{r['launches_per_layer']:.1f}",
             r["launches_per_token"],
             f"{r['temp_bytes'] / 1e6:.1f} MB",
             r["loop_weight_buffers"],
-            f"{r['fused_linears']} of {r['linears']}" if r["linears"] else "",
+            ", ".join(f"{name}&nbsp;{count}" for name, count in r["kernels"].items()),
         )
         for r in results
         if r["stage"] == "decode" and r["layers"] == 32
@@ -316,9 +316,10 @@ def gpu_aot() -> str:
         "A decode step of the Mistral-7B shape, compiled for an H200 on a machine without a GPU. These are facts about "
         "the program, not times."
     )
-    header = ("weights", "batch", "kernels per layer", "per token", "temporary memory")
-    table = rows_of((*header, "unpacked weights in the loop", "linear layers fused"), rows)
-    return part("Compiled for a GPU", prose, table, source("python benchmarks/gpu_aot.py", NO_GPU, AOT, "gpu_aot"))
+    header = ("weights", "batch", "launches per layer", "per token", "temporary memory")
+    table = rows_of((*header, "unpacked weights in the loop", "launches of `jaxgen.kernels` per token"), rows)
+    command = source("python benchmarks/gpu_aot.py --weights int4 nf4 bf16 --json", NO_GPU, AOT, "gpu_aot")
+    return part("Compiled for a GPU", prose, table, command)
 
 
 def decode_steps(rows: list[dict[str, Any]]) -> str:
