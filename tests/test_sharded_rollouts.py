@@ -1,5 +1,6 @@
 """A trainer's state, divided over devices as FSDP does it: what samples and scores takes it as it is."""
 
+import re
 from typing import Any
 
 import jax
@@ -53,6 +54,17 @@ def trained(graph: Any, params: Any) -> Any:
     return jax.jit(step, out_shardings=places)
 
 
+def sizes_of(params: Any) -> set[tuple[int, ...]]:
+    return {tuple(sorted(x.shape)) for x in jax.tree.leaves(params) if x.ndim == 2}
+
+
+def gathered(program: str) -> set[tuple[int, ...]]:
+    """The sizes of what devices put together: with so few rows XLA sends these, and no weight."""
+    found = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", program)
+    assert found
+    return {tuple(sorted(map(int, sizes.split(",")))) for sizes in found}
+
+
 @pytest.mark.slow
 def test_it_gives_the_tokens_of_one_device_and_stays_where_it_is(mesh: Mesh):
     alone, model = tiny(), tiny()
@@ -63,6 +75,8 @@ def test_it_gives_the_tokens_of_one_device_and_stays_where_it_is(mesh: Mesh):
     assert all(len(place.device_set) == 8 and not place.is_fully_replicated for place in places)
     step_alone = trained(*nnx.split(alone))
     inside = jax.jit(lambda params: jaxgen.generate(nnx.merge(graph, params), IDS, MASK, None, GREEDY)["sequences"])
+    inside = inside.lower(params).compile()
+    assert not sizes_of(params) & gathered(inside.as_text())
     sampled = jaxgen.GenerationConfig(do_sample=True, top_k=5, max_new_tokens=NEW, eos_token_id=None)
     before: Any = None
     for update in range(3):
