@@ -115,7 +115,7 @@ class Assembler:
         for part in parts:
             views, computed = part.views(buffer), self._is_stored_quantized(part) or self._adapts(part)
             with np.errstate(over="ignore"):  # found below, for every pair of dtypes alike
-                if computed or len(views) > 1:
+                if computed:
                     part.put(buffer, self._exact(part))
                 else:
                     self.checkpoint.read_into(part.name, *views)

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,24 +102,22 @@ class Checkpoint:
         """Bytes of all tensors, without headers."""
         return sum(info.nbytes for info in self.tensors.values())
 
-    def read_into(self, name: str, target: np.ndarray) -> None:
-        """Copy a tensor into `target`, which has its elements in its order but any shape, strides and dtype.
+    def read_into(self, name: str, *targets: np.ndarray) -> None:
+        """Copy a tensor into `targets`, one after the other, which have its elements but any shape, strides and dtype.
 
         Reads by chunks through one small buffer: into fresh memory of a tensor's size it takes several times as
         long, most of it spent by the kernel on clearing pages. Not mapped: a file cut short meanwhile would kill
         the process. Raises `CheckpointError` if reading fails.
         """
-        info, decoder = self.tensors[name], self.decoders.get(name)
-        step = max(1, _CHUNK_BYTES * len(target) // info.nbytes)
+        info, decoder, first = self.tensors[name], self.decoders.get(name), 0
         try:
             with (self.directory / info.shard).open("rb", buffering=0) as file:
                 file.seek(info.begin)
-                for start in range(0, len(target), step):
-                    rows = target[start : start + step]
+                for rows in chunks(targets, info.nbytes):
                     if decoder is not None:
                         stored = self._read_chunk(file, rows.size).reshape(-1, info.shape[-1])
-                        first = start * info.shape[0] // len(target)
                         rows[...] = decoder.rows(stored, first).reshape(rows.shape)
+                        first += len(stored)
                         continue
                     chunk = self._read_chunk(file, rows.size * DTYPES[info.dtype].itemsize)
                     rows[...] = chunk.view(DTYPES[info.dtype]).reshape(rows.shape)
@@ -242,6 +240,14 @@ def absent_shards(directory: Path) -> list[str]:
         return []
     shards = sorted(set(weight_map.values()))
     return [name for name in shards if _SHARD_NAME.fullmatch(name) and not os.path.lexists(directory / name)]
+
+
+def chunks(targets: Sequence[np.ndarray], nbytes: int) -> Iterator[np.ndarray]:
+    """Rows of the targets, about `_CHUNK_BYTES` of the `nbytes` that all of them take in the file at a time."""
+    size = sum(target.size for target in targets)
+    for target in targets:
+        step = max(1, _CHUNK_BYTES * size * len(target) // (nbytes * target.size))
+        yield from (target[start : start + step] for start in range(0, len(target), step))
 
 
 def _fill(file: FileIO, room: memoryview) -> None:

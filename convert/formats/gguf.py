@@ -16,7 +16,7 @@ from jaxgen.models.config import NORMS, DecoderConfig
 from jaxgen.models.tensors import EMBEDDING, HEAD, Part
 from jaxgen.quant import Int4
 
-from ..checkpoint import DTYPES, Checkpoint, TensorInfo, Wanted
+from ..checkpoint import DTYPES, Checkpoint, TensorInfo, Wanted, chunks
 from .ggml_blocks import FLOATS, FOUR_BITS
 from .gguf_config import VECTORS, config_of, family_of
 from .gguf_header import GgufTensor, read_header
@@ -43,7 +43,6 @@ _FILE_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 14: "Q4_K_S", 15: "Q4_K_M", 18: "Q6_K", 32: "BF16"
 }  # fmt: skip
 _ROTATED = tuple(f".{name}_proj.{kind}" for name in "qk" for kind in ("weight", "bias"))
-_CHUNK_BYTES = 4 << 20
 
 
 def open_gguf(path: Path) -> "tuple[DecoderConfig, GgufCheckpoint, Gguf]":
@@ -85,22 +84,23 @@ class GgufCheckpoint(Checkpoint):
             self.tensors[tensor.name] = TensorInfo(shard, code, tensor.shape, tensor.begin, tensor.end)
         return True
 
-    def read_into(self, name: str, target: np.ndarray) -> None:
+    def read_into(self, name: str, *targets: np.ndarray) -> None:
         """As `Checkpoint.read_into`, also from blocks of more than four bits."""
         kind = self.kinds[name]
         if self.norm_offset and name.endswith("norm.weight"):  # llama.cpp stores what they are scaled by
+            [target] = targets
             scale = np.empty(target.shape, np.float32)
             super().read_into(name, scale)
             target[...] = scale - np.float32(self.norm_offset)
             return None
         if kind in DTYPES and not self._is_rotated(name):
-            return super().read_into(name, target)
-        rows = self.rows(name)
-        each = len(rows) // len(target)
-        step = max(1, _CHUNK_BYTES // (each * rows.shape[1]))
-        for start in range(0, len(target), step):
-            piece = target[start : start + step]
-            piece[...] = FLOATS[kind](rows[start * each : (start + step) * each]).reshape(piece.shape)
+            return super().read_into(name, *targets)
+        rows, first = self.rows(name), 0
+        elements = sum(target.size for target in targets) // len(rows)  # of a row
+        for piece in chunks(targets, rows.nbytes):
+            last = first + piece.size // elements
+            piece[...] = FLOATS[kind](rows[first:last]).reshape(piece.shape)
+            first = last
         return None
 
     def rows(self, name: str) -> UInt8[np.ndarray, "O bytes"]:

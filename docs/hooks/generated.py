@@ -299,9 +299,10 @@ def gpu_aot() -> str:
     """What XLA makes of a decode step for an H200."""
     if (results := read("gpu_aot")) is None:
         return ""
+    names = {"int4": "int4,&nbsp;group&nbsp;{}", "nf4": "NF4,&nbsp;block&nbsp;{}", "bf16": "bfloat16"}
     rows = (
         (
-            {"int4": f"int4,&nbsp;group&nbsp;{r['group_size']}", "nf4": "NF4", "bf16": "bfloat16"}[r["weights"]],
+            names[r["weights"]].format(r["group_size"]),
             r["batch"],
             f"{r['launches_per_layer']:.1f}",
             r["launches_per_token"],

@@ -51,8 +51,14 @@ class Part:
 
     def take(self, parameter: np.ndarray) -> np.ndarray:
         """What `put` has written, `[rows, -1]`."""
-        pieces = [view.reshape(-1) for view in self.views(parameter)]
-        return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)).reshape(self.shape[0], -1)
+        [first, *others] = views = self.views(parameter)
+        if not others:
+            return first.reshape(self.shape[0], -1)
+        tensor = rest = np.empty(sum(view.size for view in views), parameter.dtype)
+        for view in views:
+            rest[: view.size].reshape(view.shape)[...] = view
+            rest = rest[view.size :]
+        return tensor.reshape(self.shape[0], -1)
 
 
 def parameter_parts(config: DecoderConfig) -> dict[str, tuple[Part, ...]]:
