@@ -41,9 +41,11 @@ def quantization(block: Any, **fields: Any) -> dict[str, Any]:
     return {"quantization_config": kind | fields}
 
 
-def written(tmp_path: Path, block: Any = (32, 32), scale_dtype: Any = np.float32) -> tuple[Path, Path]:
+def written(
+    tmp_path: Path, block: Any = (32, 32), scale_dtype: Any = np.float32, fields: Any = FIELDS
+) -> tuple[Path, Path]:
     """The checkpoint in 8 bits, and what it stands for as an ordinary one."""
-    stored, meant = rounded(tensors_of(config_from_hf(FIELDS)), block, scale_dtype)
-    write_hf(tmp_path / "fp8", FIELDS | quantization(block), stored, shards=2)
-    write_hf(tmp_path / "plain", FIELDS, meant)
+    stored, meant = rounded(tensors_of(config_from_hf(fields)), block, scale_dtype)
+    write_hf(tmp_path / "fp8", fields | quantization(block), stored, shards=2)
+    write_hf(tmp_path / "plain", fields, meant)
     return tmp_path / "fp8", tmp_path / "plain"

@@ -13,6 +13,7 @@ from jaxgen.convert import checkpoint
 from jaxgen.convert.inspect import describe
 from jaxgen.errors import CheckpointError, JaxgenError, UnsupportedError
 from jaxgen.models.families import config_from_hf
+from tests.families import CONFIGS
 from tests.family_files import tensors_of
 from tests.fp8_files import FIELDS, quantization, rounded, written
 from tests.hf_files import parameters, same_bits, write_hf
@@ -32,6 +33,18 @@ def test_what_is_read_is_what_the_bytes_stand_for(tmp_path: Path, monkeypatch, b
     fp8, plain = written(tmp_path, block, scale_dtype)
     for dtype in ("float32", "bfloat16"):
         assert same_bits(parameters(load(fp8, dtype)), parameters(load(plain, dtype)))
+
+
+def test_blocks_that_lie_across_stacked_projections(tmp_path: Path, monkeypatch):
+    """A tensor whose pieces go to several places is read in pieces of its own, too."""
+    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 1000)
+    fp8, plain = written(tmp_path, (40, 24), fields=CONFIGS["phi3"])
+    model, expected = (load(place) for place in (fp8, plain))
+    assert same_bits(parameters(model), parameters(expected))
+    _, meant = rounded(tensors_of(config_from_hf(CONFIGS["phi3"])), (40, 24), np.float32)
+    gate_up = meant["model.layers.1.mlp.gate_up_proj.weight"]  # in the file all of gate, then all of up
+    both = np.stack(np.split(gate_up, 2), axis=1).reshape(gate_up.shape)
+    np.testing.assert_array_equal(model.model.layers[1].mlp.gate_up_proj.weight[...], both)
 
 
 def test_it_is_quantised_and_saved_as_any_other(tmp_path: Path):
