@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from jaxgen.errors import CheckpointError
 from jaxgen.models.config import DecoderConfig
@@ -39,13 +38,9 @@ class Layers:
 
     def split(self, layer: int, quantized: Mapping[str, Int4]) -> dict[str, Int4]:
         """A layer's int4 weights by HF tensor name, as numpy arrays."""
-
-        def rows(part: Part, array: Array) -> np.ndarray:
-            return part.take(np.asarray(array))
-
         parts = self._parts(layer)
         return {
-            part.name: Int4(rows(part, weight.packed), rows(part, weight.scale))
+            part.name: Int4(part.take(np.asarray(weight.packed)), part.take(np.asarray(weight.scale)))
             for name, weight in quantized.items()
             for part in parts[name]
         }
