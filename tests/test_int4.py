@@ -25,7 +25,7 @@ from jaxgen.lowering import Target, target, tracing_for
 from jaxgen.models.layers import QuantizedWeight
 from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
 from jaxgen.quant import matmul as forms
-from jaxgen.quant.int4 import search_scale
+from jaxgen.quant.int4 import _unpacked_product, search_scale
 from jaxgen.quant.nibbles import pack, unpack
 from jaxgen.quant.weight import matmul
 from jaxgen.text.tokenizer import load_tokenizer
@@ -166,6 +166,21 @@ def test_forms_in_bfloat16(form):
     result = np.asarray(jax.jit(form)(x, weight.packed, weight.scale), np.float32)
     exact = np.asarray(x, np.float64) @ dense.T
     assert np.abs(result - exact).max() < 0.01 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("with_offset", [False, True])
+@pytest.mark.parametrize("group", [32, 64, 256])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_the_form_for_many_rows_on_a_gpu(kernels, group, with_offset):
+    """The weight is in HF's order there, however it is stored."""
+    offset = RANDOM.standard_normal((24, 256 // group)).astype(np.float32) if with_offset else None
+    weight, dense = random_int4(group, offset=offset)
+    stored = weight.for_kernels() if kernels else weight
+    assert bool(stored.planar) == kernels
+    exact = dense if offset is None else dense + np.repeat(offset, group, axis=1)
+    x = RANDOM.standard_normal((2, 40, 256)).astype(np.float32)
+    result = jax.jit(_unpacked_product)(x, stored)
+    np.testing.assert_allclose(result, x @ exact.T, atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("low_cpu_memory", [False, True])

@@ -263,10 +263,10 @@ def attended(qkv: Any, cos: Any, sin: Any, starts: list[int], counts: list[int],
     ("parts", "groups", "size", "slots", "window", "splits", "block", "starts", "counts"),
     [
         (1, 4, 64, 256, None, 2, 32, [0, 77, 255], None),
-        (1, 4, 32, 64, 64, 2, 32, [63, 64, 300], None),  # a ring that has turned
+        (4, 4, 32, 64, 64, 2, 32, [63, 64, 300], None),  # a ring that has turned; sums in parts
         (1, 4, 32, 128, 40, 4, 32, [5, 100, 500], None),  # a window with room for drafts
         (1, 4, 32, 96, None, 3, 32, [0, 31, 88], [5, 3, 8]),  # a few tokens: over the edge of a block
-        (1, 7, 32, 48, 40, 2, 16, [44, 3, 500], [8, 1, 6]),  # ... and of a ring with a window
+        (2, 7, 32, 48, 40, 2, 16, [44, 3, 500], [8, 1, 6]),  # ... and of a ring with a window
         pytest.param(2, 3, 64, 96, None, 1, 64, [63, 64, 95], None, marks=SOAK),
         pytest.param(1, 7, 64, 100, None, None, None, [0, 99, 50], None, marks=SOAK),
         pytest.param(2, 1, 128, 48, None, 3, 16, [0, 47, 10], None, marks=SOAK),

@@ -70,12 +70,13 @@ class _Projected:
 
     def plain(self, token: Array, which: Array) -> tuple[Array, Array]:
         """Both halves of some queries (0 to G - 1), keys (G) or values (G + 1) of the new tokens."""
-        line, which, column = (self.first + token)[:, None], which[:, None], backend.arange(self.half)[None, :]
-        parts = [
-            [self.qkv[part, line, self.head, which, start + column].astype(jnp.float32) for start in (0, self.half)]
-            for part in range(self.qkv.shape[0])
-        ]
-        first, second = (functools.reduce(jnp.add, halves) for halves in zip(*parts, strict=True))
+        part, column = backend.arange(self.qkv.shape[0])[:, None, None], backend.arange(self.half)[None, None, :]
+        line, which = (self.first + token)[None, :, None], which[None, :, None]
+        first, second = (
+            # As one tile: of separate ones Triton would take each apart for the matrix units, instead of their sum.
+            self.qkv[part, line, self.head, which, start + column].astype(jnp.float32).sum(0)
+            for start in (0, self.half)
+        )
         return first, second
 
     def rotated(self, token: Array, which: Array) -> tuple[Array, Array]:
@@ -228,9 +229,9 @@ def attend(
     """What each query reads, and the cache with the new keys and values in their slots, in place.
 
     A row reads T tokens, those at positions `starts` to `newest` and then, if there are fewer, some of padding, which
-    are not kept. `qkv`: the fused projection as S sums that are to be added; per key-value head its P = G + 2 vectors,
-    the queries, the key, the value. It may have more than B * T rows. The result has the dtype of `rotation`, and is
-    `[B * T, K, G, H]`, or `[K * G * H, columns]` for `int4_rows`.
+    are not kept. `qkv`: the fused projection as S sums that are to be added (S a power of two); per key-value head its
+    P = G + 2 vectors, the queries, the key, the value. It may have more than B * T rows. The result has the dtype of
+    `rotation`, and is `[B * T, K, G, H]`, or `[K * G * H, columns]` for `int4_rows`.
     """
     rows, (heads, projections, size) = len(starts), qkv.shape[2:]
     groups, slots, dtype = projections - 2, cache.slots, rotation[0].dtype

@@ -12,13 +12,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int8, Int32
 
 from jaxgen.errors import UnsupportedError
-from jaxgen.linear import product
+from jaxgen.linear import linear, product
 from jaxgen.lowering import own_rules, target
 from jaxgen.pytree import pytree
 from jaxgen.quant.config import check_group
 from jaxgen.quant.matmul import FUSED_ROWS, scaled_product
-from jaxgen.quant.nibbles import pack, scaled
-from jaxgen.quant.planar import block_size, from_planar, swap_order, to_planar
+from jaxgen.quant.nibbles import pack
+from jaxgen.quant.planar import block_size, codes_in_order, swap_order, to_planar
 from jaxgen.quant.weight import Interleave, Weight, divided_groups
 from jaxgen.shards import Axes
 
@@ -63,13 +63,15 @@ class Int4(Weight):
     @own_rules()
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "O I"]:
         """The weight in HF's column order, computed in float32 and rounded once."""
-        weight = scaled(self.packed, self.scale)
+        codes = (codes_in_order(self.packed, self.planar) ^ 8).astype(jnp.int32) - 8
+        weight = codes.astype(jnp.float32).reshape(*self.scale.shape, -1)
+        weight = weight * jnp.asarray(self.scale)[..., None].astype(jnp.float32)
         if self.offset is not None:
-            weight = weight + self.offset[..., None].astype(jnp.float32)
-        weight = from_planar(weight.reshape(self.shape), self.planar)
+            weight = weight + jnp.asarray(self.offset)[..., None].astype(jnp.float32)
+        weight = weight.reshape(self.shape)
         if self.permutation is not None:
             weight = weight[:, jnp.argsort(self.permutation)]
-        return jnp.asarray(weight, dtype)
+        return weight.astype(dtype)
 
     def matmul(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
         """`x @ weight.T`: see `int4_matmul`."""
@@ -135,10 +137,23 @@ def int4_matmul(x: Float[Array, "*rows I"], weight: Int4) -> Float[Array, "*rows
     >>> bool(jnp.allclose(int4_matmul(jnp.arange(32.0), weight), jnp.arange(32.0)))
     True
     """
-    if target().kernels and weight.planar and x.dtype.itemsize == 2 and math.prod(x.shape[:-1]) <= FUSED_ROWS:
+    rows = math.prod(x.shape[:-1])
+    if target().kernels and weight.planar and x.dtype.itemsize == 2 and rows <= FUSED_ROWS:
         return weight.kernels().alone(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
     if weight.permutation is not None:
         x = jnp.take(x, weight.permutation, axis=-1)
+    if rows <= FUSED_ROWS:
+        return _packed_product(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=_packed_product, default=_unpacked_product)
+
+
+def _unpacked_product(x: Float[Array, "*rows I"], weight: Int4) -> Float[Array, "*rows O"]:
+    """Many rows, for a GPU: the weight is unpacked once, and the product is left to the matrix library."""
+    whole = dataclasses.replace(weight, permutation=None).dequantize(x.dtype)
+    return linear(x, jax.lax.optimization_barrier(whole))  # or XLA unpacks within the product, for each tile of rows
+
+
+def _packed_product(x: Float[Array, "*rows I"], weight: Int4) -> Float[Array, "*rows O"]:
     x = to_planar(x, weight.planar)  # from here on, columns are in the order in which they are stored
     result = scaled_product(x, weight.packed, weight.scale, weight.low_cpu_memory)
     if weight.offset is None:

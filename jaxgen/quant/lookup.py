@@ -12,7 +12,7 @@ from jaxgen.linear import linear
 from jaxgen.lowering import own_rules, target
 from jaxgen.pytree import pytree
 from jaxgen.quant.matmul import FUSED_ROWS
-from jaxgen.quant.planar import block_size, from_planar, swap_order, to_planar
+from jaxgen.quant.planar import block_size, codes_in_order, swap_order
 from jaxgen.quant.weight import Weight, divided_groups
 from jaxgen.shards import Axes
 
@@ -52,21 +52,16 @@ class Lookup4(Weight):
     @own_rules()
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "O I"]:
         """The weight, computed in float32 and rounded once."""
-        return from_planar(self._as_it_lies(), self.planar).astype(dtype)
+        codes = codes_in_order(self.packed, self.planar).reshape(*self.scale.shape, self.group_size)
+        values = jnp.asarray(self.table)[codes] * jnp.asarray(self.scale)[..., None].astype(jnp.float32)
+        return values.reshape(self.shape).astype(dtype)
 
     def matmul(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
         """`x @ weight.T`, by kernels where they are to be used and rows are few."""
         rows = math.prod(x.shape[:-1])
         if target().kernels and self.planar and x.dtype.itemsize == 2 and rows <= FUSED_ROWS:
             return self.kernels().alone(x.reshape(rows, -1)).reshape(*x.shape[:-1], -1)
-        return linear(to_planar(x, self.planar), self._as_it_lies().astype(x.dtype))
-
-    @own_rules()
-    def _as_it_lies(self) -> Float[Array, "O I"]:
-        wide = jnp.asarray(self.packed).astype(jnp.int32)
-        codes = jnp.stack([wide & 15, wide >> 4], axis=-1).reshape(*self.scale.shape, self.group_size)
-        values = jnp.asarray(self.table)[codes] * jnp.asarray(self.scale)[..., None].astype(jnp.float32)
-        return values.reshape(self.shape)
+        return linear(x, self.dequantize(x.dtype))
 
     def divided(self, rows: Axes, columns: Axes, parts: int) -> "Lookup4":
         """In whole groups; each device has the table."""

@@ -1,9 +1,9 @@
 """The product with int4 codes and their scales, `x @ weight.T`, in the form that each platform and stage runs fastest.
 
-A GPU that runs `jaxgen.kernels` leaves few rows (decode) to them. Otherwise it has three forms: many rows (a prompt)
-dequantise the weight once and leave the product to the matrix library; few rows read the packed weight inside the
-product, as one kernel where the executable is compiled with `FUSION_OPTIONS`, and without experimental options as
-products per group, whose sums are scaled afterwards.
+A GPU that runs `jaxgen.kernels` leaves few rows (decode) to them, and many (a prompt) to the matrix library, which gets
+the weight unpacked (`int4_matmul`). Otherwise it reads the packed weight of few rows inside the product, as one kernel
+where the executable is compiled with `FUSION_OPTIONS`, and without experimental options as products per group, whose
+sums are scaled afterwards.
 A CPU dequantises: XLA moves that out of the decode loop, and keeps the unpacked copy while the loop runs; for
 `low_cpu_memory` it happens a few rows at a time, within the loop.
 """
@@ -33,8 +33,7 @@ def scaled_product(
 ) -> Float[Array, "*rows O"]:
     """`x @ weight.T` for the codes times their groups' scales, columns in the order in which they are stored."""
     on_cpu = _in_chunks if low_cpu_memory else _dequantized
-    few_rows = _fused if target().fuses_int4 else _by_groups
-    elsewhere = few_rows if math.prod(x.shape[:-1]) <= FUSED_ROWS else _dequantized
+    elsewhere = _fused if target().fuses_int4 else _by_groups
     return jax.lax.platform_dependent(x, packed, scale, cpu=on_cpu, default=elsewhere)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, UInt32
 
 _BLOCKS = (32, 64, 128)  # columns; a row of a tile is then 16 to 64 bytes
 
@@ -34,9 +34,18 @@ def to_planar(x: object, block: int) -> Any:
     return _swapped(x, block, 8)
 
 
-def from_planar(x: object, block: int) -> Any:
-    """The inverse of `to_planar`."""
-    return _swapped(x, block, block // 8)
+def codes_in_order(packed: Any, block: int) -> UInt32[Array, "O I"]:
+    """The codes, 0 to 15, of packed bytes with planar blocks, in HF's order of columns.
+
+    By shifts of words that are broadcast. A stack of nibbles says the same of bytes, but XLA:GPU writes it two by two.
+    """
+    packed = jnp.asarray(packed)
+    words, shifts = packed[..., None].astype(jnp.uint32), jnp.arange(0, 8, 4, dtype=jnp.uint32)
+    if block:
+        words = packed.reshape(len(packed), -1, 1, block // 8, 4)
+        words = jax.lax.bitcast_convert_type(words, jnp.uint32)
+        shifts = jnp.arange(0, 32, 4, dtype=jnp.uint32)[:, None]
+    return (jnp.right_shift(words, shifts) & 15).reshape(len(packed), -1)
 
 
 def _swapped(x: Any, block: int, first: int) -> Any:
