@@ -198,6 +198,8 @@ def measure(
     lowered, compiler_options, cache = lower(stage, model, batch, options, gpu)
     for file in DUMP.iterdir():
         file.unlink()
+    if options.no_spilling:
+        compiler_options = compiler_options | {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
     executable = lowered.compile(compiler_options or None)
     seconds = time.perf_counter() - start
     memory = executable.memory_analysis()
@@ -342,6 +344,9 @@ def main() -> None:
     parser.add_argument("--card", choices=list(CARDS), default="h200")
     parser.add_argument("--xla", action="store_true", help="without the kernels of jaxgen.kernels")
     parser.add_argument("--fallback", action="store_true", help="int4 without experimental compiler options")
+    parser.add_argument(
+        "--no-spilling", action="store_true", help="fail where a kernel needs more registers than it has"
+    )
     parser.add_argument("--strict", action="store_true", help="what `generate(strict=True)` runs")
     parser.add_argument(
         "--generate", type=json.loads, default={}, metavar="JSON", help='options of generate, as {"num_beams": 4}'

@@ -25,7 +25,7 @@ from jaxgen.lowering import Target, target, tracing_for
 from jaxgen.models.layers import QuantizedWeight
 from jaxgen.quant import Int4, Lookup4, int4_matmul, quantize
 from jaxgen.quant import matmul as forms
-from jaxgen.quant.int4 import _unpacked_product, search_scale
+from jaxgen.quant.int4 import search_scale
 from jaxgen.quant.nibbles import pack, unpack
 from jaxgen.quant.weight import matmul
 from jaxgen.text.tokenizer import load_tokenizer
@@ -179,8 +179,10 @@ def test_the_form_for_many_rows_on_a_gpu(kernels, group, with_offset):
     assert bool(stored.planar) == kernels
     exact = dense if offset is None else dense + np.repeat(offset, group, axis=1)
     x = RANDOM.standard_normal((2, 40, 256)).astype(np.float32)
-    result = jax.jit(_unpacked_product)(x, stored)
+    result, back = jax.jit(lambda x, w: jax.vjp(lambda x: forms.unpacked_product(x, w), x))(x, stored)
     np.testing.assert_allclose(result, x @ exact.T, atol=1e-3, rtol=1e-5)
+    [gradient] = back(jnp.ones_like(result))
+    np.testing.assert_allclose(gradient, np.broadcast_to(exact.sum(axis=0), x.shape), atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("low_cpu_memory", [False, True])

@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int8, Int32
 
 from jaxgen.errors import UnsupportedError
-from jaxgen.linear import linear, product
+from jaxgen.linear import product
 from jaxgen.lowering import own_rules, target
 from jaxgen.pytree import pytree
 from jaxgen.quant.config import check_group
-from jaxgen.quant.matmul import FUSED_ROWS, scaled_product
+from jaxgen.quant.matmul import FUSED_ROWS, scaled_product, unpacked_product
 from jaxgen.quant.nibbles import pack
 from jaxgen.quant.planar import block_size, codes_in_order, swap_order, to_planar
 from jaxgen.quant.weight import Interleave, Weight, divided_groups
@@ -144,13 +144,8 @@ def int4_matmul(x: Float[Array, "*rows I"], weight: Int4) -> Float[Array, "*rows
         x = jnp.take(x, weight.permutation, axis=-1)
     if rows <= FUSED_ROWS:
         return _packed_product(x, weight)
-    return jax.lax.platform_dependent(x, weight, cpu=_packed_product, default=_unpacked_product)
-
-
-def _unpacked_product(x: Float[Array, "*rows I"], weight: Int4) -> Float[Array, "*rows O"]:
-    """Many rows, for a GPU: the weight is unpacked once, and the product is left to the matrix library."""
-    whole = dataclasses.replace(weight, permutation=None).dequantize(x.dtype)
-    return linear(x, jax.lax.optimization_barrier(whole))  # or XLA unpacks within the product, for each tile of rows
+    weight = dataclasses.replace(weight, permutation=None)
+    return jax.lax.platform_dependent(x, weight, cpu=_packed_product, default=unpacked_product)
 
 
 def _packed_product(x: Float[Array, "*rows I"], weight: Int4) -> Float[Array, "*rows O"]:

@@ -9,6 +9,7 @@ A CPU dequantises: XLA moves that out of the decode loop, and keeps the unpacked
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from jaxgen.linear import linear, product
 from jaxgen.lowering import target
 from jaxgen.quant.nibbles import scaled, unpack
 
+if TYPE_CHECKING:
+    from jaxgen.quant.weight import Weight
+
 # XLA:GPU reads int4 and its group scales inside a matrix product only with the first; without the second it splits
 # some of these products along K, and then refuses to fuse them.
 FUSION_OPTIONS = {
@@ -26,6 +30,16 @@ FUSION_OPTIONS = {
 }
 FUSED_ROWS = 64  # beyond, each tile of rows would unpack the weight again: once, ahead of the product, is cheaper
 _CPU_CHUNK_BYTES = 1 << 20  # of unpacked float32: stays in a core's cache
+
+
+def unpacked_product(x: Float[Array, "*rows I"], weight: "Weight") -> Float[Array, "*rows O"]:
+    """`x @ weight.T` for many rows on a GPU: the weight is unpacked once, and the product left to the matrix library.
+
+    Not before x is there, or one kernel would unpack the weights of all layers; and as a whole, or it might be unpacked
+    within the product, again for each tile of rows.
+    """
+    x, weight = jax.lax.optimization_barrier((x, weight))
+    return linear(x, jax.lax.optimization_barrier(weight.dequantize(x.dtype)))
 
 
 def scaled_product(
