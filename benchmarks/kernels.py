@@ -110,7 +110,7 @@ def candidates(shape: tuple[int, int], product: str, rows: int, kind: str) -> It
         for tile in itertools.starmap(dense_row.Tile, [(4, 512, 4), (8, 512, 4), (2, 1024, 4), (4, 1024, 4)]):
             yield Candidate(tile, lambda w, x, t=tile: dense_row.dense_row_product(x, w, tile=t, **around))
     elif rows == 1:
-        sizes = [(8, 16, 2), (4, 16, 2), (8, 32, 4), (4, 32, 4), (8, 8, 2), (4, 8, 1)]
+        sizes = [(8, 16, 2), (4, 16, 2), (8, 32, 4), (4, 32, 4), (8, 8, 2), (4, 8, 1), (16, 16, 2), (16, 8, 1)]
         for (height, blocks, warps), ahead in itertools.product(sizes, (False, True)):
             tile = int4_row.Tile(height, blocks * 128 // GROUPS[kind], warps, ahead)
             yield Candidate(tile, lambda w, x, t=tile: int4_row.int4_row_product(x, w, tile=t, **around))
