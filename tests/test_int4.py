@@ -185,6 +185,23 @@ def test_the_form_for_many_rows_on_a_gpu(kernels, group, with_offset):
     np.testing.assert_allclose(gradient, np.broadcast_to(exact.sum(axis=0), x.shape), atol=1e-3, rtol=1e-5)
 
 
+def on_a_gpu(*args: Any, cpu: Any, default: Any) -> Any:
+    """What `jax.lax.platform_dependent` chooses there."""
+    return default(*args)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_permuted_columns_of_many_rows_on_a_gpu(kernels, monkeypatch):
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_a_gpu)
+    order = RANDOM.permutation(256)
+    weight, dense = random_int4(64, permutation=order.astype(np.int32))
+    in_hf_order = np.empty_like(dense)
+    in_hf_order[:, order] = dense
+    x = RANDOM.standard_normal((80, 256)).astype(np.float32)
+    result = int4_matmul(jnp.asarray(x), weight.for_kernels() if kernels else weight)
+    np.testing.assert_allclose(result, x @ in_hf_order.T, atol=1e-3, rtol=1e-5)
+
+
 @pytest.mark.parametrize("low_cpu_memory", [False, True])
 @pytest.mark.parametrize("scale", ["float16", "float32"])
 def test_offsets_and_permutations(low_cpu_memory, scale):
@@ -199,12 +216,17 @@ def test_offsets_and_permutations(low_cpu_memory, scale):
     np.testing.assert_allclose(int4_matmul(jnp.asarray(x), weight), x @ in_hf_order.T, atol=2e-3)
 
 
-def test_lookup_table():
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_lookup_table(gpu, kernels, monkeypatch):
+    if gpu:
+        monkeypatch.setattr(jax.lax, "platform_dependent", on_a_gpu)
     table = np.sort(RANDOM.standard_normal(16)).astype(np.float32)
     codes = RANDOM.integers(0, 16, (8, 64))
     scale = RANDOM.uniform(0, 1, (8, 2)).astype(np.float32)
     packed = (codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8)
     weight = Lookup4(jnp.asarray(packed), jnp.asarray(scale), jnp.asarray(table))
+    weight = weight.for_kernels() if kernels else weight
     dense = table[codes] * np.repeat(scale, 32, axis=1)
     np.testing.assert_array_equal(weight.dequantize(), dense)
     x = RANDOM.standard_normal((3, 64)).astype(np.float32)

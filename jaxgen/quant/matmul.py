@@ -1,7 +1,7 @@
 """The product with int4 codes and their scales, `x @ weight.T`, in the form that each platform and stage runs fastest.
 
-A GPU that runs `jaxgen.kernels` leaves few rows (decode) to them, and many (a prompt) to the matrix library, which gets
-the weight unpacked (`int4_matmul`). Otherwise it reads the packed weight of few rows inside the product, as one kernel
+A GPU leaves many rows (a prompt) to the matrix library, which gets the weight unpacked, and few (decode) to
+`jaxgen.kernels`, if it runs those. Otherwise it reads the packed weight of few rows inside the product, as one kernel
 where the executable is compiled with `FUSION_OPTIONS`, and without experimental options as products per group, whose
 sums are scaled afterwards.
 A CPU dequantises: XLA moves that out of the decode loop, and keeps the unpacked copy while the loop runs; for
@@ -33,7 +33,7 @@ _CPU_CHUNK_BYTES = 1 << 20  # of unpacked float32: stays in a core's cache
 
 
 def unpacked_product(x: Float[Array, "*rows I"], weight: "Weight") -> Float[Array, "*rows O"]:
-    """`x @ weight.T` for many rows on a GPU: the weight is unpacked once, and the product left to the matrix library.
+    """`x @ weight.T` on a GPU, for many rows: the weight is unpacked once, and the product left to the matrix library.
 
     Not before x is there, or one kernel would unpack the weights of all layers; and as a whole, or it might be unpacked
     within the product, again for each tile of rows.

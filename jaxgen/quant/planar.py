@@ -35,17 +35,23 @@ def to_planar(x: object, block: int) -> Any:
 
 
 def codes_in_order(packed: Any, block: int) -> UInt32[Array, "O I"]:
-    """The codes, 0 to 15, of packed bytes with planar blocks, in HF's order of columns.
-
-    By shifts of words that are broadcast. A stack of nibbles says the same of bytes, but XLA:GPU writes it two by two.
-    """
+    """The codes, 0 to 15, of packed bytes with planar blocks, in HF's order of columns."""
     packed = jnp.asarray(packed)
-    words, shifts = packed[..., None].astype(jnp.uint32), jnp.arange(0, 8, 4, dtype=jnp.uint32)
     if block:
-        words = packed.reshape(len(packed), -1, 1, block // 8, 4)
-        words = jax.lax.bitcast_convert_type(words, jnp.uint32)
-        shifts = jnp.arange(0, 32, 4, dtype=jnp.uint32)[:, None]
-    return (jnp.right_shift(words, shifts) & 15).reshape(len(packed), -1)
+        words = jax.lax.bitcast_convert_type(packed.reshape(len(packed), -1, 1, block // 8, 4), jnp.uint32)
+        codes = jnp.right_shift(words, jnp.arange(0, 32, 4, dtype=jnp.uint32)[:, None]) & 15
+    else:
+        codes = jax.lax.platform_dependent(packed.astype(jnp.uint32), cpu=_stacked, default=_shifted)
+    return codes.reshape(len(packed), -1)
+
+
+def _stacked(packed: UInt32[Array, "O bytes"]) -> UInt32[Array, "O bytes 2"]:
+    return jnp.stack([packed & 15, packed >> 4], axis=-1)
+
+
+def _shifted(packed: UInt32[Array, "O bytes"]) -> UInt32[Array, "O bytes 2"]:
+    """A stack is two passes on a GPU, which write every other number; this takes a CPU up to twice as long."""
+    return jnp.right_shift(packed[..., None], jnp.arange(0, 8, 4, dtype=jnp.uint32)) & 15
 
 
 def _swapped(x: Any, block: int, first: int) -> Any:

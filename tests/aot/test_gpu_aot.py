@@ -152,7 +152,7 @@ def test_strict_compiles_with_its_options(stage: str):
 
 
 def test_prefill_unpacks_one_weight_at_a_time():
-    """Four times the layers need no more memory, but for what the cache takes and XLA's liberties (a weight is 235 MB)."""
+    """Four times the layers need no more memory, but for the cache and XLA's liberties (a weight is 235 MB)."""
     options = ("--stage", "prefill", "--weights", "int4", "nf4", "--layers", "2", "8", "--batch", "8")
     *few, int4, nf4 = rows(*options)
     for before, row in zip(few, (int4, nf4), strict=True):
