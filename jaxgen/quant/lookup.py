@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxgen.linear import linear
 from jaxgen.lowering import own_rules, target
 from jaxgen.pytree import pytree
 from jaxgen.quant.matmul import FUSED_ROWS, unpacked_product
@@ -62,7 +61,8 @@ class Lookup4(Weight):
         rows = math.prod(x.shape[:-1])
         if target().kernels and self.planar and x.dtype.itemsize == 2 and rows <= FUSED_ROWS:
             return self.kernels().alone(x.reshape(rows, -1)).reshape(*x.shape[:-1], -1)
-        return jax.lax.platform_dependent(x, self, cpu=_whole_product, default=unpacked_product)
+        # A CPU has no barrier: XLA moves the unpacking out of the decode loop.
+        return jax.lax.platform_dependent(x, self, cpu=lambda x, w: Weight.matmul(w, x), default=unpacked_product)
 
     def divided(self, rows: Axes, columns: Axes, parts: int) -> "Lookup4":
         """In whole groups; each device has the table."""
@@ -86,8 +86,3 @@ class Lookup4(Weight):
         from jaxgen.kernels.products import CodedProducts
 
         return CodedProducts(self, interpret)
-
-
-def _whole_product(x: Float[Array, "*rows I"], weight: Lookup4) -> Float[Array, "*rows O"]:
-    """For a CPU, where XLA moves the unpacking out of the decode loop."""
-    return linear(x, weight.dequantize(x.dtype))

@@ -14,9 +14,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BATCHES = (1, 8, 32)
-# XLA refuses a kernel that would keep numbers in memory instead, and the script fails. It says so of the form that
-# `decode` compiles by default, and of others where no kernel of XLA's own is one.
-IN_REGISTERS = "--no-spilling"
+IN_REGISTERS = "--no-spilling"  # the script fails where a kernel would keep numbers in memory for want of registers
 Row = dict[str, Any]
 
 
@@ -29,22 +27,22 @@ def rows(*options: str, script: str = "gpu_aot.py") -> list[Row]:
 
 
 def decode(layers: int = 32, *options: str) -> list[Row]:
-    return rows("--stage", "decode", "--weights", "int4", "--layers", str(layers), *(options or [IN_REGISTERS]))
+    return rows("--stage", "decode", "--weights", "int4", "--layers", str(layers), *options)
 
 
 def test_keys():
-    row = decode()[0]
+    row = decode(32, IN_REGISTERS)[0]
     assert set(row) == {
         "stage", "weights", "batch", "layers", "group_size", "temp_bytes", "alias_bytes", "kv_bytes",
         "loop_weight_buffers", "weight_transposes", "command_buffers", "linears", "fused_linears", "kernels",
         "launches_per_layer", "launches_per_token", "compile_seconds",
     }  # fmt: skip
-    assert [row["batch"] for row in decode()] == list(BATCHES)
+    assert [row["batch"] for row in decode(32, IN_REGISTERS)] == list(BATCHES)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_decode_moves_nothing_that_it_need_not(batch: int):
-    (row,) = [row for row in decode() if row["batch"] == batch]
+    (row,) = [row for row in decode(32, IN_REGISTERS) if row["batch"] == batch]
     assert row["kv_bytes"] == 2 * 32 * batch * 8 * 128 * 768 * 2  # keys and values, layers, rows, heads, slots, bf16
     # The whole state is updated in place; beside the cache it is tokens, log-probabilities and counters.
     assert 0 <= row["alias_bytes"] - row["kv_bytes"] < 20_000 * batch
@@ -55,7 +53,7 @@ def test_decode_moves_nothing_that_it_need_not(batch: int):
 
 
 def test_a_layer_is_five_kernels_for_one_row_and_at_most_eight_for_more():
-    one, eight, many = decode()
+    one, eight, many = decode(32, IN_REGISTERS)
     assert one["launches_per_layer"] <= 6  # the fifth one's parts are put together in a launch of their own
     assert eight["launches_per_layer"] <= 8
     assert many["launches_per_layer"] <= 7
@@ -97,20 +95,8 @@ def test_an_adapter_costs_one_launch_for_each_linear_layer():
 @pytest.mark.parametrize("card", ["h200", "a100"])
 def test_tables_of_16_numbers_have_kernels(card: str):
     """NF4 and FP4 in blocks of 64: as many launches as int4, and no weight in memory."""
-    options = (
-        "--stage",
-        "decode",
-        "--weights",
-        "nf4",
-        "--layers",
-        "2",
-        "--group-size",
-        "64",
-        "--card",
-        card,
-        IN_REGISTERS,
-    )
-    one, eight = rows(*options, "--batch", "1", "8")
+    options = ("--stage", "decode", "--weights", "nf4", "--layers", "2", "--group-size", "64", "--card", card)
+    one, eight = rows(*options, "--batch", "1", "8", IN_REGISTERS)
     assert one["kernels"]["lookup_row"] == eight["kernels"]["lookup_rows"] == 8
     assert one["launches_per_layer"] <= 6
     assert eight["launches_per_layer"] <= 8
@@ -194,7 +180,6 @@ def test_other_ways_of_generating_compile_and_move_no_cache(generate: dict[str, 
 
     The bounds leave no room for an unpacked weight either: the smallest takes 33 MB.
     """
-    kept = [] if generate.get("do_sample") else [IN_REGISTERS]  # XLA sorts in memory
-    for row in decode(2, "--batch", "1", "8", "--generate", json.dumps(generate), *kept):
+    for row in decode(2, "--batch", "1", "8", "--generate", json.dumps(generate), IN_REGISTERS):
         assert row["alias_bytes"] >= row["kv_bytes"]
         assert row["temp_bytes"] < most
